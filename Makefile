@@ -1,0 +1,23 @@
+# Each target works from a bare checkout: it makes .venv and installs the project into it where that is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint
+
+demo: $(READY)
+	$(BIN)/accelerate launch train_dit.py
+	$(BIN)/python sample.py --class 0 1 2 3 4 5 6 7 8 9 --num-images 8 --out runs/quickstart/samples.png
+	$(BIN)/python -m iwin_dit.evaluation.digits_report runs/quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+	touch $(READY)

@@ -1,0 +1,24 @@
+"""Iwin-DiT: class-conditional latent diffusion with interleaved-window attention.
+
+Names are resolved when they are first used (PEP 562), so that configs, ``--help`` and config errors load no torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "IwinDiTTransformer2DModel": "iwin_dit.models.transformer",
+    "IwinDiTPipeline": "iwin_dit.pipelines.image",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'iwin_dit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

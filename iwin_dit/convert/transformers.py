@@ -1,0 +1,229 @@
+"""DiT, LightningDiT and FlashDiT (the Iwin authors' generator) as :class:`IwinDiTTransformer2DModel`.
+
+LightningDiT and FlashDiT put noise at t = 0 and data at t = 1 and predict data minus noise. The imported model answers in
+our convention, ``ours(x, 1000 (1 - t), y) = - theirs(x, t, y)``: a linear map of the timestep in its config and a sign
+folded into its last layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from iwin_dit.layers.embeddings import rope_angles, sincos_positions
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+
+# The official constructors' arguments and their defaults.
+DIT = dict(
+    input_size=32,
+    patch_size=2,
+    in_channels=4,
+    hidden_size=1152,
+    depth=28,
+    num_heads=16,
+    mlp_ratio=4.0,
+    class_dropout_prob=0.1,
+    num_classes=1000,
+    learn_sigma=True,
+)
+LIGHTNINGDIT = DIT | dict(
+    in_channels=32,
+    learn_sigma=False,
+    use_qknorm=False,
+    use_swiglu=False,
+    use_rope=False,
+    use_rmsnorm=False,
+    wo_shift=False,
+    use_checkpoint=False,
+)
+FLASHDIT = LIGHTNINGDIT | dict(window_size=(8, 8))
+
+NOISE_FIRST = dict(timestep_scale=-1e-3, timestep_shift=1.0, prediction_type="flow_prediction")
+
+# Our names and the official ones, which differ between MLPs only.
+NAMES = {
+    "patch_embed.proj": "x_embedder.proj",
+    "timestep_embedding.linear_1": "t_embedder.mlp.0",
+    "timestep_embedding.linear_2": "t_embedder.mlp.2",
+    "label_embedding": "y_embedder.embedding_table",
+    "norm_out": "final_layer.norm_final",
+    "modulation_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+BLOCK_NAMES = {
+    "norm_1": "norm1",
+    "norm_2": "norm2",
+    "mixer.attention.qkv": "attn.qkv",
+    "mixer.attention.q_norm": "attn.q_norm",
+    "mixer.attention.k_norm": "attn.k_norm",
+    "mixer.attention.proj": "attn.proj",
+    "mixer.convolution.conv": "dwconv.depthwise",
+    "modulation.linear": "adaLN_modulation.1",
+}
+MLP_NAMES = {
+    "swiglu": {"mlp.gate_up": "mlp.w12", "mlp.down": "mlp.w3"},
+    "gelu": {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"},
+}
+
+
+def from_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
+    """facebookresearch/DiT: global attention, sin-cos positions, learned sigma; integer or float timesteps 0..999.
+
+    Raises:
+        ValueError: listing missing or unexpected names, unknown arguments, or tensors of another shape.
+    """
+    official = _arguments(config, DIT)
+    model = _build(
+        official,
+        out_channels=official["in_channels"] * (2 if official["learn_sigma"] else 1),
+        mixer={"name": "global"},
+        position_embedding="sincos",
+        open_gates=False,
+        prediction_type="epsilon",
+    )
+    weights = _unwrap(state_dict)
+    _drop_positions(weights, model)
+    return _load(model, weights)
+
+
+def from_lightningdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
+    """hustvl/LightningDiT, in our time convention. Raises ValueError as :func:`from_dit` does."""
+    official = _arguments(config, LIGHTNINGDIT)
+    model = _build(
+        official,
+        mixer={"name": "global"},
+        position_embedding="sincos+rope" if official["use_rope"] else "sincos",
+        open_gates=False,
+        **NOISE_FIRST,
+    )
+    weights = _unwrap(state_dict)
+    _drop_positions(weights, model)
+    _fold_output(weights, model, official["learn_sigma"])
+    return _load(model, weights)
+
+
+def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
+    """Cominder/Iwin-Transformer, image generation ("FlashDiT"), in our time convention. Raises ValueError as above."""
+    official = _arguments(config, FLASHDIT)
+    mixer = {"name": "iwin", "window_size": list(official["window_size"]), "convolution": True}
+    model = _build(official, mixer=mixer, position_embedding="none", open_gates=True, **NOISE_FIRST)
+    weights = _unwrap(state_dict)
+    _fold_output(weights, model, official["learn_sigma"])
+    return _load(model, weights)
+
+
+def load_official(path: str | Path) -> dict[str, Any]:
+    """Reads an official ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file without running any code in it."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    with torch.serialization.safe_globals(
+        [argparse.Namespace]
+    ):  # DiT's training checkpoints carry their arguments
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _arguments(config: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(config) - set(defaults))
+    if unknown:
+        raise ValueError(
+            f"unknown arguments {', '.join(unknown)}; the official constructor has {', '.join(defaults)}"
+        )
+    return defaults | dict(config)
+
+
+def _build(official: dict[str, Any], **options: Any) -> IwinDiTTransformer2DModel:
+    return IwinDiTTransformer2DModel(
+        sample_size=official["input_size"],
+        patch_size=official["patch_size"],
+        in_channels=official["in_channels"],
+        num_layers=official["depth"],
+        num_attention_heads=official["num_heads"],
+        attention_head_dim=official["hidden_size"] // official["num_heads"],
+        num_classes=official["num_classes"],
+        class_dropout_prob=official["class_dropout_prob"],
+        mlp_ratio=official["mlp_ratio"],
+        norm="rms_norm" if official.get("use_rmsnorm") else "layer_norm",
+        mlp="swiglu" if official.get("use_swiglu") else "gelu",
+        qk_norm=official.get("use_qknorm", False),
+        modulation_shift=not official.get("wo_shift", False),
+        **options,
+    )
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Training checkpoints hold ``ema`` and ``model``, with names prefixed ``module.``: EMA first."""
+    for key in ("ema", "model"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+
+
+def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:
+    """Position tables are computed, not stored: checks that the official ones are those, and takes them out."""
+    grid, config = model.grid(*model.latent_size), model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    tables = {"pos_embed": sincos_positions(grid, width, torch.device("cpu")).flatten(0, 1)[None]}
+    if model.use_rope:
+        angles = rope_angles(grid, config.attention_head_dim, torch.device("cpu"))
+        angles = angles.flatten(0, 1).repeat_interleave(2, dim=-1)
+        tables |= {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
+    missing = [name for name in tables if name not in weights]
+    if missing:
+        raise ValueError(f"the state dict lacks {', '.join(missing)}")
+    for name, table in tables.items():
+        found = weights.pop(name).float()
+        if found.shape != table.shape or not torch.allclose(found, table, atol=1e-2):
+            raise ValueError(
+                f"{name} {tuple(found.shape)} is not the fixed table of a {grid[0]} x {grid[1]} grid {tuple(table.shape)}; "
+                "check input_size, patch_size, hidden_size and num_heads"
+            )
+
+
+def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, learn_sigma: bool) -> None:
+    """Drops the sigma that these models compute and throw away, and turns data minus noise into noise minus data."""
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in weights:
+            rows = weights[name]
+            if learn_sigma:  # rows are laid out (p, q, channel)
+                rows = rows.unflatten(0, (-1, 2 * model.out_channels))[:, : model.out_channels].flatten(0, 1)
+            weights[name] = -rows
+
+
+def _load(model: IwinDiTTransformer2DModel, weights: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
+    """Copies the official weights in by name. Every name must be used, and none may be missing."""
+    expected = {name: _official_name(name, model.config.mlp) for name in model.state_dict()}
+    missing = sorted(set(expected.values()) - set(weights))
+    unexpected = sorted(set(weights) - set(expected.values()))
+    if missing or unexpected:
+        raise ValueError(
+            f"the state dict does not fit the config: missing {', '.join(missing) or 'none'}; "
+            f"unexpected {', '.join(unexpected) or 'none'}"
+        )
+    ours = {name: weights[official] for name, official in expected.items()}
+    ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(
+        1
+    )  # a convolution there: (D, C, p, p)
+    wrong = [
+        f"{expected[name]} {tuple(ours[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in model.state_dict().items()
+        if ours[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(f"the state dict does not fit the config: {'; '.join(wrong)}")
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+def _official_name(name: str, mlp: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    if module.startswith("blocks."):
+        _, index, part = module.split(".", 2)
+        return f"blocks.{index}.{(BLOCK_NAMES | MLP_NAMES[mlp])[part]}.{leaf}"
+    return f"{NAMES[module]}.{leaf}"

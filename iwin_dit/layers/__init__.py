@@ -1,0 +1,1 @@
+"""Pure tensors: windows, attention, token mixers, modulation, embeddings, MLPs."""

@@ -1,0 +1,69 @@
+"""The transformer block of a DiT: adaptive layer norm around a token mixer and an MLP (Peebles & Xie 2023, section 3.2).
+
+Legend: B batch, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iwin_dit.layers.mixers import MIXERS
+from iwin_dit.layers.mlp import MLPS
+from iwin_dit.layers.norm import NORMS
+from iwin_dit.layers.specs import BlockSpec
+
+
+class Modulation(nn.Module):
+    """The condition's shifts, scales and gates: ``(B, D) -> chunks x (B, 1, .., 1, D)``."""
+
+    def __init__(self, width: int, chunks: int):
+        super().__init__()
+        self.chunks = chunks
+        self.linear = nn.Linear(width, chunks * width)
+
+    def forward(self, condition: Tensor, rank: int) -> tuple[Tensor, ...]:
+        modulation = self.linear(F.silu(condition))
+        return modulation.view(len(condition), *[1] * rank, -1).chunk(self.chunks, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """``x (1 + scale) + shift`` in the dtype of x (float32 after a norm), returned in that of the condition."""
+    x = x * (1 + scale) if shift is None else torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
+    return x.to(scale.dtype)
+
+
+class Block(nn.Module):
+    """``x + gate * mixer(modulate(norm(x)))``, then the same with the MLP: ``(B, *grid, D) -> (B, *grid, D)``.
+
+    x is the residual stream and stays in float32; the branches compute in the dtype of the condition.
+    """
+
+    def __init__(self, spec: BlockSpec, grid: tuple[int, ...]):
+        super().__init__()
+        self.spec = spec
+        self.norm_1 = NORMS[spec.norm](spec.width)
+        self.mixer = MIXERS[spec.mixer.name](spec, grid)
+        self.norm_2 = NORMS[spec.norm](spec.width)
+        self.mlp = MLPS[spec.mlp](spec.width, spec.mlp_hidden)
+        # shift (unless left out), scale and gate of attention, the same of the MLP, then the gates of further branches
+        self.modulation = Modulation(
+            spec.width, (6 if spec.modulation_shift else 4) + self.mixer.num_branches - 1
+        )
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None = None) -> Tensor:
+        chunks = self.modulation(condition, rank=x.ndim - 2)
+        if self.spec.modulation_shift:
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, *branch_gates = chunks
+        else:
+            (scale_1, gate_1, scale_2, gate_2, *branch_gates), shift_1, shift_2 = chunks, None, None
+
+        branches = self.mixer.branches(modulate(self.norm_1(x), shift_1, scale_1), rope)
+        for gate, branch in zip((gate_1, *branch_gates), branches, strict=True):
+            x = self.add(x, gate, branch)
+        return self.add(x, gate_2, self.mlp(modulate(self.norm_2(x), shift_2, scale_2)))
+
+    def add(self, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+        gate = 1 + gate if self.spec.open_gates else gate
+        return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))

@@ -1,0 +1,125 @@
+"""Typed specs of the parts of a network, and the table of model sizes. Imports no torch, so that a config can use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+# depth, width, heads. XL is DiT's (Peebles & Xie 2023, table 1), 1p0B and 1p6B are LightningDiT's.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
+}
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """How the tokens of a block exchange information.
+
+    Args:
+        name: ``iwin`` is interleaved-window attention beside a depthwise convolution (arXiv 2507.18405);
+            ``global`` is attention over all tokens.
+        window_size: tokens per axis of one window: a number, one number per axis, or ``auto``, the smallest divisor M
+            of each side with ``kernel_size * M >= side``. Only ``iwin`` uses it.
+        kernel_size: side of the depthwise convolution, odd. Only ``iwin`` uses it.
+        convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid, since attention
+            connects everything there. Only ``iwin`` uses it.
+        mask_padding: hide the padded keys where the window does not divide the grid. ``False`` is what the official
+            weights were trained with. Only ``iwin`` uses it.
+    """
+
+    name: Literal["iwin", "global"] = "iwin"
+    window_size: int | list[int] | Literal["auto"] = "auto"
+    kernel_size: int = 3
+    convolution: bool | Literal["auto"] = "auto"
+    mask_padding: bool = True
+
+    def __post_init__(self):
+        if isinstance(
+            self.window_size, tuple
+        ):  # JSON and YAML know lists only: one form, so that specs compare equal
+            object.__setattr__(self, "window_size", list(self.window_size))
+        if self.name not in ("iwin", "global"):
+            raise ValueError(f"mixer.name is {self.name!r}, expected 'iwin' or 'global'")
+        if self.name == "global":
+            unused = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+            if unused:
+                raise ValueError(
+                    f"the global mixer has no {' or '.join(unused)}: remove it, or take mixer.name iwin"
+                )
+        if self.window_size != "auto":
+            sides = self.window_size if isinstance(self.window_size, list) else [self.window_size]
+            if not all(isinstance(side, int) and side >= 1 for side in sides):
+                raise ValueError(
+                    f"mixer.window_size is {self.window_size!r}, expected positive integers or 'auto'"
+                )
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"mixer.kernel_size is {self.kernel_size}, expected an odd number such as 3")
+
+    def window(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The window on this grid, one number per axis; never larger than the grid."""
+        if self.window_size == "auto":
+            return tuple(_smallest_connecting_divisor(side, self.kernel_size) for side in grid)
+        sides = self.window_size if isinstance(self.window_size, list) else [self.window_size] * len(grid)
+        if len(sides) != len(grid):
+            raise ValueError(
+                f"window_size {self.window_size} has {len(sides)} axes, the grid {grid} has {len(grid)}"
+            )
+        return tuple(min(window, side) for window, side in zip(sides, grid, strict=True))
+
+    def has_convolution(self, grid: tuple[int, ...]) -> bool:
+        """Whether a mixer that is made for this grid has the depthwise convolution."""
+        return self.window(grid) != tuple(grid) if self.convolution == "auto" else self.convolution
+
+
+def _smallest_connecting_divisor(side: int, kernel_size: int) -> int:
+    """The smallest divisor M of ``side`` with K M >= side (arXiv 2507.18405, section 3.3)."""
+    return next(m for m in range(1, side + 1) if side % m == 0 and kernel_size * m >= side)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One transformer block, everything but the grid it works on.
+
+    Args:
+        width: channels of a token.
+        heads: attention heads; they divide the width.
+        mlp_ratio: hidden width of the MLP over ``width``; SwiGLU takes two thirds of it, for equal cost.
+        mixer: the token mixer.
+        norm: ``rms_norm`` with a learned weight, or ``layer_norm`` without.
+        mlp: ``swiglu`` or ``gelu`` (tanh approximation).
+        qk_norm: normalise queries and keys per head.
+        modulation_shift: the modulation shifts and scales; without, it only scales.
+        open_gates: gates are ``1 + gate``, so that the branches are open at the start; without, adaLN-Zero's ``gate``.
+    """
+
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    mixer: MixerSpec = MixerSpec()
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = False
+    modulation_shift: bool = True
+    open_gates: bool = True
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(
+                f"{self.heads} heads do not divide the width {self.width}; "
+                f"nearest that do: {_nearest_divisors(self.width, self.heads)}"
+            )
+
+    @property
+    def mlp_hidden(self) -> int:
+        hidden = int(self.width * self.mlp_ratio)
+        return int(2 / 3 * hidden) if self.mlp == "swiglu" else hidden
+
+
+def _nearest_divisors(number: int, target: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - target))[:3])))

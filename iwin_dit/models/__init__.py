@@ -1,0 +1,1 @@
+"""Networks on the layers: the diffusion transformer."""

@@ -1,0 +1,205 @@
+"""The class-conditional diffusion transformer with Iwin attention, as a diffusers model.
+
+Legend: B batch, C latent channels, D width, p patch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from iwin_dit.layers.block import Block, Modulation, modulate
+from iwin_dit.layers.embeddings import PatchEmbed, TimestepEmbedder, rope_angles, sincos_positions, unpatchify
+from iwin_dit.layers.norm import NORMS
+from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec
+
+
+class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
+    """A DiT (Peebles & Xie 2023) whose token mixer is a choice: Iwin attention (arXiv 2507.18405) or global attention.
+
+    The defaults are the Iwin authors' XL/1 on the 16 x 16 x 32 latents of a 256-pixel image.
+
+    Args:
+        sample_size: side of the latent, or (height, width), that the model is made for. Other sizes are valid input.
+        patch_size: latents per side of a token.
+        in_channels: channels of the latent, C.
+        out_channels: channels of the prediction; 2 C where the model learns sigma. Default: C.
+        num_layers: blocks.
+        num_attention_heads: attention heads.
+        attention_head_dim: channels of a head; the width D is heads times this.
+        num_classes: classes; the label ``num_classes`` itself is the null label of classifier-free guidance.
+        class_dropout_prob: share of the labels that training replaces by the null label. With 0 there is no null label.
+        mixer: fields of :class:`~iwin_dit.layers.specs.MixerSpec`, such as ``{"name": "iwin", "window_size": 8}``.
+        position_embedding: ``none``, ``sincos`` (added to the tokens), ``rope`` (rotates queries and keys), or both.
+        norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates: see :class:`~iwin_dit.layers.specs.BlockSpec`.
+        timestep_scale, timestep_shift: the model sees ``scale * timestep + shift``. They bring models that were trained
+            in another time convention into ours.
+        prediction_type: what the model was trained to predict, in the words of diffusers' schedulers:
+            ``flow_prediction`` or ``epsilon``. The pipeline refuses a scheduler that expects the other.
+
+    Raises:
+        ValueError: where heads, patch size or window cannot be combined; the message says what would fit.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+    _skip_layerwise_casting_patterns = ["label_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 16,
+        patch_size: int = 1,
+        in_channels: int = 32,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        mixer: dict[str, Any] | None = None,
+        position_embedding: str = "none",
+        norm: str = "rms_norm",
+        mlp: str = "swiglu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        modulation_shift: bool = True,
+        open_gates: bool = True,
+        timestep_scale: float = 1.0,
+        timestep_shift: float = 0.0,
+        prediction_type: str | None = None,
+    ):
+        super().__init__()
+        width = num_attention_heads * attention_head_dim
+        spec = BlockSpec(
+            width=width,
+            heads=num_attention_heads,
+            mlp_ratio=mlp_ratio,
+            mixer=MixerSpec(**(mixer or {})),
+            norm=norm,
+            mlp=mlp,
+            qk_norm=qk_norm,
+            modulation_shift=modulation_shift,
+            open_gates=open_gates,
+        )
+        self.register_to_config(mixer=asdict(spec.mixer))
+        self.patch_size = patch_size
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.use_sincos = position_embedding in ("sincos", "sincos+rope")
+        self.use_rope = position_embedding in ("rope", "sincos+rope")
+        self.gradient_checkpointing = False
+        grid = self.grid(*self.latent_size)
+
+        self.patch_embed = PatchEmbed(in_channels, width, patch_size)
+        self.timestep_embedding = TimestepEmbedder(width, timestep_scale, timestep_shift)
+        self.label_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), width)
+        self.blocks = nn.ModuleList(Block(spec, grid) for _ in range(num_layers))
+        self.norm_out = NORMS[norm](width)
+        self.modulation_out = Modulation(width, chunks=2)  # shift and scale in every variant
+        self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
+        self.initialize_weights()
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> IwinDiTTransformer2DModel:
+        """A model by its usual name: ``from_size("XL/1", num_classes=10)``; the number is the patch size."""
+        name, _, patch_size = size.partition("/")
+        if name not in SIZES or not patch_size.isdigit():
+            raise ValueError(
+                f"unknown size {size!r}, expected one of {', '.join(SIZES)}, a slash and the patch size"
+            )
+        depth, width, heads = SIZES[name]
+        return cls(
+            num_layers=depth,
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            patch_size=int(patch_size),
+            **kwargs,
+        )
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: Xavier for every projection, zeros for all that modulates and for the output."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
+        for module in [
+            *(block.modulation.linear for block in self.blocks),
+            self.modulation_out.linear,
+            self.proj_out,
+        ]:
+            nn.init.zeros_(module.weight)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the model is made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of classifier-free guidance, or None where the model was built without one."""
+        return self.config.num_classes if self.config.class_dropout_prob > 0 else None
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens per axis of a latent of this size."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"the patch size {self.patch_size} does not divide the latent size {height} x {width}; "
+                f"sides must be multiples of {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts velocity (flow matching) or noise (DDPM).
+
+        Args:
+            hidden_states: noisy latents ``(B, C, H, W)``; the patch size divides H and W.
+            timestep: ``(B,)`` or a scalar, integer or float; ``1000 t`` for flow matching, with t = 1 noise.
+            class_labels: ``(B,)`` integers in ``[0, num_classes]``; the last is the null label.
+            return_dict: return a ``Transformer2DModelOutput`` rather than a tuple.
+
+        Returns:
+            the prediction ``(B, out_channels, H, W)`` in the dtype of ``hidden_states``.
+        """
+        dtype, device = hidden_states.dtype, hidden_states.device
+        grid = self.grid(*hidden_states.shape[-2:])
+        timestep = torch.as_tensor(timestep, device=device).expand(len(hidden_states))
+
+        condition = self.timestep_embedding(timestep, dtype) + self.label_embedding(class_labels).to(
+            dtype
+        )  # (B, D)
+        x = self.patch_embed(hidden_states).float()  # (B, H/p, W/p, D): the residual stream stays in float32
+        if self.use_sincos:
+            x = x + sincos_positions(grid, x.shape[-1], device)
+        rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
+
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, condition, rope)
+            else:
+                x = block(x, condition, rope)
+
+        shift, scale = self.modulation_out(condition, rank=2)
+        x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, H/p, W/p, p p out_channels)
+        sample = unpatchify(x, self.patch_size).to(dtype)  # (B, out_channels, H, W)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+# Saved pipelines name the package, not this file: {"transformer": ["iwin_dit", "IwinDiTTransformer2DModel"]}.
+IwinDiTTransformer2DModel.__module__ = "iwin_dit"

@@ -1,0 +1,131 @@
+"""Importers of official checkpoints against figures that the official implementations computed (tests/data)."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from iwin_dit.convert import from_dit, from_flashdit, from_lightningdit, load_official
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+
+DATA = Path(__file__).parent / "data"
+IMPORTERS = {"flashdit_0": from_flashdit, "lightningdit_0": from_lightningdit, "dit_0": from_dit}
+
+
+def read(name):
+    """Weights, inputs, outputs and the official constructor's arguments of one vector."""
+    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        config = json.loads(file.metadata()["config"])
+    groups = {"weight": {}, "input": {}, "output": {}}
+    for key, tensor in tensors.items():
+        group, _, rest = key.partition(".")
+        groups[group][rest] = tensor
+    return groups["weight"], groups["input"], groups["output"]["prediction"], config
+
+
+def answer(model, inputs, noise_first):
+    timesteps = 1000 * (1 - inputs["timesteps"]) if noise_first else inputs["timesteps"]
+    with torch.no_grad():
+        prediction = model(inputs["latents"], timesteps, inputs["labels"]).sample
+    return -prediction if noise_first else prediction
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_official_predictions_are_met(name):
+    weights, inputs, expected, config = read(name)
+    model = IMPORTERS[name](weights, config)
+    torch.testing.assert_close(answer(model, inputs, name != "dit_0"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_integer_and_float_timesteps_agree():
+    weights, inputs, expected, config = read("dit_0")
+    inputs["timesteps"] = inputs["timesteps"].float()
+    torch.testing.assert_close(
+        answer(from_dit(weights, config), inputs, False), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_training_checkpoints_are_unwrapped_ema_first():
+    weights, inputs, expected, config = read("flashdit_0")
+    wrapped = {
+        "model": {f"module.{k}": torch.zeros_like(v) for k, v in weights.items()},
+        "ema": {f"module.{k}": v for k, v in weights.items()},
+        "opt": {},
+    }
+    model = from_flashdit(wrapped, config)
+    torch.testing.assert_close(answer(model, inputs, True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_discarded_sigma_is_dropped_at_import():
+    """LightningDiT and FlashDiT with learn_sigma compute 2 C channels and return the first C."""
+    weights, inputs, expected, config = read("flashdit_0")
+    for leaf in ("weight", "bias"):
+        rows = weights[f"final_layer.linear.{leaf}"]
+        weights[f"final_layer.linear.{leaf}"] = torch.cat([rows, torch.randn_like(rows)])
+    model = from_flashdit(weights, config | {"learn_sigma": True})
+    torch.testing.assert_close(answer(model, inputs, True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_names_that_do_not_fit_are_listed():
+    weights, _, _, config = read("flashdit_0")
+    weights["blocks.0.surprise.weight"] = weights.pop("blocks.0.attn.qkv.weight")
+    with pytest.raises(
+        ValueError, match=r"missing blocks\.0\.attn\.qkv\.weight; unexpected blocks\.0\.surprise\.weight"
+    ):
+        from_flashdit(weights, config)
+
+
+def test_arguments_that_do_not_fit_are_listed():
+    weights, _, _, config = read("flashdit_0")
+    with pytest.raises(ValueError, match="unknown arguments windw_size"):
+        from_flashdit(weights, config | {"windw_size": 4})
+    with pytest.raises(ValueError, match=r"x_embedder\.proj\.weight \(48, 8, 1, 1\)|instead of"):
+        from_flashdit(weights, config | {"in_channels": 4})
+
+
+def test_a_position_table_of_another_size_is_refused():
+    weights, _, _, config = read("dit_0")
+    with pytest.raises(ValueError, match="not the fixed table of a 16 x 16 grid"):
+        from_dit(weights, config | {"input_size": 32})
+
+
+def test_official_files_are_read_without_running_code(tmp_path):
+    marker = tmp_path / "marker"
+
+    class Malicious:
+        def __reduce__(self):
+            return (marker.write_text, ("ran",))
+
+    torch.save({"ema": {"w": torch.ones(2)}, "args": Namespace(model="DiT-XL/2")}, tmp_path / "good.pt")
+    torch.save({"ema": Malicious()}, tmp_path / "bad.pt")
+    assert load_official(tmp_path / "good.pt")["ema"]["w"].tolist() == [1, 1]
+    with pytest.raises(Exception, match="[Ww]eights"):
+        load_official(tmp_path / "bad.pt")
+    assert not marker.exists()
+
+
+AUTHORS = dict(mixer={"window_size": 8}, num_classes=1000)
+COUNTS = {  # the authors' options: SwiGLU, RMSNorm, Iwin; and LightningDiT's
+    "B/1": (137_538_848, AUTHORS),
+    "L/1": (483_326_976, AUTHORS),
+    "XL/1": (712_475_552, AUTHORS),
+    "1p0B/1": (1_086_036_512, AUTHORS),
+    "1p6B/1": (1_721_775_696, AUTHORS),
+    "XL/2": (712_438_672, AUTHORS | dict(in_channels=4, sample_size=32)),
+    "LightningDiT-XL/1": (
+        674_961_824,
+        dict(mixer={"name": "global"}, position_embedding="sincos+rope", open_gates=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_parameter_counts(size):
+    count, options = COUNTS[size]
+    with torch.device("meta"):
+        model = IwinDiTTransformer2DModel.from_size(size.removeprefix("LightningDiT-"), **options)
+    assert sum(p.numel() for p in model.parameters()) == count
