@@ -1,4 +1,6 @@
-"""Importers of official checkpoints against figures that the official implementations computed (tests/data)."""
+"""Importers of official checkpoints against figures that the official implementations computed
+(tests/data).
+"""
 
 import json
 from argparse import Namespace
@@ -18,7 +20,7 @@ IMPORTERS = {"flashdit_0": from_flashdit, "lightningdit_0": from_lightningdit, "
 def read(name):
     """Weights, inputs, outputs and the official constructor's arguments of one vector."""
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
     groups = {"weight": {}, "input": {}, "output": {}}
     for key, tensor in tensors.items():
@@ -103,7 +105,7 @@ def test_official_files_are_read_without_running_code(tmp_path):
     torch.save({"ema": {"w": torch.ones(2)}, "args": Namespace(model="DiT-XL/2")}, tmp_path / "good.pt")
     torch.save({"ema": Malicious()}, tmp_path / "bad.pt")
     assert load_official(tmp_path / "good.pt")["ema"]["w"].tolist() == [1, 1]
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         load_official(tmp_path / "bad.pt")
     assert not marker.exists()
 

@@ -1,8 +1,8 @@
 """DiT, LightningDiT and FlashDiT (the Iwin authors' generator) as :class:`IwinDiTTransformer2DModel`.
 
-LightningDiT and FlashDiT put noise at t = 0 and data at t = 1 and predict data minus noise. The imported model answers in
-our convention, ``ours(x, 1000 (1 - t), y) = - theirs(x, t, y)``: a linear map of the timestep in its config and a sign
-folded into its last layer.
+LightningDiT and FlashDiT put noise at t = 0 and data at t = 1 and predict data minus noise. The imported
+model answers in our convention, ``ours(x, 1000 (1 - t), y) = - theirs(x, t, y)``: a linear map of the
+timestep in its config and a sign folded into its last layer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ MLP_NAMES = {
 
 
 def from_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
-    """facebookresearch/DiT: global attention, sin-cos positions, learned sigma; integer or float timesteps 0..999.
+    """facebookresearch/DiT: global attention, sin-cos positions, learned sigma; integer or float timesteps
+    0..999.
 
     Raises:
         ValueError: listing missing or unexpected names, unknown arguments, or tensors of another shape.
@@ -109,7 +110,9 @@ def from_lightningdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) 
 
 
 def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
-    """Cominder/Iwin-Transformer, image generation ("FlashDiT"), in our time convention. Raises ValueError as above."""
+    """Cominder/Iwin-Transformer, image generation ("FlashDiT"), in our time convention. Raises ValueError as
+    above.
+    """
     official = _arguments(config, FLASHDIT)
     mixer = {"name": "iwin", "window_size": list(official["window_size"]), "convolution": True}
     model = _build(official, mixer=mixer, position_embedding="none", open_gates=True, **NOISE_FIRST)
@@ -119,7 +122,9 @@ def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> I
 
 
 def load_official(path: str | Path) -> dict[str, Any]:
-    """Reads an official ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file without running any code in it."""
+    """Reads an official ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file without running any code in
+    it.
+    """
     if Path(path).suffix == ".safetensors":
         return load_file(path)
     with torch.serialization.safe_globals(
@@ -166,7 +171,9 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:
-    """Position tables are computed, not stored: checks that the official ones are those, and takes them out."""
+    """Position tables are computed, not stored: checks that the official ones are those, and takes them
+    out.
+    """
     grid, config = model.grid(*model.latent_size), model.config
     width = config.num_attention_heads * config.attention_head_dim
     tables = {"pos_embed": sincos_positions(grid, width, torch.device("cpu")).flatten(0, 1)[None]}
@@ -181,13 +188,15 @@ def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel
         found = weights.pop(name).float()
         if found.shape != table.shape or not torch.allclose(found, table, atol=1e-2):
             raise ValueError(
-                f"{name} {tuple(found.shape)} is not the fixed table of a {grid[0]} x {grid[1]} grid {tuple(table.shape)}; "
+                f"{name} {tuple(found.shape)} is not the fixed table of a {grid[0]} x {grid[1]} grid: "
                 "check input_size, patch_size, hidden_size and num_heads"
             )
 
 
 def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, learn_sigma: bool) -> None:
-    """Drops the sigma that these models compute and throw away, and turns data minus noise into noise minus data."""
+    """Drops the sigma that these models compute and throw away, and turns data minus noise into noise minus
+    data.
+    """
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name in weights:
             rows = weights[name]

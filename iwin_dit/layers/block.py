@@ -1,4 +1,5 @@
-"""The transformer block of a DiT: adaptive layer norm around a token mixer and an MLP (Peebles & Xie 2023, section 3.2).
+"""The transformer block of a DiT: adaptive layer norm around a token mixer and an MLP (Peebles & Xie 2023,
+section 3.2).
 
 Legend: B batch, D width.
 """
@@ -29,13 +30,16 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """``x (1 + scale) + shift`` in the dtype of x (float32 after a norm), returned in that of the condition."""
+    """``x (1 + scale) + shift`` in the dtype of x (float32 after a norm), returned in that of the
+    condition.
+    """
     x = x * (1 + scale) if shift is None else torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
     return x.to(scale.dtype)
 
 
 class Block(nn.Module):
-    """``x + gate * mixer(modulate(norm(x)))``, then the same with the MLP: ``(B, *grid, D) -> (B, *grid, D)``.
+    """``x + gate * mixer(modulate(norm(x)))``, then the same with the MLP: ``(B, *grid, D) -> (B, *grid,
+    D)``.
 
     x is the residual stream and stays in float32; the branches compute in the dtype of the condition.
     """
@@ -47,7 +51,8 @@ class Block(nn.Module):
         self.mixer = MIXERS[spec.mixer.name](spec, grid)
         self.norm_2 = NORMS[spec.norm](spec.width)
         self.mlp = MLPS[spec.mlp](spec.width, spec.mlp_hidden)
-        # shift (unless left out), scale and gate of attention, the same of the MLP, then the gates of further branches
+        # shift (unless left out), scale and gate of attention, the same of the MLP, then the gates of further
+        # branches
         self.modulation = Modulation(
             spec.width, (6 if spec.modulation_shift else 4) + self.mixer.num_branches - 1
         )

@@ -1,7 +1,7 @@
 """Token mixers: ``mixer(x) -> x`` with x of shape ``(B, *grid, C)``.
 
-Windowing, padding and masks live here; modulation and the residual live in the block. A mixer may have several
-branches, which the block gates separately; called by itself it returns their sum.
+Windowing, padding and masks live here; modulation and the residual live in the block. A mixer may have
+several branches, which the block gates separately; called by itself it returns their sum.
 
 Legend: B batch, C channels, K heads, d = C / K, N tokens that attend to each other, G windows of one image.
 """
@@ -34,7 +34,9 @@ class SelfAttention(nn.Module):
         self.k_norm = QK_NORMS[spec.norm](head_width) if spec.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """rope: angles ``(B, 1, N, d/2)`` or broadcastable. mask: ``(B, 1, 1, N)``, True where a key may be seen."""
+        """rope: angles ``(B, 1, N, d/2)`` or broadcastable. mask: ``(B, 1, 1, N)``, True where a key may be
+        seen.
+        """
         q, k, v = rearrange(
             self.qkv(x), "b n (three k d) -> three b k n d", three=3, k=self.heads
         )  # (B, K, N, d) each
@@ -75,8 +77,9 @@ class GlobalMixer(TokenMixer):
 class IwinMixer(TokenMixer):
     """Interleaved-window attention beside a depthwise convolution (arXiv 2507.18405, section 3.2).
 
-    Attention joins tokens that stand far apart, the convolution joins neighbours; no position embedding is needed.
-    ``grid`` is the one that the model is made for and decides whether there is a convolution; any grid is valid input.
+    Attention joins tokens that stand far apart, the convolution joins neighbours; no position embedding is
+    needed. ``grid`` is the one that the model is made for and decides whether there is a convolution; any
+    grid is valid input.
     """
 
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...]):
@@ -120,10 +123,11 @@ class IwinMixer(TokenMixer):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Each channel is convolved by itself with its neighbours, zero padding: ``(B, *grid, C) -> (B, *grid, C)``.
+    """Each channel is convolved by itself with its neighbours, zero padding: ``(B, *grid, C) -> (B, *grid,
+    C)``.
 
-    Tokens have their channels last, so the view that the convolution sees is in the channels-last memory format: no
-    copy, and on a CPU three times faster than the contiguous one.
+    Tokens have their channels last, so the view that the convolution sees is in the channels-last memory
+    format: no copy, and on a CPU three times faster than the contiguous one.
     """
 
     def __init__(self, width: int, kernel_size: int, rank: int):

@@ -1,4 +1,6 @@
-"""Normalisation over the channels. The input is the float32 residual stream; the statistics stay in float32."""
+"""Normalisation over the channels. The input is the float32 residual stream; the statistics stay in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class LayerNorm(nn.Module):
 
 
 class QKLayerNorm(nn.LayerNorm):
-    """Layer norm of queries or keys, per head, with a learned weight and bias; the result has the input's dtype."""
+    """Layer norm of queries or keys, per head, with a learned weight and bias; the result has the input's
+    dtype.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)

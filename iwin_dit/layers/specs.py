@@ -1,4 +1,6 @@
-"""Typed specs of the parts of a network, and the table of model sizes. Imports no torch, so that a config can use it."""
+"""Typed specs of the parts of a network, and the table of model sizes. Imports no torch, so that a config can
+use it.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ class MixerSpec:
     Args:
         name: ``iwin`` is interleaved-window attention beside a depthwise convolution (arXiv 2507.18405);
             ``global`` is attention over all tokens.
-        window_size: tokens per axis of one window: a number, one number per axis, or ``auto``, the smallest divisor M
-            of each side with ``kernel_size * M >= side``. Only ``iwin`` uses it.
+        window_size: tokens per axis of one window: a number, one number per axis, or ``auto``, the smallest
+            divisor M of each side with ``kernel_size * M >= side``. Only ``iwin`` uses it.
         kernel_size: side of the depthwise convolution, odd. Only ``iwin`` uses it.
-        convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid, since attention
-            connects everything there. Only ``iwin`` uses it.
-        mask_padding: hide the padded keys where the window does not divide the grid. ``False`` is what the official
-            weights were trained with. Only ``iwin`` uses it.
+        convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid,
+            since attention connects everything there. Only ``iwin`` uses it.
+        mask_padding: hide the padded keys where the window does not divide the grid. ``False`` is what the
+            official weights were trained with. Only ``iwin`` uses it.
     """
 
     name: Literal["iwin", "global"] = "iwin"
@@ -94,7 +96,8 @@ class BlockSpec:
         mlp: ``swiglu`` or ``gelu`` (tanh approximation).
         qk_norm: normalise queries and keys per head.
         modulation_shift: the modulation shifts and scales; without, it only scales.
-        open_gates: gates are ``1 + gate``, so that the branches are open at the start; without, adaLN-Zero's ``gate``.
+        open_gates: gates are ``1 + gate``, so that the branches are open at the start; without, adaLN-Zero's
+            ``gate``.
     """
 
     width: int

@@ -1,0 +1,1 @@
+"""Objectives, the diffusers schedulers that sample what they train, and guidance."""

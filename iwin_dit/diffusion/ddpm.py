@@ -1,0 +1,117 @@
+"""DDPM with learned sigma, as DiT trains (Ho et al. 2020; Nichol & Dhariwal 2021; Peebles & Xie 2023).
+
+Legend: B batch, C latent channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+BETAS = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=NUM_TRAIN_TIMESTEPS)
+
+
+class Tables(NamedTuple):
+    """One float32 number per timestep, computed in float64."""
+
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
+    log_beta: Tensor
+    posterior_log_variance: Tensor
+    posterior_x0: Tensor
+    posterior_xt: Tensor
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``; the model predicts the noise and, by as many channels
+    again, where log sigma^2 lies between its two bounds (Nichol & Dhariwal 2021, equation 15).
+    """
+
+    prediction_type = "epsilon"
+    samplers = ("ddim", "ddpm", "dpm++")
+    default_sampler = "ddpm"
+
+    @cached_property
+    def tables(self) -> Tables:
+        """Equations 6 and 7 of Ho et al. 2020 for linear betas; the first posterior variance, zero, takes the next."""
+        beta = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+        alpha_bar = (1 - beta).cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+        posterior_variance[0] = posterior_variance[1]
+        return Tables(
+            sqrt_alpha_bar=alpha_bar.sqrt().float(),
+            sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt().float(),
+            log_beta=beta.log().float(),
+            posterior_log_variance=posterior_variance.log().float(),
+            posterior_x0=(beta * previous.sqrt() / (1 - alpha_bar)).float(),
+            posterior_xt=((1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar)).float(),
+        )
+
+    def times(self, u: Tensor) -> Tensor:
+        """Integer timesteps 0..999 from uniform numbers in [0, 1): ``(B,) -> (B,)``."""
+        return (u * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
+
+    def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        """Mean squared error of the noise plus the variational term in bits per dimension: ``(B,)``.
+
+        Arguments as :meth:`FlowMatching.loss`; the model's ``sample`` is ``(B, 2 C, ...)``. The variational term
+        learns the variance only: it sees the predicted mean without its gradient.
+        """
+        t = self.times(u)  # (B,)
+        at = Tables(*(table.to(x0.device)[t].view(-1, *[1] * (x0.ndim - 1)) for table in self.tables))
+        xt = at.sqrt_alpha_bar * x0 + at.sqrt_one_minus_alpha_bar * noise
+        eps, v = model(xt, t, labels).sample.float().chunk(2, dim=1)  # (B, C, ...) each
+        mse = (eps - noise).square().flatten(1).mean(1)
+        return mse + variational_bits(at, x0, xt, eps.detach(), v, t)
+
+    def scheduler(self, sampler: str | None = None) -> SchedulerMixin:
+        """The diffusers scheduler of this name in :attr:`samplers`, with the betas of the training."""
+        match sampler or self.default_sampler:
+            case "ddim":
+                return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True)
+            case "ddpm":
+                return DDPMScheduler(**BETAS, clip_sample=False, variance_type="learned_range")
+            case "dpm++":
+                return DPMSolverMultistepScheduler(**BETAS)
+        raise ValueError(f"DDPM has no sampler {sampler!r}; it has {', '.join(self.samplers)}")
+
+
+def variational_bits(at: Tables, x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """One term of the variational bound per image, in bits per dimension (Nichol & Dhariwal 2021, equations 4 to 7).
+
+    The divergence of the model's step from the true posterior; at t = 0 the code length of the data.
+    """
+    log_variance = (v + 1) / 2 * at.log_beta + (1 - v) / 2 * at.posterior_log_variance
+    predicted_x0 = (xt - at.sqrt_one_minus_alpha_bar * eps) / at.sqrt_alpha_bar
+    mean = at.posterior_x0 * predicted_x0 + at.posterior_xt * xt
+    true_mean = at.posterior_x0 * x0 + at.posterior_xt * xt
+    divergence = gaussian_kl(true_mean, at.posterior_log_variance, mean, log_variance)
+    code_length = -discretized_gaussian_log_likelihood(x0, mean, log_variance / 2)
+    first = (t == 0).view(-1, *[1] * (x0.ndim - 1))
+    return torch.where(first, code_length, divergence).flatten(1).mean(1) / math.log(2)
+
+
+def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+    """``KL(N(mean_1, variance_1) || N(mean_2, variance_2))`` in nats, elementwise."""
+    difference = log_variance_1 - log_variance_2
+    return 0.5 * (difference.exp() - 1 - difference + (mean_1 - mean_2).square() * (-log_variance_2).exp())
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability of the bin of width 2 / 255 around x, the outermost bins open (Ho et al. 2020, equation 13)."""
+    scale = (-log_std).exp()
+    upper = torch.special.ndtr((x - mean + 1 / 255) * scale)
+    lower = torch.special.ndtr((x - mean - 1 / 255) * scale)
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()
