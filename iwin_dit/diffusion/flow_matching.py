@@ -1,4 +1,5 @@
-"""Flow matching with a linear path (Lipman et al. 2023; Liu et al. 2023), in diffusers' time: t = 0 data, t = 1 noise.
+"""Flow matching with a linear path (Lipman et al. 2023; Liu et al. 2023), in diffusers' time: t = 0 data, t =
+1 noise.
 
 Legend: B batch, C latent channels.
 """
@@ -44,7 +45,9 @@ class FlowMatching:
     default_sampler = "euler"
 
     def times(self, u: Tensor) -> Tensor:
-        """Times in [0, 1] from uniform numbers, ``(B,) -> (B,)``: the inverse of the density's distribution."""
+        """Times in [0, 1] from uniform numbers, ``(B,) -> (B,)``: the inverse of the density's
+        distribution.
+        """
         if self.time_sampling == "uniform":
             return u
         return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))

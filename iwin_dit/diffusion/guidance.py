@@ -17,10 +17,10 @@ class Guidance:
     """How much the class counts.
 
     Args:
-        scale: 1 is the plain conditional model, in one forward pass; above, the prediction is pushed away from
-            the unconditional one.
-        channels: guide the first so many latent channels only; 3 reproduces the published figures of DiT, SiT and
-            LightningDiT. Default: all.
+        scale: 1 is the plain conditional model, in one forward pass; above, the prediction is pushed away
+            from the unconditional one.
+        channels: guide the first so many latent channels only; 3 reproduces the published figures of DiT, SiT
+            and LightningDiT. Default: all.
         interval: (low, high) of t in [0, 1], with t = 1 noise; outside, the model runs unguided in one pass.
     """
 
@@ -32,19 +32,29 @@ class Guidance:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(
-                f"the guidance interval is ({low}, {high}), expected 0 <= low <= high <= 1, where t = 1 is noise"
+                f"guidance_interval is ({low}, {high}), expected 0 <= low <= high <= 1 (t = 1 is noise)"
             )
         if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance_channels is {self.channels}, expected at least 1, or None for all channels")
+            raise ValueError(
+                f"guidance_channels is {self.channels}, expected at least 1, or None for all channels"
+            )
 
     def active(self, t: float) -> bool:
         """Whether a step at time t needs the unconditional prediction."""
         return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
 
     def predict(
-        self, model: Callable, latents: Tensor, timestep: Tensor, labels: Tensor, null_label: int | None, t: float
+        self,
+        model: Callable,
+        latents: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        null_label: int | None,
+        t: float,
     ) -> Tensor:
-        """The guided prediction: ``(B, C, ...)``, or ``(B, 2 C, ...)`` where the model learns sigma (unguided)."""
+        """The guided prediction: ``(B, C, ...)``, or ``(B, 2 C, ...)`` where the model learns sigma
+        (unguided).
+        """
         if not self.active(t):
             return model(latents, timestep, labels, return_dict=False)[0]
         labels = torch.cat([labels, torch.full_like(labels, null_label)])

@@ -29,19 +29,11 @@ class Modulation(nn.Module):
         return modulation.view(len(condition), *[1] * rank, -1).chunk(self.chunks, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """``x (1 + scale) + shift`` in the dtype of x (float32 after a norm), returned in that of the
-    condition.
-    """
-    x = x * (1 + scale) if shift is None else torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
-    return x.to(scale.dtype)
-
-
 class Block(nn.Module):
-    """``x + gate * mixer(modulate(norm(x)))``, then the same with the MLP: ``(B, *grid, D) -> (B, *grid,
-    D)``.
+    """``x + gate * mixer(norm(x) (1 + scale) + shift)``, then the same with the MLP.
 
-    x is the residual stream and stays in float32; the branches compute in the dtype of the condition.
+    x ``(B, *grid, D)`` is the residual stream and stays in float32; the branches compute in the dtype of the
+    condition.
     """
 
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...]):
@@ -64,10 +56,10 @@ class Block(nn.Module):
         else:
             (scale_1, gate_1, scale_2, gate_2, *branch_gates), shift_1, shift_2 = chunks, None, None
 
-        branches = self.mixer.branches(modulate(self.norm_1(x), shift_1, scale_1), rope)
+        branches = self.mixer.branches(self.norm_1(x, shift_1, scale_1), rope)
         for gate, branch in zip((gate_1, *branch_gates), branches, strict=True):
             x = self.add(x, gate, branch)
-        return self.add(x, gate_2, self.mlp(modulate(self.norm_2(x), shift_2, scale_2)))
+        return self.add(x, gate_2, self.mlp(self.norm_2(x, shift_2, scale_2)))
 
     def add(self, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         gate = 1 + gate if self.spec.open_gates else gate

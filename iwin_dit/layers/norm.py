@@ -1,5 +1,7 @@
-"""Normalisation over the channels. The input is the float32 residual stream; the statistics stay in
-float32.
+"""Normalisation over the channels, with statistics in float32.
+
+The norms of a block are adaptive: ``norm(x) (1 + scale) + shift`` with scale and shift from the condition. A
+learned weight is folded into the scale, which is one vector an image, so that the tokens are multiplied once.
 """
 
 from __future__ import annotations
@@ -9,44 +11,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm with a learned weight (Zhang & Sennrich 2019)."""
+class AdaptiveLayerNorm(nn.Module):
+    """Layer norm without a weight of its own, then scale and shift (DiT)."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+        """x ``(B, *grid, D)``, shift (or None) and scale ``(B, 1, .., 1, D)``; the result has the dtype of
+        scale.
+        """
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return modulate(normed, shift, 1 + scale.float()).to(scale.dtype)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Root mean square norm with a learned weight (Zhang & Sennrich 2019), then scale and shift."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight
+    def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+        """As :meth:`AdaptiveLayerNorm.forward`."""
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return modulate(normed, shift, self.weight * (1 + scale.float())).to(scale.dtype)
 
 
-class LayerNorm(nn.Module):
-    """Layer norm without a learned weight: the modulation that follows has one (DiT)."""
-
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+def modulate(x: Tensor, shift: Tensor | None, factor: Tensor) -> Tensor:
+    """``x factor + shift`` in float32."""
+    return x * factor if shift is None else torch.addcmul(shift.float(), x, factor)
 
 
 class QKLayerNorm(nn.LayerNorm):
-    """Layer norm of queries or keys, per head, with a learned weight and bias; the result has the input's
-    dtype.
-    """
+    """Layer norm of queries or keys, per head, with a learned weight and bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-class QKRMSNorm(RMSNorm):
-    """RMS norm of queries or keys, per head; the result has the input's dtype."""
+class QKRMSNorm(nn.RMSNorm):
+    """RMS norm of queries or keys, per head, with a learned weight."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(x.dtype)
+        return (F.rms_norm(x.float(), self.normalized_shape, eps=self.eps) * self.weight).to(x.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": AdaptiveRMSNorm, "layer_norm": AdaptiveLayerNorm}
 QK_NORMS: dict[str, type[nn.Module]] = {"rms_norm": QKRMSNorm, "layer_norm": QKLayerNorm}

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from iwin_dit.layers.block import Block, Modulation, modulate
+from iwin_dit.layers.block import Block, Modulation
 from iwin_dit.layers.embeddings import PatchEmbed, TimestepEmbedder, rope_angles, sincos_positions, unpatchify
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec
@@ -204,7 +204,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
                 x = block(x, condition, rope)
 
         shift, scale = self.modulation_out(condition, rank=2)
-        x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, H/p, W/p, p p out_channels)
+        x = self.proj_out(self.norm_out(x, shift, scale))  # (B, H/p, W/p, p p out_channels)
         sample = unpatchify(x, self.patch_size).to(dtype)  # (B, out_channels, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

@@ -1,0 +1,151 @@
+"""The rules that join several keys of a config. Each error shows the values and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from iwin_dit.layers.specs import SIZES, BlockSpec
+from iwin_dit.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from iwin_dit.config import Config, ModelConfig, TrainConfig
+
+# Samplers of each objective; a test compares them with the objectives' own.
+SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "ddpm", "dpm++")}
+
+
+def check(config: Config) -> None:
+    """All rules. Raises ConfigError."""
+    _check_shape(config.model)
+    _check_ranges(config)
+    _check_block(config.model)
+    _check_sampling(config)
+    if config.objective.name == "ddpm":
+        for f in fields(config.objective)[1:]:
+            if getattr(config.objective, f.name) != f.default:
+                raise ConfigError(
+                    f"objective.{f.name} has no meaning for ddpm; remove it, or take flow_matching"
+                )
+
+
+def _check_block(model: ModelConfig) -> None:
+    _, width, heads, patch_size = model.shape
+    try:
+        BlockSpec(width=width, heads=heads, mixer=model.mixer)
+        model.mixer.window(tuple(side // patch_size for side in model.latent_size))
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    if "sincos" in model.position_embedding and width % 4:
+        raise ConfigError(f"sin-cos positions need a model.width that 4 divides, found {width}")
+    if "rope" in model.position_embedding and width // heads % 4:
+        raise ConfigError(f"rotary positions need heads of a width that 4 divides, found {width} / {heads}")
+
+
+def _check_sampling(config: Config) -> None:
+    sample, samplers = config.sample, SAMPLERS[config.objective.name]
+    if sample.guidance_scale != 1 and config.model.label_dropout == 0:
+        raise ConfigError(
+            f"sample.guidance_scale is {sample.guidance_scale}, but model.label_dropout is 0: without label "
+            "dropout there is no null label; set guidance_scale 1 or label_dropout 0.1"
+        )
+    if sample.sampler not in (None, *samplers):
+        raise ConfigError(
+            f"sample.sampler {sample.sampler} does not fit objective {config.objective.name}; "
+            f"expected one of {', '.join(samplers)}"
+        )
+    low, high = sample.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"sample.guidance_interval is [{low}, {high}], expected 0 <= low <= high <= 1")
+
+
+def _check_shape(model: ModelConfig) -> None:
+    numbers = {name: getattr(model, name) for name in ("depth", "width", "heads", "patch_size")}
+    if model.size is None:
+        missing = [name for name, value in numbers.items() if value is None]
+        if missing:
+            raise ConfigError(
+                f"model: give size (such as B/1), or depth, width, heads and patch_size; missing {missing}"
+            )
+    else:
+        given = [name for name, value in numbers.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"model.size {model.size} and model.{given[0]} are both given; remove one of them"
+            )
+        name, _, patch = model.size.partition("/")
+        if name not in SIZES or not patch.isdigit() or int(patch) < 1:
+            near = difflib.get_close_matches(name, SIZES, n=1)
+            hint = f"; did you mean {near[0]}/{patch or 1}?" if near else ""
+            raise ConfigError(
+                f"model.size is {model.size!r}, expected {', '.join(SIZES)}, a slash and the patch size{hint}"
+            )
+    if isinstance(model.sample_size, list) and len(model.sample_size) != 2:
+        raise ConfigError(f"model.sample_size is {model.sample_size}, expected a side or [height, width]")
+    patch = model.shape[3]
+    if patch < 1:
+        raise ConfigError(f"model.patch_size is {patch}, expected at least 1")
+    for side in model.latent_size:
+        if side < 1 or side % patch:
+            lower = max(side // patch, 1) * patch
+            raise ConfigError(
+                f"model.patch_size {patch} does not divide model.sample_size {side}; "
+                f"nearest sizes that fit: {lower}, {lower + patch}"
+            )
+
+
+ABOVE_ZERO = {
+    "model": ("depth", "width", "heads", "in_channels", "num_classes", "mlp_ratio"),
+    "objective": ("logit_std",),
+    "optimizer": ("learning_rate", "eps", "max_grad_norm"),
+    "train": (
+        "max_steps",
+        "batch_images",
+        "micro_batch",
+        "log_every_steps",
+        "save_every_steps",
+        "keep_checkpoints",
+    ),
+    "sample": ("num_inference_steps", "num_per_class", "guidance_channels"),
+}
+ZERO_OR_MORE = {
+    "objective": ("cosine_weight",),
+    "optimizer": ("warmup_steps", "weight_decay"),
+    "train": ("sample_every_steps", "num_workers"),
+}
+SHARES = {"model": ("label_dropout",), "train": ("ema_decay",)}
+
+
+def _check_ranges(config: Config) -> None:
+    for table, fits, words in (
+        (ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
+        (ZERO_OR_MORE, lambda value: value >= 0, "0 or more"),
+        (SHARES, lambda value: 0 <= value < 1, "a number in [0, 1)"),
+    ):
+        for section, keys in table.items():
+            for key in keys:
+                value = getattr(getattr(config, section), key)
+                if value is not None and not fits(value):
+                    raise ConfigError(f"{section}.{key} is {value}, expected {words}")
+
+
+def local_batch(train: TrainConfig, num_processes: int) -> tuple[int, int]:
+    """Images per process and per micro-batch.
+
+    Raises:
+        ConfigError: where processes or micro-batches do not divide the batch, with the numbers.
+    """
+    local, rest = divmod(train.batch_images, num_processes)
+    if rest:
+        raise ConfigError(
+            f"train.batch_images {train.batch_images} is not divisible by {num_processes} processes; "
+            f"nearest that is: {max(local, 1) * num_processes} or {(local + 1) * num_processes}"
+        )
+    micro_batch = train.micro_batch or local
+    if local % micro_batch:
+        raise ConfigError(
+            f"train.micro_batch {micro_batch} does not divide the {local} images of a process "
+            f"(train.batch_images {train.batch_images} / {num_processes} processes)"
+        )
+    return local, micro_batch

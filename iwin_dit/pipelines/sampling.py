@@ -1,0 +1,95 @@
+"""Images of classes, each from a seed of its own: image k of a class is the same whatever the batch size."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.runtime import files
+from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.seeds import generator
+
+
+class Sample(NamedTuple):
+    """Image ``number`` of a class."""
+
+    label: int
+    number: int
+    image: Image.Image
+
+
+def sample_classes(
+    pipeline: IwinDiTPipeline,
+    labels: Sequence[int],
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    **options: Any,
+) -> Iterator[Sample]:
+    """Draws ``num_images`` images of each class, in order, with a progress bar.
+
+    Args:
+        seed: with the class and the number of the image, the seed of its noise.
+        batch_size: images of one forward pass; the images do not depend on it.
+        options: arguments of the pipeline's call, such as ``guidance_scale``.
+    """
+    wanted = list(itertools.product(labels, range(num_images)))
+    with progress(total=len(wanted), unit="image", desc="sample") as bar:
+        for start in range(0, len(wanted), batch_size):
+            batch = wanted[start : start + batch_size]
+            generators = [generator(seed, "image", label, number) for label, number in batch]
+            images = pipeline([label for label, _ in batch], generator=generators, **options).images
+            for (label, number), image in zip(batch, images, strict=True):
+                yield Sample(label, number, image)
+            bar.update(len(batch))
+
+
+def draw_grid(samples: Sequence[Sample], names: dict[int, str], min_side: int = 64) -> Image.Image:
+    """A row per class, its name at the left; small images are enlarged without smoothing."""
+    rows = {
+        label: [s.image for s in group] for label, group in itertools.groupby(samples, key=lambda s: s.label)
+    }
+    width, height = samples[0].image.size
+    factor = max(1, -(-min_side // min(width, height)))
+    width, height, gap = width * factor, height * factor, 2
+    font = ImageFont.load_default(size=14)
+    texts = {
+        label: _shorten(
+            f"{label}  {names[label]}" if names.get(label) not in (None, str(label)) else f"{label}"
+        )
+        for label in rows
+    }
+    margin = max(int(font.getlength(text)) for text in texts.values()) + 16
+    columns = max(map(len, rows.values()))
+    grid = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (label, images) in enumerate(rows.items()):
+        top = row * (height + gap)
+        draw.text((8, top + height // 2), texts[label], fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            image = image.resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(image, (margin + column * (width + gap), top))
+    return grid
+
+
+def write_samples(samples: Sequence[Sample], folder: Path, recipe: dict[str, Any]) -> None:
+    """A PNG per image, named by class and number, each complete or absent, and ``recipe.json`` beside
+    them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for sample in samples:
+        path = folder / f"{sample.label:04d}-{sample.number:05d}.png"
+        temporary = path.with_name(f".tmp-{path.name}")
+        sample.image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    files.replace(folder / "recipe.json", files.to_json(recipe))
+
+
+def _shorten(text: str, limit: int = 28) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

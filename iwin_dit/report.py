@@ -1,0 +1,96 @@
+"""What a run will take, and how it went: text before, a curve after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from iwin_dit.build import build_model
+from iwin_dit.config import Config
+from iwin_dit.data.latents import LatentDataset
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.run import RunDirectory
+
+
+def multiply_adds(model: IwinDiTTransformer2DModel) -> int:
+    """Multiply-adds of one forward pass of one image, counted operation by operation on a meta copy."""
+    latent = torch.empty(1, model.config.in_channels, *model.latent_size, device="meta")
+    label = torch.zeros(1, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(latent, torch.zeros(1, device="meta"), label)
+    return counter.get_total_flops() // 2
+
+
+def describe_run(config: Config) -> str:
+    """The resolved config, and what the run takes: parameters, multiply-adds, tokens, memory, steps per
+    epoch.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    grid = model.grid(*model.latent_size)
+    window = (
+        f", window {' x '.join(map(str, config.model.mixer.window(grid)))}"
+        if config.model.mixer.name == "iwin"
+        else ""
+    )
+    try:
+        images = len(LatentDataset(config.data.path))
+        epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
+    except DataError as error:
+        epoch = f"unknown: {error}"
+    lines = {
+        "parameters": f"{parameters:,}",
+        "multiply-adds per image": f"{multiply_adds(model) / 1e9:,.3f} G, one forward pass",
+        "tokens": f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]}{window}",
+        "memory": f"weights {_bytes(4 * parameters)}, EMA and gradients as much each, "
+        f"AdamW {_bytes(8 * parameters)}; activations come on top",
+        "checkpoint": f"{_bytes(16 * parameters)}, {config.train.keep_checkpoints} are kept",
+        "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
+        "an epoch": epoch,
+    }
+    width = max(map(len, lines))
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+    return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{table}"
+
+
+def _bytes(count: float) -> str:
+    unit = 0
+    while count >= 1024 and unit < 3:
+        count, unit = count / 1024, unit + 1
+    return f"{count:,.1f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def draw_loss_curve(run: RunDirectory) -> Path | None:
+    """``loss.png`` from the log; None, and a hint, where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no loss curve: it needs matplotlib, pip install 'iwin-dit[demo]'")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = run.read_log()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    axes.plot(steps, losses, color="0.8", label="each log line")
+    axes.plot(steps, _smooth(losses), color="tab:blue", label="running mean")
+    axes.set(xlabel="step", ylabel="loss", title=run.path.name)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path = run.path / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _smooth(values: list[float], span: int = 10) -> list[float]:
+    return [
+        sum(values[max(0, i - span + 1) : i + 1]) / len(values[max(0, i - span + 1) : i + 1])
+        for i in range(len(values))
+    ]

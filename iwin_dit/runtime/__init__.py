@@ -1,0 +1,1 @@
+"""Files, checkpoints, run directories and seeds: bytes on disk and nothing else."""

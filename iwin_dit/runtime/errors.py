@@ -1,0 +1,47 @@
+"""Errors that a user can mend. Scripts show them as one line and an exit code, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Says what was found, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A config, an argument or a path that cannot work."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or pipeline that is missing, damaged or made by something else."""
+
+
+class DataError(UserError):
+    """Images or latents that are missing, damaged or do not fit the model."""
+
+
+class NonFiniteError(UserError):
+    """Training diverged."""
+
+    exit_code = 4
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Runs a script's ``main`` and ends the process: mistakes of the user as one line, bugs as a
+    traceback.
+    """
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as in `| head`
+        sys.stderr.close()
+        sys.exit(0)

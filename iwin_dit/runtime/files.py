@@ -1,0 +1,65 @@
+"""Writing files so that they are complete or absent, and survive a power loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 24
+
+
+def write(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes and fsyncs a new file; returns its size and SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for start in range(0, len(data), CHUNK):
+            chunk = data[start : start + CHUNK]
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": digest.hexdigest()}
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file on disk, in the form that :func:`write` returns."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: readers see the old bytes or the new ones."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    write(temporary, data)
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Makes a finished temporary directory visible under its final name."""
+    fsync_directory(temporary)
+    os.rename(temporary, final)
+    fsync_directory(final.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

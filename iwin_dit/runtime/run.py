@@ -1,0 +1,124 @@
+"""A run directory: its lock, its config and its log.
+
+```
+runs/name/
+  lock            held for the life of the process
+  config.yaml     the resolved config; a run keeps the one it began with
+  log.jsonl       one line per logged step
+  checkpoints/    step-00010000/, ...
+  samples/        grids that training drew
+  pipeline/       the model for diffusers, written at the end
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError
+
+
+class RunDirectory:
+    """Opens or makes a run directory and holds its lock until the process ends.
+
+    Args:
+        path: the directory.
+        config: the resolved config as nested dictionaries.
+        may_change: dotted keys that a resumed run may set anew; any other difference is refused.
+
+    Raises:
+        ConfigError: where it cannot be written, is held by another process, or was begun with another config.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any], may_change: frozenset[str]):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.pipeline = self.path / "pipeline"
+        self.log_path = self.path / "log.jsonl"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.samples.mkdir(exist_ok=True)
+            self._lock = self._acquire_lock()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {self.path} cannot be written: {error.strerror or error}"
+            ) from error
+        self._keep_config(config, may_change)
+
+    def _acquire_lock(self) -> Any:
+        lock = open(self.path / "lock", "a+")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{self.path} is in use, held by {lock.read().strip()}; wait, or take another"
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+        lock.flush()
+        return lock
+
+    def _keep_config(self, config: dict[str, Any], may_change: frozenset[str]) -> None:
+        path = self.path / "config.yaml"
+        if path.exists():
+            before, now = flatten(read_config(self.path)), flatten(config)
+            changed = [
+                f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+                for key in sorted({*before, *now})
+                if before.get(key) != now.get(key) and key not in may_change
+            ]
+            if changed:
+                raise ConfigError(
+                    f"{self.path} was begun with another config ({'; '.join(changed)}); "
+                    "restore these values, or take another output_dir"
+                )
+        files.replace(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line to ``log.jsonl``."""
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of ``log.jsonl``; a line that a kill cut short is left out."""
+        return [json.loads(line) for line in self._log_lines() if _is_json(line)]
+
+    def rewind_log(self, step: int) -> None:
+        """Drops what was logged after ``step``: a resumed run logs those steps again."""
+        if self.log_path.exists():
+            kept = [record for record in self.read_log() if record["step"] <= step]
+            files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def _log_lines(self) -> list[str]:
+        return self.log_path.read_text().splitlines() if self.log_path.exists() else []
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The config that a run was begun with."""
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,164 @@
+"""Real classes at toy size, shared by the tests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+
+from iwin_dit.data.codec import encode
+from iwin_dit.data.latents import Shard, write_latents
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+
+ROOT = Path(__file__).parent.parent
+NUM_IMAGES, NUM_CLASSES = 60, 3
+
+
+def give_zeros_noise(model, seed=0):
+    """adaLN-Zero answers with a constant at the start, which would hide any mistake: no parameter stays all
+    zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.any():
+            with torch.no_grad():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_vae(latent_channels=4):
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8],
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    defaults = dict(
+        sample_size=8,
+        in_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=NUM_CLASSES,
+        mixer={"window_size": 4},
+    )
+    return give_zeros_noise(IwinDiTTransformer2DModel(**(defaults | options))).eval()
+
+
+@pytest.fixture(scope="session")
+def latents_folder(tmp_path_factory):
+    """60 images of 3 classes through a real, tiny autoencoder, in two shards; the folder's name is not plain
+    ASCII.
+    """
+    root = tmp_path_factory.mktemp("dätä 漢")
+    vae = make_vae()
+    vae.save_pretrained(root / "vae")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(NUM_IMAGES, 3, 1, 1, generator=generator).expand(-1, -1, 16, 16)
+    images = (images + 0.3 * torch.randn(NUM_IMAGES, 3, 16, 16, generator=generator)).clamp(-1, 1)
+    labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
+    shards = [
+        Shard(encode(vae, images[part]), encode(vae, images[part].flip(-1)), labels[part])
+        for part in (slice(0, 40), slice(40, None))
+    ]
+    names = ["white shark", "golden retriever", "umbrella"]
+    write_latents(root / "latents", shards, {"vae": "../vae", "image_size": [16, 16], "class_names": names})
+    return root / "latents"
+
+
+@pytest.fixture
+def recipe(latents_folder, tmp_path):
+    """``recipe(**overrides)`` writes the config of a run that takes seconds; ``train={...}`` updates a
+    section.
+    """
+
+    def write(name="config.yaml", **overrides):
+        config = {
+            "output_dir": str(tmp_path / "run"),
+            "data": {"path": str(latents_folder), "random_flip": True},
+            "model": {
+                **{"depth": 2, "width": 32, "heads": 2, "patch_size": 1, "sample_size": 8, "in_channels": 4},
+                **{"num_classes": NUM_CLASSES, "mixer": {"window_size": 4}},
+            },
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 5},
+            "train": {
+                **{
+                    "max_steps": 60,
+                    "batch_images": 8,
+                    "precision": "fp32",
+                    "ema_decay": 0.9,
+                    "num_workers": 0,
+                },
+                **{"log_every_steps": 2, "save_every_steps": 20, "sample_every_steps": 0},
+            },
+            "sample": {"num_inference_steps": 2, "num_per_class": 1},
+        }
+        for key, value in overrides.items():
+            if isinstance(value, dict):
+                config.setdefault(key, {}).update(value)
+            else:
+                config[key] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def start(*arguments, cwd=ROOT, launcher=(), **environment):
+    command = [*(launcher or (sys.executable,)), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def run(*arguments, expect=0, **options):
+    """Runs a script to its end and returns (stdout, stderr)."""
+    process = start(*arguments, **options)
+    stdout, stderr = process.communicate(timeout=280)
+    assert process.returncode == expect, f"exit {process.returncode}\n{stdout}\n{stderr[-3000:]}"
+    return stdout, stderr
+
+
+def refused(*arguments, expect=2, **options):
+    """Runs a script that must end with one line of error; returns the line."""
+    _, stderr = run(*arguments, expect=expect, **options)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert "Traceback" not in stderr, stderr
+    return errors[0]
+
+
+def logged_steps(directory):
+    path = Path(directory) / "log.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def kill_after(process, directory, step):
+    """kill -9 once this step has been logged."""
+    deadline = time.time() + 240
+    while max(logged_steps(directory), default=0) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()

@@ -1,0 +1,182 @@
+"""Configs: every recipe builds, every mistake is one line that says what to do."""
+
+import subprocess
+import sys
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from iwin_dit import build, config_rules
+from iwin_dit.config import MAY_CHANGE, Config, load_config, parse_arguments
+from iwin_dit.config_rules import local_batch
+from iwin_dit.report import describe_run
+from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.run import flatten
+
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def parse(*arguments):
+    return parse_arguments(arguments, QUICKSTART)[0]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_built(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build.build_model(config)
+    latent = torch.empty(2, config.model.in_channels, *config.model.latent_size, device="meta")
+    output = model(
+        latent, torch.zeros(2, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    ).sample
+    assert output.shape[0] == 2
+    assert output.shape[2:] == latent.shape[2:]
+    build.build_objective(config).scheduler(config.sample.sampler)
+    assert "parameters" in describe_run(config)
+
+
+def test_samplers_are_those_of_the_objectives():
+    for name, objective in (("flow_matching", build.FlowMatching), ("ddpm", build.DDPM)):
+        assert config_rules.SAMPLERS[name] == objective.samplers
+        assert objective.default_sampler in objective.samplers
+
+
+def test_a_resolved_config_is_a_config(tmp_path):
+    config = parse("--train.max_steps", "7", "--model.mixer.window_size", "[4, 2]")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.train.max_steps == 7
+    assert set(flatten(config.to_dict())) > MAY_CHANGE
+
+
+def test_yaml_that_is_read_as_it_is_meant(tmp_path):
+    """PyYAML alone reads 1e-4 as a string."""
+    path = tmp_path / "c.yaml"
+    path.write_text(QUICKSTART.read_text().replace("1.0e-3", "1e-4"))
+    assert load_config(path).optimizer.learning_rate == 1e-4
+
+
+MISTAKES = [
+    ("--train.max_stepz 5", "did you mean --train.max_steps?"),
+    ("--train.max_step 5", "did you mean --train.max_steps?"),
+    ("--model.depth many", "model.depth is 'many', expected int"),
+    ("--train.precision fp16", "train.precision is 'fp16', expected Literal['fp32', 'bf16']"),
+    ("--model.mixer.name swim", "model.mixer.name is 'swim', expected Literal['iwin', 'global']"),
+    ("--model.heads 3", "3 heads do not divide the width 128; nearest that do: 1, 2, 4"),
+    (
+        "--model.patch_size 3",
+        "model.patch_size 3 does not divide model.sample_size 8; nearest sizes that fit: 6, 9",
+    ),
+    ("--model.size XL/1", "model.size XL/1 and model.depth are both given"),
+    ("--sample.sampler ddim", "sample.sampler ddim does not fit objective flow_matching"),
+    ("--model.label_dropout 0", "without label dropout there is no null label"),
+    ("--model.label_dropout 1.5", "model.label_dropout is 1.5, expected a number in [0, 1)"),
+    ("--train.batch_images 0", "train.batch_images is 0, expected a number above 0"),
+    ("--optimizer.warmup_steps -1", "optimizer.warmup_steps is -1, expected 0 or more"),
+    ("--model.mixer.kernel_size 4", "expected an odd number"),
+    ("--model.mixer.window_size [4,4,4]", "has 3 axes"),
+    ("--model.mixer.name global", "the global mixer has no window_size"),
+    ("--objective.name ddpm --objective.cosine_weight 1", "objective.cosine_weight has no meaning for ddpm"),
+    ("--sample.guidance_interval [0.5,0.1]", "sample.guidance_interval is [0.5, 0.1]"),
+    ("--model.position_embedding rope --model.heads 64", "heads of a width that 4 divides, found 128 / 64"),
+    ("--config missing.yaml", "missing.yaml cannot be read: No such file"),
+    ("surprise", "unrecognized arguments: surprise"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[a for a, _ in MISTAKES])
+def test_mistakes_are_explained(arguments, message):
+    with pytest.raises(ConfigError) as error:
+        parse(*arguments.split())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {dephth: 3}", "model.dephth is not a key; did you mean model.depth?"),
+        ("modle: {depth: 3}", "modle is not a key; did you mean model?"),
+        (
+            "model: {mixer: {window: 3}}",
+            "model.mixer.window is not a key; did you mean model.mixer.window_size?",
+        ),
+        ("model: 3", "model is 3, expected keys such as"),
+        ("seed: 1\nseed: 2", "the key seed appears twice, again in line 2"),
+        ("- 1", "holds list, expected keys and values"),
+        ("a: [", "is not valid YAML"),
+        ("model: {sample_size: 16}", "give size (such as B/1), or depth, width, heads and patch_size"),
+        ("model: {size: XXL/1}", "did you mean XL/1?"),
+    ],
+)
+def test_mistakes_in_a_file_are_explained(tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert message in str(error.value)
+
+
+def keys(kind=Config, prefix=""):
+    for f in fields(kind):
+        nested = f.default_factory
+        if isinstance(nested, type) and is_dataclass(nested):
+            yield from keys(nested, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
+
+
+def test_every_key_misspelt_fails(tmp_path):
+    path = tmp_path / "c.yaml"
+    for key in keys():
+        *sections, name = key.split(".")
+        content = {f"{name[:-1]}": 1}
+        for section in reversed(sections):
+            content = {section: content}
+        path.write_text(yaml.safe_dump(content))
+        with pytest.raises(ConfigError, match="is not a key"):
+            load_config(path)
+
+
+def test_batches_that_do_not_divide_are_explained():
+    train = parse("--train.batch_images", "30").train
+    assert local_batch(train, 3) == (10, 10)
+    with pytest.raises(
+        ConfigError, match=r"batch_images 30 is not divisible by 4 processes; nearest that is: 28 or 32"
+    ):
+        local_batch(train, 4)
+    train = parse("--train.batch_images", "30", "--train.micro_batch", "4").train
+    with pytest.raises(ConfigError, match=r"micro_batch 4 does not divide the 10 images of a process"):
+        local_batch(train, 3)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--model.heads", "3"]])
+def test_help_and_errors_answer_at_once_without_torch(arguments):
+    code = (
+        "import sys, runpy; sys.argv = ['train_dit.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path('train_dit.py', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    started = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert time.perf_counter() - started < 3  # on a busy machine; alone it is a third of a second
+    assert ended.returncode == (0 if arguments == ["--help"] else 2)
+    assert ended.stderr.strip().splitlines()[-1] == "False"
+    assert ("usage: train_dit.py" in ended.stdout) or "error: model: 3 heads" in ended.stderr
+
+
+def test_defaults_are_documented():
+    for kind in (Config, *(f.default_factory for f in fields(Config) if is_dataclass(f.default_factory))):
+        for f in fields(kind):
+            assert f"{f.name}:" in kind.__doc__.replace(", ", ":"), (
+                f"{kind.__name__}.{f.name} is not explained"
+            )
+
+
+def test_recipes_are_found():
+    assert Path(QUICKSTART) in RECIPES

@@ -1,0 +1,160 @@
+"""Latent shards, the order of training and the codec."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_IMAGES, make_vae
+from PIL import Image
+from safetensors.torch import load_file
+
+from iwin_dit.data import codec, digits
+from iwin_dit.data.examples import StepSampler, TrainingExamples
+from iwin_dit.data.latents import LatentDataset, Shard, write_latents
+from iwin_dit.runtime.errors import DataError
+
+
+def shards_of(folder):
+    return [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def test_latents_are_read_as_they_were_written(latents_folder):
+    dataset = LatentDataset(latents_folder)
+    raw = torch.cat([shard["latents"] for shard in shards_of(latents_folder)])
+    mirrored = torch.cat([shard["latents_flip"] for shard in shards_of(latents_folder)])
+    assert len(dataset) == NUM_IMAGES
+    mean, std = raw.double().mean((0, 2, 3)), raw.double().std((0, 2, 3), correction=0)
+    np.testing.assert_allclose(dataset.mean, mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(dataset.std, std, rtol=1e-9)
+    for i in (0, 39, 40, 59):  # the ends of both shards
+        latent, label = dataset[i]
+        expected = (raw[i] - mean[:, None, None]) / std[:, None, None]
+        torch.testing.assert_close(latent, expected.float())
+        assert label == i % 3
+        expected = (mirrored[i] - mean[:, None, None]) / std[:, None, None]
+        torch.testing.assert_close(dataset.read(i, mirrored=True)[0], expected.float())
+
+
+def test_workers_open_the_files_themselves(latents_folder):
+    dataset = LatentDataset(latents_folder)
+    before = dataset[7][0]
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[7][0], before)
+
+
+def test_bad_latents_are_refused(latents_folder, tmp_path):
+    with pytest.raises(DataError, match="there are no latents in"):
+        LatentDataset(tmp_path)
+    bad = tmp_path / "latents"
+    shutil.copytree(latents_folder, bad)
+    shard = bad / "latents_rank00_shard001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match="shard001.*missing or not the"):
+        LatentDataset(bad)
+    (bad / "index.json").write_text("{}")
+    with pytest.raises(DataError, match="not an index of latents"):
+        LatentDataset(bad)
+    nan = torch.full((1, 4, 2, 2), torch.nan)
+    with pytest.raises(DataError, match="not finite"):
+        write_latents(tmp_path / "nan", [Shard(nan, nan, torch.zeros(1))], {})
+    assert not (tmp_path / "nan" / "index.json").exists()
+
+
+def test_shards_may_not_point_out_of_their_folder(latents_folder, tmp_path):
+    shutil.copytree(latents_folder, tmp_path / "latents")
+    index = json.loads((tmp_path / "latents" / "index.json").read_text())
+    index["shards"][0]["file"] = "../latents/latents_rank00_shard000.safetensors"
+    (tmp_path / "latents" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="missing or not"):
+        LatentDataset(tmp_path / "latents")
+
+
+def examples(folder, seed=0, dropout=0.25):
+    return TrainingExamples(LatentDataset(folder), seed, True, dropout, null_label=3)
+
+
+def test_examples_are_a_function_of_seed_and_position(latents_folder):
+    one, two, other = examples(latents_folder), examples(latents_folder), examples(latents_folder, seed=1)
+    for position in (5, 1000, 5, 61):
+        a, b, c = one[position], two[position], other[position]
+        assert torch.equal(a.x0, b.x0)
+        assert torch.equal(a.noise, b.noise)
+        assert (a.label, a.u) == (b.label, b.u)
+        assert not torch.equal(a.noise, c.noise)
+    assert not torch.equal(one[5].noise, one[6].noise)
+
+
+def test_a_pass_sees_every_image_once_and_the_next_in_another_order(latents_folder):
+    stream = examples(latents_folder, dropout=0.0)
+    dataset = LatentDataset(latents_folder)
+    known = {dataset.read(i, m)[0].numpy().tobytes(): i for i in range(NUM_IMAGES) for m in (False, True)}
+    passes = [
+        [known[stream[p].x0.numpy().tobytes()] for p in range(e * NUM_IMAGES, (e + 1) * NUM_IMAGES)]
+        for e in (0, 1)
+    ]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(NUM_IMAGES))
+    assert passes[0] != passes[1]
+
+
+def test_labels_are_dropped_and_images_mirrored_at_their_rates(latents_folder):
+    stream = examples(latents_folder)
+    dataset = LatentDataset(latents_folder)
+    mirrored = {dataset.read(i, True)[0].numpy().tobytes() for i in range(NUM_IMAGES)}
+    drawn = [stream[p] for p in range(2000)]
+    assert np.mean([e.label == 3 for e in drawn]) == pytest.approx(0.25, abs=0.04)
+    assert np.mean([e.x0.numpy().tobytes() in mirrored for e in drawn]) == pytest.approx(0.5, abs=0.04)
+    u, noise = torch.stack([e.u for e in drawn]), torch.stack([e.noise for e in drawn])
+    assert u.mean() == pytest.approx(0.5, abs=0.03)
+    assert noise.mean() == pytest.approx(0, abs=0.01)
+    assert noise.std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
+def test_every_split_of_a_step_holds_the_same_positions(processes, micro_batch):
+    batch = 24
+    for start in (0, 3):
+        samplers = [
+            StepSampler(start, 5, batch, micro_batch, process, processes) for process in range(processes)
+        ]
+        per_step = batch // processes // micro_batch
+        lists = [list(sampler) for sampler in samplers]
+        assert all(len(own) == len(sampler) for own, sampler in zip(lists, samplers, strict=True))
+        for step in range(start, 5):
+            mine = slice((step - start) * per_step, (step - start + 1) * per_step)
+            positions = [p for own in lists for micro in own[mine] for p in micro]
+            assert sorted(positions) == list(range(step * batch, (step + 1) * batch))
+
+
+def test_normalisation_round_trip():
+    latents = torch.randn(2, 3, 4, 4)
+    mean, std = [0.1, -2.0, 3.0], [1.0, 0.5, 7.0]
+    normalized = codec.normalize(latents, mean, std)
+    torch.testing.assert_close(normalized[:, 1], (latents[:, 1] + 2) / 0.5)
+    torch.testing.assert_close(codec.denormalize(normalized, mean, std), latents)
+
+
+def test_statistics_that_a_vae_declares():
+    vae = make_vae()
+    assert codec.vae_statistics(vae) == ([0.0] * 4, [1 / 0.18215] * 4)
+    vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    assert codec.vae_statistics(vae) == ([1.0] * 4, [2.0] * 4)
+
+
+def test_the_digits_become_images_of_ten_classes(tmp_path):
+    digits.write_images(tmp_path, seed=0)
+    images, labels, names = digits.read_images(tmp_path / "train")
+    assert images.shape == (1500, 3, 32, 32)
+    assert names == [str(d) for d in range(10)]
+    assert len(list((tmp_path / "test").rglob("*.png"))) == 297
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    path = next((tmp_path / "train" / "3").iterdir())
+    scan = scans.images[int(path.stem)]
+    assert scans.target[int(path.stem)] == 3
+    shrunk = np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BOX), dtype=float)
+    assert np.corrcoef(shrunk.ravel(), scan.ravel())[0, 1] > 0.95
+    assert set(labels.tolist()) == set(range(10))

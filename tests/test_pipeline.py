@@ -1,0 +1,291 @@
+"""The pipeline: labels, seeds, guidance, sizes, and the ways to load it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_vae
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
+from iwin_dit.data.codec import decode
+from iwin_dit.diffusion.ddpm import DDPM
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.sampling import draw_grid, sample_classes, write_samples
+from iwin_dit.runtime.seeds import generator
+
+NAMES = {0: "white shark, Carcharodon carcharias", 1: "golden retriever", 2: "umbrella"}
+
+
+def make_pipeline(scheduler=None, model=None, **options):
+    pipeline = IwinDiTPipeline(
+        model or make_model(prediction_type="flow_prediction"),
+        make_vae(),
+        scheduler or FlowMatching().scheduler(),
+        id2label=NAMES,
+        **options,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images_of(pipeline, labels, seeds=None, **options):
+    seeds = range(len(labels)) if seeds is None else seeds
+    options = dict(num_inference_steps=3, guidance_scale=2.0, output_type="pt") | options
+    return pipeline(labels, generator=[generator(seed) for seed in seeds], **options).images
+
+
+def test_ids_and_names_can_be_mixed():
+    pipeline = make_pipeline()
+    assert pipeline.get_label_ids([2, "golden retriever", "Carcharodon carcharias", "UMBRELLA", "1"]) == [
+        2,
+        1,
+        0,
+        2,
+        1,
+    ]
+    assert pipeline.get_label_ids("white shark, Carcharodon carcharias") == [0]
+    assert pipeline.get_label_ids(torch.tensor([1, 2])) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (3, "class 3 is out of range: this model has 3 classes, 0 to 2"),
+        (-1, "class -1 is out of range"),
+        ("golden retreiver", "unknown class name 'golden retreiver'; nearest names: golden retriever"),
+        ("zzz", "unknown class name 'zzz'; the model has 3 classes, such as"),
+    ],
+)
+def test_bad_labels_are_explained_before_the_model_runs(label, message):
+    pipeline = make_pipeline()
+    pipeline.transformer.forward = None
+    with pytest.raises(ValueError, match="class") as error:
+        pipeline([label])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatching().scheduler(), DDPM().scheduler("ddpm")])
+def test_an_image_does_not_depend_on_its_batch(scheduler):
+    """Stochastic samplers too: each image draws from its own generator."""
+    sigma = isinstance(scheduler, DDPMScheduler)
+    pipeline = make_pipeline(scheduler, make_model(out_channels=8 if sigma else 4))
+    together = images_of(pipeline, [0, 1, 2, 1])
+    for i, label in enumerate([0, 1, 2, 1]):
+        torch.testing.assert_close(images_of(pipeline, [label], [i])[0], together[i], atol=1e-4, rtol=0)
+    assert not torch.allclose(together[1], together[3])
+
+
+def test_images_are_what_the_vae_decodes():
+    """The latents' normalisation is undone, and the range is [0, 1]."""
+    mean, std = [0.5, -0.5, 1.0, 0.0], [2.0, 1.0, 0.5, 3.0]
+    pipeline = make_pipeline(latents_mean=mean, latents_std=std)
+    latents = images_of(pipeline, [1], output_type="latent")
+    raw = latents * torch.tensor(std).view(1, 4, 1, 1) + torch.tensor(mean).view(1, 4, 1, 1)
+    expected = (decode(pipeline.vae, raw) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images_of(pipeline, [1]), expected)
+    plain = make_pipeline()
+    expected = (decode(plain.vae, images_of(plain, [1], output_type="latent") / 0.18215) / 2 + 0.5).clamp(
+        0, 1
+    )
+    torch.testing.assert_close(images_of(plain, [1]), expected)
+
+
+def test_output_types():
+    pipeline = make_pipeline()
+    pt = images_of(pipeline, [1])
+    array = images_of(pipeline, [1], output_type="np")
+    picture = images_of(pipeline, [1], output_type="pil")[0]
+    np.testing.assert_allclose(array[0], pt[0].movedim(0, -1).numpy())
+    np.testing.assert_array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+    assert isinstance(pipeline([1], num_inference_steps=1, return_dict=False), tuple)
+    with pytest.raises(ValueError, match="output_type is 'jpeg', expected"):
+        pipeline([1], output_type="jpeg")
+
+
+def test_other_sizes():
+    pipeline = make_pipeline()
+    assert images_of(pipeline, [1], height=24, width=40).shape == (1, 3, 24, 40)
+    with pytest.raises(ValueError, match="height is 25, expected a multiple of 2"):
+        pipeline([1], height=25)
+
+
+def count_passes(pipeline, **options):
+    asked = []
+    forward = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda latents, *a, **k: (
+        asked.append(len(latents)),
+        forward(latents, *a, **k),
+    )[1]
+    pipeline([0], num_inference_steps=4, **options)
+    pipeline.transformer.forward = forward
+    return asked
+
+
+def test_guidance_costs_a_second_image_only_where_it_acts():
+    pipeline = make_pipeline()
+    assert count_passes(pipeline, guidance_scale=1.0) == [1] * 4
+    assert count_passes(pipeline, guidance_scale=3.0) == [2] * 4
+    assert count_passes(pipeline, guidance_scale=3.0, guidance_interval=(0.3, 0.8)) == [1, 2, 2, 1]
+
+
+def test_guidance_needs_a_null_label():
+    pipeline = make_pipeline(model=make_model(class_dropout_prob=0.0))
+    assert pipeline([1], guidance_scale=1.0, num_inference_steps=1).images
+    with pytest.raises(ValueError, match="trained without a null label"):
+        pipeline([1], guidance_scale=2.0)
+
+
+def test_a_scheduler_of_another_objective_is_refused():
+    with pytest.raises(
+        ValueError, match="DDIMScheduler expects 'epsilon', the model predicts 'flow_prediction'"
+    ):
+        make_pipeline(DDIMScheduler())([1])
+
+
+def test_a_callback_sees_and_changes_the_latents():
+    pipeline, seen = make_pipeline(), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), pipe.num_timesteps))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = images_of(pipeline, [1], output_type="latent", callback_on_step_end=callback)
+    assert [s for s, _, _ in seen] == [0, 1, 2]
+    assert not latents.any()
+
+
+def test_grids_and_folders(tmp_path):
+    pipeline = make_pipeline()
+    samples = list(sample_classes(pipeline, [2, 0], 3, seed=0, batch_size=4, num_inference_steps=1))
+    assert [(s.label, s.number) for s in samples] == [(2, 0), (2, 1), (2, 2), (0, 0), (0, 1), (0, 2)]
+    assert draw_grid(samples, NAMES).height == 2 * 66
+    write_samples(samples, tmp_path / "out", {"seed": 0})
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names[:2] == ["0000-00000.png", "0000-00001.png"]
+    assert names[-1] == "recipe.json"
+    assert len(names) == 7
+
+
+LOAD = """
+import sys, torch
+{imports}
+pipeline = {call}
+pipeline.set_progress_bar_config(disable=True)
+from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
+assert isinstance(pipeline, IwinDiTPipeline), type(pipeline)
+assert isinstance(pipeline.transformer, IwinDiTTransformer2DModel), type(pipeline.transformer)
+images = pipeline(["umbrella"], generator=torch.Generator().manual_seed(3), num_inference_steps=2,
+output_type="pt").images torch.save(images, sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    pipeline = make_pipeline(latents_mean=[0.1] * 4, latents_std=[1.5] * 4)
+    folder = tmp_path_factory.mktemp("ünï code") / "pipeline"
+    export_pipeline(pipeline, folder, {"step": 3})
+    export_pipeline(pipeline, folder, {"step": 4})  # replaces the first
+    expected = pipeline(
+        ["umbrella"], generator=torch.Generator().manual_seed(3), num_inference_steps=2, output_type="pt"
+    ).images
+    return folder, expected
+
+
+def test_an_export_is_complete(exported):
+    folder, _ = exported
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "IwinDiTPipeline"]
+    assert index["transformer"] == ["iwin_dit", "IwinDiTTransformer2DModel"]
+    assert "_name_or_path" not in index
+    assert (folder / "transformer" / f"diffusion_pytorch_{SAFETENSORS_WEIGHTS_NAME}").exists() or list(
+        (folder / "transformer").glob("*.safetensors")
+    )
+    assert json.loads((folder / "recipe.json").read_text())["step"] == 4
+    assert [p.name for p in folder.parent.iterdir()] == ["pipeline"], "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("imports", "call"),
+    [
+        ("from iwin_dit import IwinDiTPipeline", "IwinDiTPipeline.from_pretrained({folder!r})"),
+        (
+            "from diffusers import DiffusionPipeline",
+            "DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True)",
+        ),
+    ],
+    ids=["our class", "DiffusionPipeline"],
+)
+def test_loading_in_a_process_of_its_own(exported, tmp_path, imports, call):
+    folder, expected = exported
+    code = LOAD.format(imports=imports, call=call.format(folder=str(folder)))
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "images.pt")],
+        capture_output=True,
+        text=True,
+        env={
+            **__import__("os").environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        },
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    torch.testing.assert_close(
+        torch.load(tmp_path / "images.pt", weights_only=True), expected, atol=1e-5, rtol=0
+    )
+
+
+def test_a_model_alone_makes_the_round_trip(tmp_path):
+    for options in (
+        {},
+        dict(
+            mixer={"name": "global"},
+            position_embedding="sincos+rope",
+            norm="layer_norm",
+            mlp="gelu",
+            qk_norm=True,
+        ),
+        dict(
+            modulation_shift=False,
+            open_gates=False,
+            sample_size=(8, 12),
+            patch_size=2,
+            mixer={"window_size": [2, 3]},
+        ),
+    ):
+        model = make_model(**options)
+        model.save_pretrained(tmp_path)
+        again = IwinDiTTransformer2DModel.from_pretrained(tmp_path)
+        latents = torch.randn(2, 4, *model.latent_size, generator=torch.Generator().manual_seed(0))
+        arguments = (latents, torch.tensor([3, 700]), torch.tensor([0, 3]))
+        with torch.no_grad():
+            assert torch.equal(model(*arguments).sample, again(*arguments).sample)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        model(latents, torch.tensor([3, 700]), torch.tensor([0, 3])).sample.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert all(g.any() for g in gradients[0])
+
+
+def test_a_model_in_half_precision_keeps_its_residual_stream():
+    model = make_model()
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 3])
+    with torch.no_grad():
+        expected = model(latents, torch.tensor(500.0), labels).sample
+        half = model.bfloat16()(latents.bfloat16(), torch.tensor(500.0), labels).sample
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)
