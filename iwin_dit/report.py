@@ -33,11 +33,8 @@ def describe_run(config: Config) -> str:
         model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     grid = model.grid(*model.latent_size)
-    window = (
-        f", window {' x '.join(map(str, config.model.mixer.window(grid)))}"
-        if config.model.mixer.name == "iwin"
-        else ""
-    )
+    mixer = config.model.mixer
+    window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.name == "iwin" else ""
     try:
         images = len(LatentDataset(config.data.path))
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
@@ -89,8 +86,7 @@ def draw_loss_curve(run: RunDirectory) -> Path | None:
     return path
 
 
-def _smooth(values: list[float], span: int = 10) -> list[float]:
-    return [
-        sum(values[max(0, i - span + 1) : i + 1]) / len(values[max(0, i - span + 1) : i + 1])
-        for i in range(len(values))
-    ]
+def _smooth(values: list[float], reach: int = 5) -> list[float]:
+    """The mean of each value and up to ``reach`` on both sides."""
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

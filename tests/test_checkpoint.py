@@ -1,5 +1,6 @@
 """Checkpoints are complete or invisible; damage is found."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -58,10 +59,8 @@ def test_a_write_that_breaks_off_leaves_the_previous_checkpoint(tmp_path, monkey
         return real(*arguments)
 
     monkeypatch.setattr(files, operation, breaks)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         write(tmp_path, 2, keep=1)
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     found = checkpoint.newest(tmp_path)
     assert checkpoint.read_state(found)["step"] in (1, 2)

@@ -51,7 +51,7 @@ def test_bad_latents_are_refused(latents_folder, tmp_path):
     shutil.copytree(latents_folder, bad)
     shard = bad / "latents_rank00_shard001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match="shard001.*missing or not the"):
+    with pytest.raises(DataError, match=r"shard001.*missing or not the"):
         LatentDataset(bad)
     (bad / "index.json").write_text("{}")
     with pytest.raises(DataError, match="not an index of latents"):

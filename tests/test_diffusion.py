@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from iwin_dit.diffusion.ddpm import BETAS, DDPM, Tables, discretized_gaussian_log_likelihood, gaussian_kl
+from iwin_dit.diffusion.ddpm import BETAS, DDPM, discretized_gaussian_log_likelihood, gaussian_kl
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.diffusion.sampling import check_scheduler, set_timesteps, split_sigma, step_arguments

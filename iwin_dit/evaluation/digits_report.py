@@ -58,7 +58,7 @@ def to_tensor(samples: list[Sample]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).movedim(-1, 1) / 127.5 - 1, torch.tensor([s.label for s in samples])
 
 
-def to_samples(images: Tensor, label: int) -> list[Sample]:
+def to_samples(images: Tensor, label: str) -> list[Sample]:
     """The inverse, for a grid."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
     return [Sample(label, number, Image.fromarray(image)) for number, image in enumerate(pixels)]
@@ -86,8 +86,9 @@ def main() -> None:
     recogniser = Recogniser(*read_images(data / "train")[:2])
     real, labels, _ = read_images(data / "test")
     reconstructions = decode(pipeline.vae, encode(pipeline.vae, real))
-    rows = to_samples(real[:10], 0) + to_samples(reconstructions[:10], 1)
-    draw_grid(rows, {0: "real", 1: "reconstructed"}).save(report / "reconstructions.png")
+    shown = [int((labels == digit).nonzero()[0]) for digit in range(10)]
+    rows = to_samples(real[shown], "real") + to_samples(reconstructions[shown], "through the VAE")
+    draw_grid(rows, {}).save(report / "reconstructions.png")
 
     table = [
         ("real digits, never trained on", len(real), recogniser.accuracy(real, labels)),

@@ -17,9 +17,9 @@ from iwin_dit.runtime.seeds import generator
 
 
 class Sample(NamedTuple):
-    """Image ``number`` of a class."""
+    """Image ``number`` of a class, or of a named row."""
 
-    label: int
+    label: int | str
     number: int
     image: Image.Image
 
@@ -59,12 +59,7 @@ def draw_grid(samples: Sequence[Sample], names: dict[int, str], min_side: int = 
     factor = max(1, -(-min_side // min(width, height)))
     width, height, gap = width * factor, height * factor, 2
     font = ImageFont.load_default(size=14)
-    texts = {
-        label: _shorten(
-            f"{label}  {names[label]}" if names.get(label) not in (None, str(label)) else f"{label}"
-        )
-        for label in rows
-    }
+    texts = {label: _shorten(_row_title(label, names.get(label))) for label in rows}
     margin = max(int(font.getlength(text)) for text in texts.values()) + 16
     columns = max(map(len, rows.values()))
     grid = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap)), "white")
@@ -89,6 +84,10 @@ def write_samples(samples: Sequence[Sample], folder: Path, recipe: dict[str, Any
         sample.image.save(temporary, format="PNG")
         os.replace(temporary, path)
     files.replace(folder / "recipe.json", files.to_json(recipe))
+
+
+def _row_title(label: int | str, name: str | None) -> str:
+    return str(label) if name in (None, str(label)) else f"{label}  {name}"
 
 
 def _shorten(text: str, limit: int = 28) -> str:

@@ -1,0 +1,237 @@
+"""Training end to end: runs of seconds through the scripts themselves."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import kill_after, logged_steps, refused, run, start
+from safetensors.torch import load_file
+
+from iwin_dit.training.ema import make_ema, update_ema
+from iwin_dit.training.optimizer import build_adamw, learning_rate, load_named_state, named_state
+
+TWO_PROCESSES = (
+    *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+
+
+def checkpoint(directory, step):
+    folder = Path(directory) / "checkpoints" / f"step-{step:08d}"
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+
+
+def assert_equal(one, two, **tolerance):
+    for name in one:
+        assert one[name].keys() == two[name].keys()
+        for key, value in one[name].items():
+            if tolerance:
+                torch.testing.assert_close(
+                    value, two[name][key], **tolerance, msg=lambda m, k=key: f"{k}: {m}"
+                )
+            else:
+                assert torch.equal(value, two[name][key]), f"{name}: {key} differs"
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
+    """kill -9 after step 30 of 60, the same command again: weights, EMA and optimiser are the same bits."""
+    config = recipe()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stdout, _ = run("train_dit.py", "--config", config, "--output_dir", whole)
+    assert "trained to step 60" in stdout
+    kill_after(start("train_dit.py", "--config", config, "--output_dir", broken), broken, step=32)
+    run("train_dit.py", "--config", config, "--output_dir", broken)
+    assert_equal(checkpoint(whole, 60), checkpoint(broken, 60))
+    assert logged_steps(whole) == logged_steps(broken) == list(range(2, 61, 2))
+
+    records = [
+        [json.loads(line) for line in (d / "log.jsonl").read_text().splitlines()] for d in (whole, broken)
+    ]
+    assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
+    first, last = records[0][0]["loss"], records[0][-1]["loss"]
+    assert last < 0.9 * first, "the loss falls"
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
+    assert (whole / "loss.png").stat().st_size > 10_000
+    assert (whole / "pipeline" / "model_index.json").exists()
+
+    # a finished run does nothing more, and goes on when max_steps grows; another model is refused
+    run("train_dit.py", "--config", config, "--output_dir", whole)
+    assert logged_steps(whole)[-1] == 60
+    stdout, _ = run("train_dit.py", "--config", config, "--output_dir", whole, "--train.max_steps", "64")
+    assert "trained to step 64" in stdout
+    assert logged_steps(whole)[-1] == 64
+    error = refused("train_dit.py", "--config", config, "--output_dir", whole, "--model.depth", "3")
+    assert "begun with another config (model.depth: 2 -> 3" in error
+
+    # the newest checkpoint damaged: an error that names the good one, and nothing is written
+    model = whole / "checkpoints" / "step-00000064" / "model.safetensors"
+    content = model.read_bytes()
+    model.write_bytes(content[:-8])
+    before = sorted(p.name for p in whole.rglob("*"))
+    error = refused("train_dit.py", "--config", config, "--output_dir", whole, "--train.max_steps", "70")
+    assert f"has {len(content) - 8} bytes, the manifest says {len(content)}" in error
+    assert "go on from step-00000060" in error
+    assert sorted(p.name for p in whole.rglob("*")) == before
+
+
+def test_sigterm_stops_at_a_step_with_a_checkpoint(recipe, tmp_path):
+    config = recipe(train={"max_steps": 100_000, "save_every_steps": 100_000})
+    process = start("train_dit.py", "--config", config)
+    while max(logged_steps(tmp_path / "run"), default=0) < 10:
+        assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr[-2000:]
+    step = int(stdout.split("stopped at step ")[1].split()[0])
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert logged_steps(tmp_path / "run")[-1] == step
+
+
+def test_ddpm_accumulation_bf16_and_workers(recipe, tmp_path):
+    """The other branches of the loop, in one run; its samples are drawn from the EMA."""
+    config = recipe(
+        objective={"name": "ddpm"},
+        train={
+            **{
+                "max_steps": 4,
+                "micro_batch": 2,
+                "precision": "bf16",
+                "num_workers": 1,
+                "gradient_checkpointing": True,
+            },
+            "sample_every_steps": 4,
+        },
+        model={
+            "mixer": {"name": "global"},
+            "position_embedding": "sincos+rope",
+            "mlp": "gelu",
+            "qk_norm": True,
+        },
+    )
+    run("train_dit.py", "--config", config)
+    state = checkpoint(tmp_path / "run", 4)
+    assert all(t.dtype == torch.float32 for group in state.values() for t in group.values())
+    assert (tmp_path / "run" / "samples" / "step-00000004.png").exists()
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+
+
+@pytest.mark.slow
+def test_two_processes_and_accumulation_end_where_one_does(recipe, tmp_path):
+    """20 steps: one process, two processes, and one with four micro-batches see the same and end alike."""
+    config = recipe(train={"max_steps": 20})
+    run("train_dit.py", "--config", config, "--output_dir", tmp_path / "one")
+    run("train_dit.py", "--config", config, "--output_dir", tmp_path / "split", "--train.micro_batch", "2")
+    run(
+        *("train_dit.py", "--config", config, "--output_dir", tmp_path / "two"),
+        launcher=TWO_PROCESSES,
+        ACCELERATE_USE_CPU="true",
+    )
+    one = checkpoint(tmp_path / "one", 20)
+    for other in ("split", "two"):
+        found = checkpoint(tmp_path / other, 20)
+        assert_equal({"model": one["model"]}, {"model": found["model"]}, atol=1e-5, rtol=0)
+        assert_equal({"ema": one["ema"]}, {"ema": found["ema"]}, atol=1e-5, rtol=0)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / d / "log.jsonl").read_text().splitlines()]
+        for d in ("one", "split", "two")
+    ]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[2]), atol=1e-5, rtol=0)
+
+    # and two processes go on from what one has written
+    run(
+        *("train_dit.py", "--config", config, "--output_dir", tmp_path / "one", "--train.max_steps", "22"),
+        launcher=TWO_PROCESSES,
+        ACCELERATE_USE_CPU="true",
+    )
+    run(
+        "train_dit.py",
+        "--config",
+        config,
+        "--output_dir",
+        tmp_path / "split",
+        "--train.max_steps",
+        "22",
+        "--train.micro_batch",
+        "8",
+    )
+    pair = checkpoint(tmp_path / "one", 22), checkpoint(tmp_path / "split", 22)
+    assert_equal({"model": pair[0]["model"]}, {"model": pair[1]["model"]}, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_launch_that_became_one_process_is_noticed(recipe):
+    """`accelerate launch --cpu --num_processes 2` silently starts a single process."""
+    launcher = (str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2")
+    error = refused("train_dit.py", "--config", recipe(), launcher=launcher, expect=1)
+    assert "several processes were asked for, but 1 runs" in error
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in error
+
+
+def test_mistakes_are_found_before_the_first_step(recipe, tmp_path):
+    """What the config alone cannot tell: latents, paths."""
+    error = refused("train_dit.py", "--config", recipe(model={"in_channels": 16}))
+    assert "has latent channels 4" in error
+    assert "model.in_channels is 16" in error
+    (tmp_path / "file").write_text("")
+    error = refused("train_dit.py", "--config", recipe(), "--output_dir", tmp_path / "file" / "run")
+    assert "cannot be written" in error
+    assert not (tmp_path / "file" / "run").exists()
+
+
+def test_dry_run_says_what_a_run_takes(recipe, tmp_path):
+    stdout, _ = run("train_dit.py", "--config", recipe(), "--dry-run")
+    described = dict(
+        line.split("  ", 1) for line in stdout.splitlines() if "  " in line and not line.startswith(" ")
+    )
+    assert described["an epoch"].strip() == "7.5 steps (60 images)"
+    assert "8 x 8 = 64, windows of 4 x 4" in described["tokens"]
+    assert yaml.safe_load(stdout.split("\n\n")[0])["train"]["max_steps"] == 60
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rate_warms_up_and_stays():
+    rates = [learning_rate(step, 1.0, 4) for step in range(8)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+    assert learning_rate(0, 3e-4, 0) == 3e-4
+
+
+def test_ema_is_the_weighted_sum():
+    model = torch.nn.Linear(3, 2)
+    ema, decay = make_ema(model), 0.9
+    expected = model.weight.detach().clone()
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        update_ema(ema, model, decay)
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.weight, expected)
+    assert not ema.weight.requires_grad
+
+
+def test_optimiser_state_makes_the_round_trip():
+    """A second optimiser that was given the state of the first takes the same step."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_adamw(m, 1e-2, (0.9, 0.95), 1e-8, 0.1) for m in models]
+    x = torch.randn(4, 3)
+
+    def step(i):
+        models[i](x).square().sum().backward()
+        optimizers[i].step()
+        optimizers[i].zero_grad()
+
+    step(0)
+    models[1].load_state_dict(models[0].state_dict())
+    state = {key: value.clone() for key, value in named_state(optimizers[0], models[0]).items()}
+    load_named_state(optimizers[1], models[1], state)
+    step(0)
+    step(1)
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert optimizers[0].param_groups[1]["weight_decay"] == 0, "biases do not decay"
