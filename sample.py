@@ -3,65 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 
+from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--class", dest="labels", nargs="+", required=True, metavar="ID|NAME", help="class ids or names")
-    add("--checkpoint", help="a run, a pipeline folder or a hub id; without it the newest run")
-    add("--num-images", type=int, default=4, help="images per class")
-    add("--seed", type=int, default=0, help="image k of a class depends on the seed, the class and k alone")
-    add("--batch-size", type=int, default=16, help="images of one forward pass")
-    add("--steps", type=int, default=50, help="steps of the sampler")
-    add("--guidance-scale", type=float, default=2.0, help="1 is without guidance")
-    add(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LOW", "HIGH"),
-        help="1 is noise",
-    )
-    add("--guidance-channels", type=int, help="guide the first so many latent channels only")
-    add(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels; without it the model's own"
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("samples.png"),
-        help="a .png is a grid, anything else a folder of images",
-    )
-    add("--device", help="without it a GPU where there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--checkpoint", help="a run, a pipeline folder or a hub id (the newest run)")
+    add("--num-images", type=int, default=4, help="images per class (4)")
+    add("--seed", type=int, default=0, help="image k depends on seed, class and k alone (0)")
+    add("--batch-size", type=int, default=16, help="images of one forward pass (16)")
+    add("--steps", type=int, default=50, help="steps of the sampler (50)")
+    add("--guidance-scale", type=float, default=2.0, help="1 is without guidance (2)")
+    low_high = dict(nargs=2, type=float, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
+    add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
+    add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (the model's own)")
+    add("--out", type=Path, default=Path("samples.png"), help="x.png is a grid, else a folder (samples.png)")
+    add("--device", help="cuda, cpu, ... (a GPU where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     arguments = parser.parse_args()
     for name in ("num_images", "batch_size", "steps"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1"
-            )
+        if (value := getattr(arguments, name)) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if not files.can_write(arguments.out):
+        raise ConfigError(f"--out {arguments.out} cannot be written; take a path in a folder that is yours")
     return arguments
-
-
-def check_writable(out: Path) -> None:
-    """Finds out before any work that the result can be written."""
-    folder = out.parent if out.suffix == ".png" else out
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK) or (out.suffix == ".png" and out.is_dir()):
-        raise ConfigError(f"--out {out} cannot be written: {existing} is no folder that you may write to")
 
 
 def main() -> None:
     arguments = parse_arguments()
-    check_writable(arguments.out)
 
     import torch
 
@@ -70,12 +45,7 @@ def main() -> None:
 
     checkpoint = arguments.checkpoint or str(build.newest_run())
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = build.load_pipeline(checkpoint)
-    try:
-        pipeline.to(device, getattr(torch, arguments.dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = build.load_pipeline(checkpoint, device, getattr(torch, arguments.dtype))
     height, width = arguments.size or (None, None)
     options = dict(
         num_inference_steps=arguments.steps,
@@ -85,25 +55,18 @@ def main() -> None:
         height=height,
         width=width,
     )
+    count, seed, batch_size = arguments.num_images, arguments.seed, arguments.batch_size
     try:
         labels = list(dict.fromkeys(pipeline.get_label_ids(arguments.labels)))
-        samples = sample_classes(
-            pipeline, labels, arguments.num_images, arguments.seed, arguments.batch_size, **options
-        )
-        samples = list(samples)
+        samples = list(sample_classes(pipeline, labels, count, seed, batch_size, **options))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    recipe = {
-        "checkpoint": checkpoint,
-        "classes": labels,
-        "seed": arguments.seed,
-        "dtype": arguments.dtype,
-        **options,
-    }
+    recipe = {"checkpoint": checkpoint, "classes": labels, "num_images": count, "seed": seed, **options}
+    recipe["dtype"] = arguments.dtype
     if arguments.out.suffix == ".png":
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(samples, pipeline.id2label).save(arguments.out)
-        arguments.out.with_suffix(".json").write_text(json.dumps(recipe, indent=2) + "\n")
+        files.replace(arguments.out.with_suffix(".json"), files.to_json(recipe))
     else:
         write_samples(samples, arguments.out, recipe)
     print(f"{len(samples)} images in {arguments.out}")

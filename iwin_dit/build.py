@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -219,48 +220,58 @@ def sampling_options(config: Config) -> dict[str, Any]:
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The run that was written to last.
+    """The run that wrote a checkpoint last.
 
     Raises:
         CheckpointError: where there is none.
     """
-    runs = [path.parent for path in root.glob("*/config.yaml")]
+    runs = [path.parent for path in root.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
     if not runs:
         raise CheckpointError(
             f"there is no run in {root}/; train one (accelerate launch train_dit.py) or give --checkpoint"
         )
-    return max(
-        runs,
-        key=lambda run: max(
-            p.stat().st_mtime for p in (run / "log.jsonl", run / "config.yaml") if p.exists()
-        ),
-    )
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
 
 
-def load_pipeline(source: str) -> IwinDiTPipeline:
-    """A pipeline from a run, a pipeline folder or the hub.
+def load_pipeline(
+    source: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> IwinDiTPipeline:
+    """A pipeline from a run, a pipeline folder or the hub, ready to sample without a bar of its own.
 
     A run is sampled from the EMA of its newest checkpoint: from the exported pipeline where that is as new.
 
     Raises:
         CheckpointError: where the source does not exist, is damaged or is not ours.
+        ConfigError: where the device is not there.
     """
     path = Path(source)
+    disable_progress_bar()  # of loading: seconds at most
     if (path / "config.yaml").is_file():
-        return _load_run(path)
-    if path.exists():
+        pipeline = _load_run(path)
+    elif path.exists():
         _check_pipeline_folder(path)
-    elif source.count("/") != 1 or source.startswith((".", "/")):
+        pipeline = _from_pretrained(source, "is a damaged pipeline")
+    elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
+        pipeline = _from_pretrained(source, "is neither a folder here nor a pipeline on the hub")
+    else:
         raise CheckpointError(
             f"{source} does not exist; expected a run, a pipeline folder, or a hub id such as user/model"
         )
     try:
+        pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if dtype != torch.float32:
+        pipeline.to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
+    try:
         return IwinDiTPipeline.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = (
-            "is a damaged pipeline" if path.exists() else "is neither a folder here nor a pipeline on the hub"
-        )
-        raise CheckpointError(f"{source} {found}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
 
 
 def _load_run(run: Path) -> IwinDiTPipeline:
@@ -269,7 +280,7 @@ def _load_run(run: Path) -> IwinDiTPipeline:
     if exported.is_file() and (
         newest is None or json.loads(exported.read_text())["step"] >= checkpoint.step_of(newest)
     ):
-        return IwinDiTPipeline.from_pretrained(run / "pipeline")
+        return _from_pretrained(run / "pipeline", "is a damaged pipeline")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
     config = load_config(run / "config.yaml")

@@ -68,7 +68,6 @@ def main() -> None:
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
     keep_freed_memory()
     pipeline = load_pipeline(str(run))
-    pipeline.set_progress_bar_config(disable=True)
     config = read_config(run)
     data = Path(config["data"]["path"]).parent
     if not (data / "test").is_dir():

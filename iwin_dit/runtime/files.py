@@ -49,6 +49,14 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
+def can_write(path: Path) -> bool:
+    """Whether a file (a path with a suffix) or a folder may be made at ``path``, without making anything."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if existing == path and path.suffix:
+        return path.is_file() and os.access(path, os.W_OK)
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
 def fsync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -86,8 +86,7 @@ def train(
             last = micro == micro_batches - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 losses = objective.loss(model, x0, labels, noise, u)  # (B,)
-                # the mean over the global batch: a sum over this process's images, which DDP averages over
-                # processes
+                # the mean over the global batch: a sum here, which DDP averages over the processes
                 accelerator.backward(losses.sum() * (accelerator.num_processes / options.batch_images))
             meter.add(losses)
         norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
@@ -123,8 +122,7 @@ def check_finite(record: dict[str, Any]) -> None:
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise NonFiniteError(
             f"training diverged at step {record['step']}: loss {record['loss']}, "
-            f"gradient norm {record['grad_norm']}; take a lower "
-            "optimizer.learning_rate; the last checkpoint is intact"
+            f"gradient norm {record['grad_norm']}; lower optimizer.learning_rate"
         )
 
 

@@ -1,0 +1,79 @@
+"""Every command of the README runs, in a copy of the checkout whose quickstart takes seconds."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from iwin_dit.data import digits
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()
+]
+INSTALLS = ("make demo", "pip install -c constraints.txt -e '.[demo]'")  # .ci/run, from a bare checkout
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """Recipes are shortened; the commands are not."""
+    root = tmp_path_factory.mktemp("read me") / "iwin-dit"
+    ignore = shutil.ignore_patterns(".*", "runs", "data", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, root, ignore=ignore)
+    shutil.copytree(ROOT / "iwin_dit" / "data", root / "iwin_dit" / "data", dirs_exist_ok=True)
+    quickstart = yaml.safe_load((root / "configs" / "quickstart.yaml").read_text())
+    quickstart["train"] |= {"max_steps": 4, "sample_every_steps": 0}
+    quickstart["sample"]["num_inference_steps"] = 2
+    (root / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(quickstart))
+    source = root / "iwin_dit" / "data" / "digits.py"
+    shortened = source.read_text().replace(f"VAE_STEPS = {digits.VAE_STEPS}", "VAE_STEPS = 4")
+    assert shortened != source.read_text()
+    source.write_text(shortened)
+    benchmark = root / "benchmarks" / "mixers.py"
+    benchmark.write_text(benchmark.read_text().replace("HEADS = 4096, 768, 12", "HEADS = 4096, 24, 2"))
+    return root
+
+
+def execute(command, root):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(root),
+        "HF_HUB_OFFLINE": "1",
+    }
+    options = dict(cwd=root, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, shell=isinstance(command, str), **options)
+    assert ended.returncode == 0, f"{command}\n{ended.stdout[-1000:]}\n{ended.stderr[-3000:]}"
+    return ended.stdout
+
+
+def test_the_commands_of_the_readme(checkout):
+    assert len(COMMANDS) >= 8
+    for command in COMMANDS:
+        if command not in INSTALLS:
+            execute(command, checkout)
+    for made in (
+        "runs/quickstart/report/samples.png",
+        "runs/quickstart/loss.png",
+        "samples.png",
+        "samples/0007-00007.png",
+    ):
+        assert (checkout / made).is_file()
+    images = execute([sys.executable, "-c", SNIPPETS[0] + "\nprint(len(images), images[0].size)"], checkout)
+    assert images.strip().endswith("2 (32, 32)")
+
+
+def test_the_readme_names_what_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    from iwin_dit import convert
+
+    for name in re.findall(r"from iwin_dit.convert import (.*)", README)[0].split(", "):
+        assert hasattr(convert, name)
+    assert "make test" in README

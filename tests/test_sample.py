@@ -1,0 +1,124 @@
+"""sample.py: what it draws, and what it refuses with one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_vae, refused, run
+from PIL import Image
+
+from iwin_dit import IwinDiTPipeline, build
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.runtime.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    pipeline = IwinDiTPipeline(
+        make_model(num_classes=10, prediction_type="flow_prediction"),
+        make_vae(),
+        FlowMatching().scheduler(),
+        id2label={i: f"digit {i}" for i in range(10)},
+    )
+    folder = tmp_path_factory.mktemp("pipelines") / "pipe line"
+    export_pipeline(pipeline, folder, {"step": 1})
+    return folder
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(float)
+
+
+def test_images_do_not_depend_on_the_batch_size(pipeline_folder, tmp_path):
+    for batch_size in (1, 16):
+        run(
+            *(
+                "sample.py",
+                "--checkpoint",
+                pipeline_folder,
+                "--class",
+                3,
+                "digit 7",
+                "--num-images",
+                3,
+                "--steps",
+                3,
+            ),
+            *("--seed", 5, "--batch-size", batch_size, "--out", tmp_path / f"by {batch_size}"),
+        )
+    names = [f"{label:04d}-{number:05d}.png" for label in (3, 7) for number in range(3)]
+    for name in names:
+        one, many = pixels(tmp_path / "by 1" / name), pixels(tmp_path / "by 16" / name)
+        assert np.abs(one - many).max() <= 1
+    assert np.abs(pixels(tmp_path / "by 1" / names[0]) - pixels(tmp_path / "by 1" / names[1])).max() > 1
+    recipe = json.loads((tmp_path / "by 1" / "recipe.json").read_text())
+    assert recipe["classes"] == [3, 7]
+    assert recipe["seed"] == 5
+
+
+def test_a_grid_has_its_recipe_beside_it(pipeline_folder, tmp_path):
+    out = tmp_path / "new folder" / "grid.png"
+    stdout, _ = run(
+        *("sample.py", "--checkpoint", pipeline_folder, "--class", 0, 1, "--num-images", 2, "--steps", 1),
+        *("--size", 24, 32, "--out", out),
+    )
+    assert str(out) in stdout
+    assert json.loads(out.with_suffix(".json").read_text())["height"] == 24
+    assert Image.open(out).size[1] == 2 * (24 * 3 + 2)
+
+
+def test_mistakes_are_one_line(pipeline_folder, tmp_path):
+    base = ("sample.py", "--checkpoint", pipeline_folder, "--out", tmp_path / "x.png")
+    assert "class 207 is out of range: this model has 10 classes, 0 to 9" in refused(*base, "--class", 207)
+    assert "unknown class name 'digt 3'; nearest names: digit 3" in refused(*base, "--class", "digt 3")
+    error = refused("sample.py", "--class", 1, "--checkpoint", tmp_path / "missing")
+    assert "missing does not exist; expected a run, a pipeline folder, or a hub id" in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_output_paths_are_checked_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused("sample.py", "--class", 1, "--out", tmp_path / "file" / "x.png")
+    assert "--steps is 0, expected at least 1" in refused("sample.py", "--class", 1, "--steps", 0)
+
+
+def test_without_a_run_there_is_nothing_to_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no run in runs/; train one"):
+        build.newest_run()
+
+
+def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither a run .* nor a pipeline"):
+        build.load_pipeline(str(tmp_path / "empty"))
+    index = tmp_path / "empty" / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, expected an IwinDiTPipeline"):
+        build.load_pipeline(str(tmp_path / "empty"))
+    index.write_text("nonsense")
+    with pytest.raises(CheckpointError, match="is not the index of a pipeline"):
+        build.load_pipeline(str(tmp_path / "empty"))
+    index.write_bytes((pipeline_folder / "model_index.json").read_bytes())
+    with pytest.raises(CheckpointError, match="is a damaged pipeline"):
+        build.load_pipeline(str(tmp_path / "empty"))
+
+
+def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, tmp_path):
+    """The newest checkpoint counts, and the exported pipeline once it is as new."""
+    config = recipe(train={"max_steps": 4, "save_every_steps": 2})
+    run("train_dit.py", "--config", config)
+    exported = build.load_pipeline(str(tmp_path / "run"))
+    (tmp_path / "run" / "pipeline").rename(tmp_path / "moved")
+    built = build.load_pipeline(str(tmp_path / "run"))
+    for name, tensor in built.transformer.state_dict().items():
+        assert torch.equal(tensor, exported.transformer.state_dict()[name])
+    options = dict(num_inference_steps=2, output_type="pt")
+    images = [
+        p(["umbrella"], generator=torch.Generator().manual_seed(0), **options).images
+        for p in (exported, built)
+    ]
+    torch.testing.assert_close(images[0], images[1])
+    assert json.loads((tmp_path / "moved" / "recipe.json").read_text())["step"] == 4
