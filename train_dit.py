@@ -31,8 +31,9 @@ def train(config: Config) -> int:
 
     accelerator = build.build_accelerator(config)
     main_process = accelerator.is_main_process
-    run = build.build_run(config) if main_process else None
+    build.check_output(config)
     latents = build.build_latents(config, accelerator)
+    run = build.build_run(config) if main_process else None
     loader, micro_batches = build.build_loader(config, latents, accelerator)
     state = build.build_state(config, accelerator)
     objective = build.build_objective(config)

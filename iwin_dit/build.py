@@ -25,7 +25,7 @@ from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import draw_grid, sample_classes
-from iwin_dit.runtime import checkpoint
+from iwin_dit.runtime import checkpoint, files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory
@@ -41,17 +41,13 @@ def build_accelerator(config: Config) -> Accelerator:
     """Processes, device and precision; notices a launch that silently became a single process.
 
     Raises:
-        ConfigError: where fewer processes run than were asked for, or the precision is not available.
+        ConfigError: where fewer processes run than were asked for.
     """
     accelerator = Accelerator(mixed_precision="no" if config.train.precision == "fp32" else "bf16")
     asked = int(os.environ.get("WORLD_SIZE", "1"))
-    # `accelerate launch --cpu --num_processes 2` starts one process and leaves only the address of a
-    # rendezvous
-    unmet = (
-        "MASTER_ADDR" in os.environ
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-        and "RANK" not in os.environ
-    )
+    # `accelerate launch --cpu --num_processes 2` starts one process, and leaves an address to meet others at
+    launched, alone = "ACCELERATE_MIXED_PRECISION" in os.environ, "RANK" not in os.environ
+    unmet = launched and alone and "MASTER_ADDR" in os.environ
     if accelerator.num_processes < asked or (accelerator.num_processes == 1 and unmet):
         raise ConfigError(
             f"several processes were asked for, but {accelerator.num_processes} runs; on CPUs, launch with "
@@ -105,11 +101,11 @@ def build_latents(config: Config, accelerator: Accelerator | None = None) -> Lat
         DataError: where they are missing, or do not fit the model.
     """
     path = Path(config.data.path)
-    if config.data.prepare and not (path / "index.json").exists():
-        if accelerator is None or accelerator.is_main_process:
-            PREPARE[config.data.prepare](path.parent)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
+    main_process = accelerator is None or accelerator.is_main_process
+    if main_process and config.data.prepare and not (path / "index.json").exists():
+        PREPARE[config.data.prepare](path)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     latents = LatentDataset(path)
     found = (latents.latent_shape[0], latents.latent_shape[1:], len(latents.class_names))
     expected = (config.model.in_channels, config.model.latent_size, config.model.num_classes)
@@ -167,6 +163,12 @@ def build_state(config: Config, accelerator: Accelerator) -> State:
         model, optimizer.learning_rate, optimizer.betas, optimizer.eps, optimizer.weight_decay
     )
     return State(model, make_ema(model), adamw)
+
+
+def check_output(config: Config) -> None:
+    """Finds out before anything is loaded that the run directory can be written."""
+    if not files.can_write(Path(config.output_dir)):
+        raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
 
 
 def build_run(config: Config) -> RunDirectory:

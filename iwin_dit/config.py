@@ -55,7 +55,7 @@ class DataConfig:
             the autoencoder declares, as DiT does.
     """
 
-    path: str = "data/digits/latents"
+    path: str = "data/digits"
     prepare: Literal["digits"] | None = None
     random_flip: bool = True
     normalization: Literal["channel", "vae"] = "channel"

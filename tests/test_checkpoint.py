@@ -150,6 +150,7 @@ def test_a_run_keeps_its_config(tmp_path):
     run = RunDirectory(tmp_path / "run", config, allowed)
     with pytest.raises(ConfigError, match=r"in use, held by pid \d+ on host"):
         RunDirectory(tmp_path / "run", config, allowed)
+    run.begin(0)
     run._lock.close()
     RunDirectory(tmp_path / "run", config | {"train": {"max_steps": 20}}, allowed)._lock.close()
     with pytest.raises(ConfigError, match=r"model.depth: 2 -> 3"):
@@ -163,7 +164,7 @@ def test_the_log_is_rewound_and_a_torn_line_is_dropped(tmp_path):
     with open(run.log_path, "a") as file:
         file.write('{"step": 4, "lo')
     assert [record["step"] for record in run.read_log()] == [1, 2, 3]
-    run.rewind_log(2)
+    run.begin(2)
     assert [json.loads(line)["step"] for line in run.log_path.read_text().splitlines()] == [1, 2]
 
 

@@ -58,7 +58,7 @@ def test_a_resolved_config_is_a_config(tmp_path):
 def test_yaml_that_is_read_as_it_is_meant(tmp_path):
     """PyYAML alone reads 1e-4 as a string."""
     path = tmp_path / "c.yaml"
-    path.write_text(QUICKSTART.read_text().replace("1.0e-3", "1e-4"))
+    path.write_text(QUICKSTART.read_text().replace("3.0e-3", "1e-4"))
     assert load_config(path).optimizer.learning_rate == 1e-4
 
 

@@ -1,6 +1,7 @@
 """The pipeline: labels, seeds, guidance, sizes, and the ways to load it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -180,8 +181,9 @@ pipeline.set_progress_bar_config(disable=True)
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
 assert isinstance(pipeline, IwinDiTPipeline), type(pipeline)
 assert isinstance(pipeline.transformer, IwinDiTTransformer2DModel), type(pipeline.transformer)
-images = pipeline(["umbrella"], generator=torch.Generator().manual_seed(3), num_inference_steps=2,
-output_type="pt").images torch.save(images, sys.argv[1])
+generator = torch.Generator().manual_seed(3)
+images = pipeline(["umbrella"], generator=generator, num_inference_steps=2, output_type="pt").images
+torch.save(images, sys.argv[1])
 """
 
 

@@ -114,7 +114,7 @@ def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> I
     above.
     """
     official = _arguments(config, FLASHDIT)
-    mixer = {"name": "iwin", "window_size": list(official["window_size"]), "convolution": True}
+    mixer = {"name": "iwin", "window_size": official["window_size"], "convolution": True}
     model = _build(official, mixer=mixer, position_embedding="none", open_gates=True, **NOISE_FIRST)
     weights = _unwrap(state_dict)
     _fold_output(weights, model, official["learn_sigma"])

@@ -6,7 +6,7 @@ data/digits/
   train/3/0042.png     1,500 images of 32 x 32, a folder per class
   test/3/0007.png      297 images that nothing is trained on
   vae/                 a small AutoencoderKL, trained here in about a minute
-  latents/             the shards of train/
+  index.json, *.safetensors     the latents of train/
 ```
 """
 
@@ -41,11 +41,12 @@ def prepare(root: Path, seed: int = 0) -> None:
         write_images(root, seed)
     images, labels, class_names = read_images(root / "train")
     if not (root / "vae" / "config.json").is_file():
-        train_vae(images, seed).save_pretrained(root / "vae")
+        train_vae(images, seed).save_pretrained(root / ".tmp-vae")
+        os.replace(root / ".tmp-vae", root / "vae")
     vae = AutoencoderKL.from_pretrained(root / "vae").eval()
     shard = Shard(encode(vae, images), encode(vae, images.flip(-1)), labels)
-    description = {"vae": "../vae", "image_size": [IMAGE_SIZE, IMAGE_SIZE], "class_names": class_names}
-    write_latents(root / "latents", [shard], description)
+    description = {"vae": "vae", "image_size": [IMAGE_SIZE, IMAGE_SIZE], "class_names": class_names}
+    write_latents(root, [shard], description)
 
 
 def write_images(root: Path, seed: int) -> None:

@@ -43,6 +43,12 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: A
     return scheduler.timesteps
 
 
+def model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The latents as the scheduler wants the model to see them."""
+    scale = getattr(scheduler, "scale_model_input", None)  # flow matching has none
+    return latents if scale is None else scale(latents, timestep)
+
+
 def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
     """The generator, where this scheduler's steps draw noise."""
     return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -69,7 +69,7 @@ def main() -> None:
     keep_freed_memory()
     pipeline = load_pipeline(str(run))
     config = read_config(run)
-    data = Path(config["data"]["path"]).parent
+    data = Path(config["data"]["path"])
     if not (data / "test").is_dir():
         raise DataError(f"{data}/test does not exist: the report is for runs that were trained on the digits")
     report = run / "report"

@@ -18,7 +18,13 @@ from torch import Tensor
 import iwin_dit
 from iwin_dit.data.codec import decode, denormalize, spatial_factor, vae_statistics
 from iwin_dit.diffusion.guidance import Guidance
-from iwin_dit.diffusion.sampling import check_scheduler, set_timesteps, split_sigma, step_arguments
+from iwin_dit.diffusion.sampling import (
+    check_scheduler,
+    model_input,
+    set_timesteps,
+    split_sigma,
+    step_arguments,
+)
 
 # diffusers looks for a component's library among the attributes of diffusers.pipelines before it asks for
 # trust in code that lies beside the weights: with the package installed, its own classes are used.
@@ -166,23 +172,15 @@ class IwinDiTPipeline(DiffusionPipeline):
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        step_arguments_ = step_arguments(self.scheduler, generator)
+        arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
         times = (timesteps.float() / self.scheduler.config.num_train_timesteps).tolist()
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
                 guidance = Guidance(self.guidance_scale, guidance_channels, tuple(guidance_interval))
-                model_input = (
-                    self.scheduler.scale_model_input(latents, timestep)
-                    if hasattr(self.scheduler, "scale_model_input")
-                    else latents
-                )
-                prediction = guidance.predict(
-                    model, model_input.to(model.dtype), timestep, labels, model.null_label, t
-                )
+                noisy = model_input(self.scheduler, latents, timestep).to(model.dtype)
+                prediction = guidance.predict(model, noisy, timestep, labels, model.null_label, t)
                 prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
-                latents = self.scheduler.step(
-                    prediction, timestep, latents, **step_arguments_, return_dict=False
-                )[0]
+                latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
                 if callback_on_step_end is not None:
                     given = {"latents": latents}
                     wanted = {name: given[name] for name in callback_on_step_end_tensor_inputs}

@@ -52,7 +52,8 @@ class RunDirectory:
             raise ConfigError(
                 f"output_dir {self.path} cannot be written: {error.strerror or error}"
             ) from error
-        self._keep_config(config, may_change)
+        self.config = config
+        self._check_config(may_change)
 
     def _acquire_lock(self) -> Any:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115  held until the process ends
@@ -69,10 +70,9 @@ class RunDirectory:
         lock.flush()
         return lock
 
-    def _keep_config(self, config: dict[str, Any], may_change: frozenset[str]) -> None:
-        path = self.path / "config.yaml"
-        if path.exists():
-            before, now = flatten(read_config(self.path)), flatten(config)
+    def _check_config(self, may_change: frozenset[str]) -> None:
+        if (self.path / "config.yaml").exists():
+            before, now = flatten(read_config(self.path)), flatten(self.config)
             changed = [
                 f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
                 for key in sorted({*before, *now})
@@ -83,7 +83,14 @@ class RunDirectory:
                     f"{self.path} was begun with another config ({'; '.join(changed)}); "
                     "restore these values, or take another output_dir"
                 )
-        files.replace(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+
+    def begin(self, step: int) -> None:
+        """Writes the config and drops what was logged after ``step``, which will be logged again."""
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        files.replace(self.path / "config.yaml", text.encode())
+        if self.log_path.exists():
+            kept = [record for record in self.read_log() if record["step"] <= step]
+            files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to ``log.jsonl``."""
@@ -93,12 +100,6 @@ class RunDirectory:
     def read_log(self) -> list[dict[str, Any]]:
         """The records of ``log.jsonl``; a line that a kill cut short is left out."""
         return [json.loads(line) for line in self._log_lines() if _is_json(line)]
-
-    def rewind_log(self, step: int) -> None:
-        """Drops what was logged after ``step``: a resumed run logs those steps again."""
-        if self.log_path.exists():
-            kept = [record for record in self.read_log() if record["step"] <= step]
-            files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def _log_lines(self) -> list[str]:
         return self.log_path.read_text().splitlines() if self.log_path.exists() else []

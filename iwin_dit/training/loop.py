@@ -127,9 +127,7 @@ def check_finite(record: dict[str, Any]) -> None:
 
 
 def resume(accelerator: Accelerator, run: RunDirectory | None, state: State) -> int:
-    """Loads the newest checkpoint on the main process, and from there on all others. Returns its step, or
-    0.
-    """
+    """Loads the newest checkpoint on the main process, then on all others. Returns its step, or 0."""
     step = 0
     if run is not None and (newest := checkpoint.newest(run.checkpoints)) is not None:
         for name in ("model", "ema"):
@@ -138,7 +136,7 @@ def resume(accelerator: Accelerator, run: RunDirectory | None, state: State) -> 
         load_named_state(state.optimizer, state.model, checkpoint.read_tensors(newest, "optimizer"))
         step = checkpoint.read_state(newest)["step"]
     if run is not None:
-        run.rewind_log(step)
+        run.begin(step)
     return share(accelerator, step, state)
 
 
@@ -178,9 +176,7 @@ def save(accelerator: Accelerator, run: RunDirectory | None, step: int, state: S
 
 
 class Meter:
-    """Loss and speed between two log lines, over all processes. Sums stay on the device until they are
-    read.
-    """
+    """Loss and speed between two log lines, over all processes; sums stay on the device till then."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
