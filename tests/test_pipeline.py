@@ -231,7 +231,7 @@ def test_loading_in_a_process_of_its_own(exported, tmp_path, imports, call):
         capture_output=True,
         text=True,
         env={
-            **__import__("os").environ,
+            **os.environ,
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": str(tmp_path / "modules"),
         },
