@@ -41,7 +41,7 @@ def main() -> None:
     import torch
 
     from iwin_dit import build
-    from iwin_dit.pipelines.sampling import draw_grid, sample_classes, write_samples
+    from iwin_dit.pipelines.sampling import sample_classes, write_grid, write_samples
 
     checkpoint = arguments.checkpoint or str(build.newest_run())
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,12 +63,13 @@ def main() -> None:
         raise ConfigError(str(error)) from None
     recipe = {"checkpoint": checkpoint, "classes": labels, "num_images": count, "seed": seed, **options}
     recipe["dtype"] = arguments.dtype
-    if arguments.out.suffix == ".png":
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(samples, pipeline.id2label).save(arguments.out)
-        files.replace(arguments.out.with_suffix(".json"), files.to_json(recipe))
-    else:
-        write_samples(samples, arguments.out, recipe)
+    try:
+        if arguments.out.suffix == ".png":
+            write_grid(samples, arguments.out, recipe, pipeline.id2label)
+        else:
+            write_samples(samples, arguments.out, recipe)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out} cannot be written: {error.strerror}") from None
     print(f"{len(samples)} images in {arguments.out}")
 
 

@@ -49,6 +49,8 @@ def train(config: Config) -> int:
         pipeline = build.build_pipeline(config, state.ema, latents)
         export_pipeline(pipeline, run.pipeline, {"step": step, "config": config.to_dict()})
         draw_loss_curve(run)
+        if step > config.train.max_steps:
+            print(f"{run.path} was trained further than train.max_steps {config.train.max_steps} before")
         print(f"trained to step {step}; try: python sample.py --checkpoint {run.path} --class 0")
     accelerator.end_training()
     return 0

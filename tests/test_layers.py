@@ -1,5 +1,7 @@
 """Layers against slow references that are written from the definitions."""
 
+import re
+
 import einops
 import pytest
 import torch
@@ -260,3 +262,19 @@ def test_bad_specs_say_what_would_fit():
         MixerSpec(kernel_size=2)
     with pytest.raises(ValueError, match="expected positive integers or 'auto'"):
         MixerSpec(window_size=0)
+
+
+def test_bad_choices_of_a_model_are_named():
+    from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+
+    for options, message in (
+        (dict(norm="batch_norm"), "norm is 'batch_norm', expected rms_norm or layer_norm"),
+        (dict(mlp="relu"), "mlp is 'relu', expected swiglu or gelu"),
+        (dict(position_embedding="learned"), "position_embedding is 'learned', expected one of none, sincos"),
+        (dict(mixer={"name": "mamba"}), "mixer.name is 'mamba'"),
+        (dict(sample_size=15, patch_size=2), "the patch size 2 does not divide the latent size 15 x 15"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            IwinDiTTransformer2DModel(num_layers=1, **options)
+    with pytest.raises(ValueError, match="unknown size 'XXL/2', expected one of S, B, L"):
+        IwinDiTTransformer2DModel.from_size("XXL/2")

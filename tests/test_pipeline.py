@@ -166,6 +166,7 @@ def test_grids_and_folders(tmp_path):
     samples = list(sample_classes(pipeline, [2, 0], 3, seed=0, batch_size=4, num_inference_steps=1))
     assert [(s.label, s.number) for s in samples] == [(2, 0), (2, 1), (2, 2), (0, 0), (0, 1), (0, 2)]
     assert draw_grid(samples, NAMES).height == 2 * 66
+    assert draw_grid(samples, NAMES, columns=2).height == 4 * 66
     write_samples(samples, tmp_path / "out", {"seed": 0})
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names[:2] == ["0000-00000.png", "0000-00001.png"]

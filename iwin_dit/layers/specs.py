@@ -111,6 +111,9 @@ class BlockSpec:
     open_gates: bool = True
 
     def __post_init__(self):
+        for name, choices in (("norm", ("rms_norm", "layer_norm")), ("mlp", ("swiglu", "gelu"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")
         if self.width % self.heads:
             raise ValueError(
                 f"{self.heads} heads do not divide the width {self.width}; "

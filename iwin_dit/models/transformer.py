@@ -19,6 +19,8 @@ from iwin_dit.layers.embeddings import PatchEmbed, TimestepEmbedder, rope_angles
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec
 
+POSITIONS = ("none", "sincos", "rope", "sincos+rope")
+
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """A DiT (Peebles & Xie 2023) whose token mixer is a choice: Iwin attention (arXiv 2507.18405) or global
@@ -83,6 +85,10 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         prediction_type: str | None = None,
     ):
         super().__init__()
+        if position_embedding not in POSITIONS:
+            raise ValueError(
+                f"position_embedding is {position_embedding!r}, expected one of {', '.join(POSITIONS)}"
+            )
         width = num_attention_heads * attention_head_dim
         spec = BlockSpec(
             width=width,
@@ -98,8 +104,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.register_to_config(mixer=asdict(spec.mixer))
         self.patch_size = patch_size
         self.out_channels = in_channels if out_channels is None else out_channels
-        self.use_sincos = position_embedding in ("sincos", "sincos+rope")
-        self.use_rope = position_embedding in ("rope", "sincos+rope")
+        self.use_sincos = "sincos" in position_embedding
+        self.use_rope = "rope" in position_embedding
         self.gradient_checkpointing = False
         grid = self.grid(*self.latent_size)
 

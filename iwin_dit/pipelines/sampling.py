@@ -15,6 +15,8 @@ from iwin_dit.runtime import files
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
+SMALLEST_SIDE = 64  # of an image in a grid, in pixels
+
 
 class Sample(NamedTuple):
     """Image ``number`` of a class, or of a named row."""
@@ -50,33 +52,41 @@ def sample_classes(
             bar.update(len(batch))
 
 
-def draw_grid(samples: Sequence[Sample], names: dict[int, str], min_side: int = 64) -> Image.Image:
-    """A row per class, its name at the left; small images are enlarged without smoothing."""
-    rows = {
-        label: [s.image for s in group] for label, group in itertools.groupby(samples, key=lambda s: s.label)
-    }
+def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 10) -> Image.Image:
+    """The images of a class in rows with its name at the left; small ones are enlarged without smoothing."""
+    rows = [
+        (label, images[start : start + columns])
+        for label, group in itertools.groupby(samples, key=lambda sample: sample.label)
+        for images in [[sample.image for sample in group]]
+        for start in range(0, len(images), columns)
+    ]
     width, height = samples[0].image.size
-    factor = max(1, -(-min_side // min(width, height)))
+    factor = max(1, -(-SMALLEST_SIDE // min(width, height)))
     width, height, gap = width * factor, height * factor, 2
     font = ImageFont.load_default(size=14)
-    texts = {label: _shorten(_row_title(label, names.get(label))) for label in rows}
-    margin = max(int(font.getlength(text)) for text in texts.values()) + 16
-    columns = max(map(len, rows.values()))
-    grid = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap)), "white")
+    titles = [_row_title(label, names.get(label)) for label, _ in rows]
+    margin = max(int(font.getlength(title)) for title in titles) + 16
+    across = max(len(images) for _, images in rows)
+    grid = Image.new("RGB", (margin + across * (width + gap), len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (label, images) in enumerate(rows.items()):
+    for row, (title, (_, images)) in enumerate(zip(titles, rows, strict=True)):
         top = row * (height + gap)
-        draw.text((8, top + height // 2), texts[label], fill="black", font=font, anchor="lm")
+        draw.text((8, top + height // 2), title, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):
-            image = image.resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(image, (margin + column * (width + gap), top))
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (margin + column * (width + gap), top))
     return grid
 
 
+def write_grid(samples: Sequence[Sample], path: Path, recipe: dict[str, Any], names: dict[int, str]) -> None:
+    """The grid, and the recipe as JSON beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(samples, names).save(path)
+    files.replace(path.with_suffix(".json"), files.to_json(recipe))
+
+
 def write_samples(samples: Sequence[Sample], folder: Path, recipe: dict[str, Any]) -> None:
-    """A PNG per image, named by class and number, each complete or absent, and ``recipe.json`` beside
-    them.
-    """
+    """A PNG per image, named by class and number, each complete or absent, and ``recipe.json`` beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
         path = folder / f"{sample.label:04d}-{sample.number:05d}.png"
@@ -86,9 +96,6 @@ def write_samples(samples: Sequence[Sample], folder: Path, recipe: dict[str, Any
     files.replace(folder / "recipe.json", files.to_json(recipe))
 
 
-def _row_title(label: int | str, name: str | None) -> str:
-    return str(label) if name in (None, str(label)) else f"{label}  {name}"
-
-
-def _shorten(text: str, limit: int = 28) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _row_title(label: int | str, name: str | None, limit: int = 28) -> str:
+    title = str(label) if name in (None, str(label)) else f"{label}  {name}"
+    return title if len(title) <= limit else title[: limit - 1] + "…"

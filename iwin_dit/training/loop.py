@@ -72,7 +72,7 @@ def train(
         initial=step,
         unit="step",
         desc="train",
-        disable=not accelerator.is_main_process,
+        disable=not accelerator.is_main_process or step >= options.max_steps,
     )
     while step < options.max_steps:
         rate = learning_rate(step, optim.learning_rate, optim.warmup_steps)
