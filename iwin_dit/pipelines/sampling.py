@@ -86,7 +86,7 @@ def write_grid(samples: Sequence[Sample], path: Path, recipe: dict[str, Any], na
 
 
 def write_samples(samples: Sequence[Sample], folder: Path, recipe: dict[str, Any]) -> None:
-    """A PNG per image, named by class and number, each complete or absent, and ``recipe.json`` beside them."""
+    """A PNG per image, named by class and number, and ``recipe.json``; each file is complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
         path = folder / f"{sample.label:04d}-{sample.number:05d}.png"
