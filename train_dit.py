@@ -1,5 +1,6 @@
-"""Trains a class-conditional diffusion transformer: ``accelerate launch train_dit.py [--config FILE] [--key
-value]``.
+"""Trains a class-conditional diffusion transformer.
+
+Run as ``accelerate launch train_dit.py [--config FILE] [--key value]``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def train(config: Config) -> int:
     main_process = accelerator.is_main_process
     build.check_output(config)
     latents = build.build_latents(config, accelerator)
-    run = build.build_run(config) if main_process else None
+    run = build.build_run(config, latents) if main_process else None
     loader, micro_batches = build.build_loader(config, latents, accelerator)
     state = build.build_state(config, accelerator)
     objective = build.build_objective(config)

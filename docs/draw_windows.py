@@ -1,5 +1,6 @@
-"""Draws docs/windows.png: which tokens one window connects, Swin beside Iwin, on a 16 x 16 grid with windows
-of 8 x 8.
+"""Draws docs/windows.png: which tokens one window connects, Swin beside Iwin.
+
+The grid is 16 x 16, the windows are 8 x 8.
 
     python docs/draw_windows.py
 """
@@ -22,9 +23,7 @@ COLOURS = matplotlib.colors.ListedColormap(["#f0f0f0", "#2a78b5", "#f0a030"])
 
 
 def same_window(interleaved: bool) -> torch.Tensor:
-    """True where a token shares a window with TOKEN, read from the windows that the model uses: (SIDE,
-    SIDE).
-    """
+    """True where a token shares a window with TOKEN, by the windows that the model uses: (SIDE, SIDE)."""
     number = torch.arange(SIDE * SIDE).reshape(1, SIDE, SIDE, 1)
     windows = partition(number, (WINDOW, WINDOW), interleaved)[..., 0]
     mine = windows[(windows == number[0, TOKEN[0], TOKEN[1], 0]).any(1)].flatten()

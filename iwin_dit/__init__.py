@@ -1,7 +1,6 @@
 """Iwin-DiT: class-conditional latent diffusion with interleaved-window attention.
 
-Names are resolved when they are first used (PEP 562), so that configs, ``--help`` and config errors load no
-torch.
+Names are resolved when first used (PEP 562), so that configs, ``--help`` and config errors load no torch.
 """
 
 from importlib import import_module

@@ -14,10 +14,10 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from torch.utils.data import DataLoader
 
+from iwin_dit.build_data import build_latents
 from iwin_dit.config import MAY_CHANGE, Config, load_config
 from iwin_dit.config_rules import local_batch
-from iwin_dit.data import digits
-from iwin_dit.data.codec import load_vae, vae_statistics
+from iwin_dit.data.codec import load_vae
 from iwin_dit.data.examples import StepSampler, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.ddpm import DDPM
@@ -27,14 +27,12 @@ from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import draw_grid, sample_classes
 from iwin_dit.runtime import checkpoint, files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.runtime.errors import CheckpointError, ConfigError
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.ema import make_ema
 from iwin_dit.training.loop import State
 from iwin_dit.training.optimizer import build_adamw
-
-PREPARE = {"digits": digits.prepare}
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -94,42 +92,8 @@ def build_objective(config: Config) -> FlowMatching | DDPM:
     return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
 
 
-def build_latents(config: Config, accelerator: Accelerator | None = None) -> LatentDataset:
-    """The latents, made first where the config says how; checked against the model.
-
-    Raises:
-        DataError: where they are missing, or do not fit the model.
-    """
-    path = Path(config.data.path)
-    main_process = accelerator is None or accelerator.is_main_process
-    if main_process and config.data.prepare and not (path / "index.json").exists():
-        PREPARE[config.data.prepare](path)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    latents = LatentDataset(path)
-    found = (latents.latent_shape[0], latents.latent_shape[1:], len(latents.class_names))
-    expected = (config.model.in_channels, config.model.latent_size, config.model.num_classes)
-    for name, have, want, key in zip(
-        ("latent channels", "latent size", "classes"),
-        found,
-        expected,
-        ("in_channels", "sample_size", "num_classes"),
-        strict=True,
-    ):
-        if have != want:
-            raise DataError(
-                f"{path} has {name} {have} (VAE {latents.index['vae']}), the config's model.{key} is {want}; "
-                f"set model.{key} to {have}, or take other latents"
-            )
-    if config.data.normalization == "vae":
-        latents.mean, latents.std = vae_statistics(load_vae(latents.vae_path))
-    return latents
-
-
 def build_loader(config: Config, latents: LatentDataset, accelerator: Accelerator) -> tuple[Any, int]:
-    """``loader(step)``, which reads from that step on, and the number of its micro-batches that make a
-    step.
-    """
+    """``loader(step)``, which reads from that step on, and how many of its micro-batches make a step."""
     local, micro_batch = local_batch(config.train, accelerator.num_processes)
     null_label = config.model.num_classes if config.model.label_dropout else None
     examples = TrainingExamples(
@@ -171,9 +135,9 @@ def check_output(config: Config) -> None:
         raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
 
 
-def build_run(config: Config) -> RunDirectory:
+def build_run(config: Config, latents: LatentDataset) -> RunDirectory:
     """The run directory, locked."""
-    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE)
+    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, latents.identity)
 
 
 def build_pipeline(config: Config, model: nn.Module, latents: LatentDataset) -> IwinDiTPipeline:
@@ -189,9 +153,7 @@ def build_pipeline(config: Config, model: nn.Module, latents: LatentDataset) -> 
 
 
 def build_preview(config: Config, latents: LatentDataset, run: RunDirectory | None) -> Any:
-    """``preview(ema, step)`` writes ``samples/step-00001000.png``: the first ten classes, the same seeds each
-    time.
-    """
+    """``preview(ema, step)`` writes ``samples/step-00001000.png``: the first ten classes with fixed seeds."""
 
     def preview(ema: nn.Module, step: int) -> None:
         pipeline = build_pipeline(config, ema, latents)

@@ -49,6 +49,7 @@ class DataConfig:
 
     Args:
         path: folder of latent shards with their index.json.
+        vae: what decodes the latents of a folder that does not say so itself: a preset, a folder or a hub id.
         prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits.
         random_flip: train on mirror images too. Not for digits or text.
         normalization: ``channel`` takes mean and standard deviation from the index; ``vae`` the factor that
@@ -56,6 +57,7 @@ class DataConfig:
     """
 
     path: str = "data/digits"
+    vae: str | None = None
     prepare: Literal["digits"] | None = None
     random_flip: bool = True
     normalization: Literal["channel", "vae"] = "channel"
@@ -165,8 +167,7 @@ class TrainConfig:
     Args:
         max_steps: optimiser steps; a finished run goes on when this grows.
         batch_images: images of a step, over all processes.
-        micro_batch: images of one forward pass on one process; gradients are accumulated. Default: all at
-            once.
+        micro_batch: images of one forward pass on one process; gradients accumulate. Default: all at once.
         precision: ``fp32``, or ``bf16`` (autocast; weights, EMA and optimiser stay in float32).
         ema_decay: of the averaged weights, which sampling uses.
         gradient_checkpointing: compute blocks twice to save memory.

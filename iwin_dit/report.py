@@ -26,8 +26,9 @@ def multiply_adds(model: IwinDiTTransformer2DModel) -> int:
 
 
 def describe_run(config: Config) -> str:
-    """The resolved config, and what the run takes: parameters, multiply-adds, tokens, memory, steps per
-    epoch.
+    """The resolved config, and what the run takes.
+
+    That is parameters, multiply-adds, tokens, memory, checkpoints and the steps of an epoch.
     """
     with torch.device("meta"):
         model = build_model(config)

@@ -22,9 +22,7 @@ NUM_IMAGES, NUM_CLASSES = 60, 3
 
 
 def give_zeros_noise(model, seed=0):
-    """adaLN-Zero answers with a constant at the start, which would hide any mistake: no parameter stays all
-    zero.
-    """
+    """adaLN-Zero starts as a constant, which would hide any mistake: no parameter stays all zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.any():
@@ -61,9 +59,7 @@ def make_model(**options):
 
 @pytest.fixture(scope="session")
 def latents_folder(tmp_path_factory):
-    """60 images of 3 classes through a real, tiny autoencoder, in two shards; the folder's name is not plain
-    ASCII.
-    """
+    """60 images of 3 classes through a real, tiny VAE, in two shards; the folder's name is not all ASCII."""
     root = tmp_path_factory.mktemp("dätä 漢")
     vae = make_vae()
     vae.save_pretrained(root / "vae")
@@ -82,9 +78,7 @@ def latents_folder(tmp_path_factory):
 
 @pytest.fixture
 def recipe(latents_folder, tmp_path):
-    """``recipe(**overrides)`` writes the config of a run that takes seconds; ``train={...}`` updates a
-    section.
-    """
+    """``recipe(**overrides)`` writes a config that runs in seconds; ``train={...}`` updates a section."""
 
     def write(name="config.yaml", **overrides):
         config = {

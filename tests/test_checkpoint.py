@@ -147,18 +147,26 @@ def test_a_failure_to_prune_is_a_warning(tmp_path, monkeypatch):
 def test_a_run_keeps_its_config(tmp_path):
     config = {"model": {"depth": 2}, "train": {"max_steps": 10}}
     allowed = frozenset(["train.max_steps"])
-    run = RunDirectory(tmp_path / "run", config, allowed)
+    run = RunDirectory(tmp_path / "run", config, allowed, {"vae": "a"})
     with pytest.raises(ConfigError, match=r"in use, held by pid \d+ on host"):
-        RunDirectory(tmp_path / "run", config, allowed)
+        RunDirectory(tmp_path / "run", config, allowed, {"vae": "a"})
     run.begin(0)
     run._lock.close()
-    RunDirectory(tmp_path / "run", config | {"train": {"max_steps": 20}}, allowed)._lock.close()
+    RunDirectory(tmp_path / "run", config | {"train": {"max_steps": 20}}, allowed, {"vae": "a"})._lock.close()
     with pytest.raises(ConfigError, match=r"model.depth: 2 -> 3"):
-        RunDirectory(tmp_path / "run", config | {"model": {"depth": 3}}, allowed)
+        RunDirectory(tmp_path / "run", config | {"model": {"depth": 3}}, allowed, {})
+
+
+def test_a_run_keeps_its_data(tmp_path):
+    run = RunDirectory(tmp_path, {}, frozenset(), {"vae": "a", "images": 10})
+    run.begin(0)
+    run._lock.close()
+    with pytest.raises(ConfigError, match=r"begun on other latents \(vae: 'a' -> 'b'\)"):
+        RunDirectory(tmp_path, {}, frozenset(), {"vae": "b", "images": 10})
 
 
 def test_the_log_is_rewound_and_a_torn_line_is_dropped(tmp_path):
-    run = RunDirectory(tmp_path, {}, frozenset())
+    run = RunDirectory(tmp_path, {}, frozenset(), {})
     for step in (1, 2, 3):
         run.log({"step": step, "time": time.time()})
     with open(run.log_path, "a") as file:
@@ -171,4 +179,4 @@ def test_the_log_is_rewound_and_a_torn_line_is_dropped(tmp_path):
 def test_a_path_that_cannot_be_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        RunDirectory(tmp_path / "file" / "run", {}, frozenset())
+        RunDirectory(tmp_path / "file" / "run", {}, frozenset(), {})

@@ -1,6 +1,4 @@
-"""Importers of official checkpoints against figures that the official implementations computed
-(tests/data).
-"""
+"""Importers of official checkpoints against figures from the official implementations (tests/data)."""
 
 import json
 from argparse import Namespace

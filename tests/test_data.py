@@ -35,7 +35,7 @@ def test_latents_are_read_as_they_were_written(latents_folder):
         torch.testing.assert_close(latent, expected.float())
         assert label == i % 3
         expected = (mirrored[i] - mean[:, None, None]) / std[:, None, None]
-        torch.testing.assert_close(dataset.read(i, mirrored=True)[0], expected.float())
+        torch.testing.assert_close(dataset.read([i], mirrored=True)[0], expected.float())
 
 
 def test_workers_open_the_files_themselves(latents_folder):
@@ -51,7 +51,7 @@ def test_bad_latents_are_refused(latents_folder, tmp_path):
     shutil.copytree(latents_folder, bad)
     shard = bad / "latents_rank00_shard001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"shard001.*missing or not the"):
+    with pytest.raises(DataError, match=r"shard001.* bytes, the index says"):
         LatentDataset(bad)
     (bad / "index.json").write_text("{}")
     with pytest.raises(DataError, match="not an index of latents"):
@@ -67,7 +67,7 @@ def test_shards_may_not_point_out_of_their_folder(latents_folder, tmp_path):
     index = json.loads((tmp_path / "latents" / "index.json").read_text())
     index["shards"][0]["file"] = "../latents/latents_rank00_shard000.safetensors"
     (tmp_path / "latents" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match="missing or not"):
+    with pytest.raises(DataError, match="which is no shard"):
         LatentDataset(tmp_path / "latents")
 
 
@@ -89,7 +89,7 @@ def test_examples_are_a_function_of_seed_and_position(latents_folder):
 def test_a_pass_sees_every_image_once_and_the_next_in_another_order(latents_folder):
     stream = examples(latents_folder, dropout=0.0)
     dataset = LatentDataset(latents_folder)
-    known = {dataset.read(i, m)[0].numpy().tobytes(): i for i in range(NUM_IMAGES) for m in (False, True)}
+    known = {dataset.read([i], m)[0].numpy().tobytes(): i for i in range(NUM_IMAGES) for m in (False, True)}
     passes = [
         [known[stream[p].x0.numpy().tobytes()] for p in range(e * NUM_IMAGES, (e + 1) * NUM_IMAGES)]
         for e in (0, 1)
@@ -101,7 +101,7 @@ def test_a_pass_sees_every_image_once_and_the_next_in_another_order(latents_fold
 def test_labels_are_dropped_and_images_mirrored_at_their_rates(latents_folder):
     stream = examples(latents_folder)
     dataset = LatentDataset(latents_folder)
-    mirrored = {dataset.read(i, True)[0].numpy().tobytes() for i in range(NUM_IMAGES)}
+    mirrored = {dataset.read([i], True)[0].numpy().tobytes() for i in range(NUM_IMAGES)}
     drawn = [stream[p] for p in range(2000)]
     assert np.mean([e.label == 3 for e in drawn]) == pytest.approx(0.25, abs=0.04)
     assert np.mean([e.x0.numpy().tobytes() in mirrored for e in drawn]) == pytest.approx(0.5, abs=0.04)

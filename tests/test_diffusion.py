@@ -123,9 +123,7 @@ def test_the_variational_bound_trains_the_variance_only():
 
 
 def test_the_variational_bound_of_the_true_posterior_is_zero():
-    """With the true noise and v = -1 the model's step is the posterior itself, whatever the timestep but
-    0.
-    """
+    """With the true noise and v = -1 the model's step is the posterior itself at every timestep but 0."""
     x0, noise = draw(*SHAPE), draw(*SHAPE, seed=3)
     u = 0.01 + 0.98 * uniform(SHAPE[0])
     sample = torch.cat([noise, -torch.ones_like(noise)], 1)

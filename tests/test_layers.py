@@ -31,9 +31,7 @@ def coordinates(grid):
 
 
 def same_window(grid, window):
-    """Section 3: tokens attend to each other where their coordinates agree modulo G = side / M, on every
-    axis.
-    """
+    """Section 3: tokens attend to each other where coordinates agree modulo G = side / M on every axis."""
     padded = [-(-side // m) * m for side, m in zip(grid, window, strict=True)]
     groups = torch.tensor([side // m for side, m in zip(padded, window, strict=True)])
     group = coordinates(grid) % groups
@@ -179,9 +177,7 @@ def test_auto_window_is_the_smallest_divisor_that_connects(side):
 
 
 def connected(grid, window, depth, kernel_size=3):
-    """Share of token pairs of which the first reaches the second within ``depth`` blocks, by the Jacobian's
-    pattern.
-    """
+    """Share of token pairs whose first reaches the second in ``depth`` blocks, by the Jacobian's pattern."""
     stack = [mixer(grid, window_size=window, kernel_size=kernel_size) for _ in range(depth)]
 
     def run(x):

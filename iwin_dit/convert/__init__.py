@@ -1,7 +1,9 @@
-"""Importers of official checkpoints: ``(state_dict, config) -> model``; config is the official constructor's
-arguments.
+"""Importers of official checkpoints: ``(state_dict, config) -> model``.
+
+The config is the official constructor's arguments.
 """
 
+from iwin_dit.convert.ldm_vae import from_ldm_vae
 from iwin_dit.convert.transformers import from_dit, from_flashdit, from_lightningdit, load_official
 
-__all__ = ["from_dit", "from_flashdit", "from_lightningdit", "load_official"]
+__all__ = ["from_dit", "from_flashdit", "from_ldm_vae", "from_lightningdit", "load_official"]

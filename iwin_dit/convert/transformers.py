@@ -73,8 +73,9 @@ MLP_NAMES = {
 
 
 def from_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
-    """facebookresearch/DiT: global attention, sin-cos positions, learned sigma; integer or float timesteps
-    0..999.
+    """facebookresearch/DiT: global attention, sin-cos positions, learned sigma.
+
+    Timesteps are integers or floats in 0..999.
 
     Raises:
         ValueError: listing missing or unexpected names, unknown arguments, or tensors of another shape.
@@ -110,8 +111,9 @@ def from_lightningdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) 
 
 
 def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
-    """Cominder/Iwin-Transformer, image generation ("FlashDiT"), in our time convention. Raises ValueError as
-    above.
+    """Cominder/Iwin-Transformer, image generation ("FlashDiT"), in our time convention.
+
+    Raises ValueError as :func:`from_dit` does.
     """
     official = _arguments(config, FLASHDIT)
     mixer = {"name": "iwin", "window_size": official["window_size"], "convolution": True}
@@ -122,9 +124,7 @@ def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> I
 
 
 def load_official(path: str | Path) -> dict[str, Any]:
-    """Reads an official ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file without running any code in
-    it.
-    """
+    """Reads an official ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file and runs no code in it."""
     if Path(path).suffix == ".safetensors":
         return load_file(path)
     with torch.serialization.safe_globals(
@@ -171,9 +171,7 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:
-    """Position tables are computed, not stored: checks that the official ones are those, and takes them
-    out.
-    """
+    """Position tables are computed, not stored: checks the official ones against ours and takes them out."""
     grid, config = model.grid(*model.latent_size), model.config
     width = config.num_attention_heads * config.attention_head_dim
     tables = {"pos_embed": sincos_positions(grid, width, torch.device("cpu")).flatten(0, 1)[None]}
@@ -194,9 +192,7 @@ def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel
 
 
 def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, learn_sigma: bool) -> None:
-    """Drops the sigma that these models compute and throw away, and turns data minus noise into noise minus
-    data.
-    """
+    """Drops the sigma that these models throw away, and turns data minus noise into noise minus data."""
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if name in weights:
             rows = weights[name]

@@ -1,5 +1,4 @@
-"""The quickstart's data: 1,797 scans of handwritten digits that scikit-learn carries, as images, a VAE and
-latents.
+"""The quickstart's data: scikit-learn's 1,797 scans of handwritten digits, as images, a VAE and latents.
 
 ```
 data/digits/

@@ -32,6 +32,17 @@ class Example(NamedTuple):
     u: Tensor
 
 
+class Draw(NamedTuple):
+    """The random choices of one position."""
+
+    index: int
+    mirrored: bool
+    label: int
+    noise: Tensor
+    u: Tensor
+    rng: torch.Generator
+
+
 class TrainingExamples(Dataset):
     """``examples[position] -> Example``.
 
@@ -54,14 +65,35 @@ class TrainingExamples(Dataset):
         self.label_dropout, self.null_label = label_dropout, null_label
 
     def __getitem__(self, position: int) -> Example:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[Example]:
+        """A batch at once, as a DataLoader asks for it: the shards are read together."""
+        draws = [self._draw(position) for position in positions]
+        x0 = torch.empty(len(draws), *self.latents.latent_shape)
+        for mirrored in (False, True):
+            chosen = [i for i, draw in enumerate(draws) if draw.mirrored == mirrored]
+            if chosen:
+                x0[chosen] = self._latents([draws[i] for i in chosen], mirrored)
+        return [Example(x0[i], draw.label, draw.noise, draw.u) for i, draw in enumerate(draws)]
+
+    def _draw(self, position: int) -> Draw:
         epoch, offset = divmod(position, len(self.latents))
         rng = generator(self.seed, "example", position)
         u, flip, drop = torch.rand(3, generator=rng)
         index = int(epoch_order(self.seed, epoch, len(self.latents))[offset])
-        x0, label = self.latents.read(index, mirrored=self.random_flip and flip < 0.5)
-        if drop < self.label_dropout:
-            label = self.null_label
-        return Example(x0, label, torch.randn(x0.shape, generator=rng), u)
+        label = self.null_label if drop < self.label_dropout else int(self.latents.labels[index])
+        noise = torch.randn(self.latents.latent_shape, generator=rng)
+        return Draw(index, self.random_flip and bool(flip < 0.5), label, noise, u, rng)
+
+    def _latents(self, draws: list[Draw], mirrored: bool) -> Tensor:
+        """The posterior's means, or samples of it where the shards hold its standard deviations."""
+        indices = [draw.index for draw in draws]
+        x0 = self.latents.read(indices, mirrored)
+        if self.latents.has_posterior:
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=draw.rng) for draw in draws])
+            x0 = x0 + self.latents.read_std(indices, mirrored) * noise
+        return x0
 
 
 @lru_cache(maxsize=4)

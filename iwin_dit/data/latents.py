@@ -1,133 +1,248 @@
-"""Latent shards on disk, in the layout of LightningDiT's published ImageNet latents, with an index of our
-own.
+"""Latents on disk, in the layout of LightningDiT's published ImageNet latents, with an index of our own.
 
 ```
-latents_rank00_shard000.safetensors    latents, latents_flip (N, C, h, w) and labels (N,)
-index.json                             the VAE, class names, counts, mean and std per channel, size and hash
-per shard ```
+latents_rank00_shard000.safetensors    latents, latents_flip (N, C, h, w) and labels (N,), maybe std, std_flip
+index.json                             VAE, class names, mean and std per channel, size and hash per shard
+```
 
 Latents are the raw posterior means; they are normalised when they are read, by the index alone.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from iwin_dit.data.codec import normalize
+from iwin_dit.data.shards import ShardFile
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
 FORMAT = 1
+MAX_TOUCHED = 1 << 26  # bytes read before the pages of the maps are given back
+SHARD_NAME = re.compile(r"latents_rank\d{2,}_shard\d{3,}\.safetensors")
 
 
 class Shard(NamedTuple):
-    """Up to 10,000 encoded images: latents and mirrored latents ``(N, C, h, w)``, labels ``(N,)``."""
+    """Encoded images: latents and mirrored latents ``(N, C, h, w)``, labels ``(N,)``, maybe stds."""
 
     latents: Tensor
     latents_flip: Tensor
     labels: Tensor
+    std: Tensor | None = None
+    std_flip: Tensor | None = None
 
 
-def write_latents(directory: Path, shards: Iterable[Shard], description: dict[str, Any]) -> None:
-    """Writes the shards, then the index, which makes the set visible.
+def write_shard(directory: Path, number: int, shard: Shard) -> dict[str, Any]:
+    """Writes one shard, complete or not at all; returns its entry of the index, with sums for the statistics.
+
+    Raises:
+        DataError: where a value is not finite; nothing is written.
+    """
+    tensors = {key: tensor.contiguous() for key, tensor in shard._asdict().items() if tensor is not None}
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    name = f"latents_rank00_shard{number:03d}.safetensors"
+    if bad:
+        raise DataError(f"{bad[0]} of {name} is not finite; take --precision fp32, or another VAE")
+    data = save(tensors)
+    files.replace(directory / name, data)
+    values = shard.latents.double().movedim(1, 0).flatten(1)  # (C, N h w)
+    return {
+        "file": name,
+        "count": len(shard.labels),
+        **files.digest(data),
+        "shape": list(shard.latents.shape[1:]),
+        "sums": values.numpy().sum(1).tolist(),  # by numpy: pairwise, in one order whatever the threads
+        "squares": values.square().numpy().sum(1).tolist(),
+    }
+
+
+def write_index(directory: Path, shards: Sequence[dict[str, Any]], description: dict[str, Any]) -> None:
+    """Merges the entries of the shards into ``index.json``, which makes the set visible.
 
     Args:
-        shards: in order.
+        shards: what :func:`write_shard` returned, in order.
         description: ``vae``, ``image_size`` and ``class_names``, for the index.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    listed, total, squares, values, count, shape = [], 0.0, 0.0, 0, 0, None
-    for number, shard in enumerate(shards):
-        if not all(torch.isfinite(tensor).all() for tensor in shard):
-            raise DataError(
-                f"shard {number} of {directory} would hold values that are not finite; nothing was indexed"
-            )
-        name = f"latents_rank00_shard{number:03d}.safetensors"
-        data = save({key: tensor.contiguous() for key, tensor in shard._asdict().items()})
-        listed.append({"file": name, "count": len(shard.labels), **files.write(directory / name, data)})
-        channels_first = shard.latents.double().movedim(1, 0).flatten(1)  # (C, N h w)
-        total, squares = total + channels_first.sum(1), squares + channels_first.square().sum(1)
-        values, count = values + channels_first.shape[1], count + len(shard.labels)
-        shape = list(shard.latents.shape[1:])
-    mean = total / values
+    count = sum(shard["count"] for shard in shards)
+    if count == 0:
+        raise DataError(f"{directory} would hold no images")
+    shape = shards[0]["shape"]
+    values = count * math.prod(shape[1:])
+    mean = [math.fsum(channel) / values for channel in zip(*(s["sums"] for s in shards), strict=True)]
+    square = [math.fsum(channel) / values for channel in zip(*(s["squares"] for s in shards), strict=True)]
     index = {
         "format": FORMAT,
         **description,
         "num_images": count,
         "latent_shape": shape,
-        "mean": mean.tolist(),
-        "std": (squares / values - mean.square()).clamp(min=0).sqrt().tolist(),
-        "shards": listed,
+        "mean": mean,
+        "std": [math.sqrt(max(s - m * m, 0.0)) for s, m in zip(square, mean, strict=True)],
+        "shards": [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in shards],
     }
     files.replace(directory / "index.json", files.to_json(index))
 
 
+def write_latents(directory: Path, shards: Iterable[Shard], description: dict[str, Any]) -> None:
+    """Shards and index of a set that is small enough to be made at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = [write_shard(directory, number, shard) for number, shard in enumerate(shards)]
+    write_index(directory, entries, description)
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """``index.json``, its fields checked.
+
+    Raises:
+        DataError: where it is missing or not ours.
+    """
+    path = directory / "index.json"
+    try:
+        index = json.loads(path.read_bytes())
+        needed = {"format", "vae", "class_names", "latent_shape", "mean", "std", "shards"}
+        if missing := needed - set(index):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if index["format"] != FORMAT:
+            raise ValueError(f"it has format {index['format']}, this version reads {FORMAT}")
+    except FileNotFoundError:
+        raise DataError(f"there are no latents in {directory}: {path} does not exist") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is not an index of latents: {error}") from error
+    return index
+
+
 class LatentDataset(Dataset):
-    """Reads latents from memory-mapped shards: ``dataset[i] -> (latent (C, h, w), label)``, normalised,
-    float32.
+    """``dataset[i] -> (latent (C, h, w), label)``, normalised, float32; :meth:`read` takes a batch at once.
 
     Args:
-        directory: where ``index.json`` lies.
+        directory: where the shards lie.
+        index: instead of ``index.json``, for folders that have none.
 
     Raises:
         DataError: where the index or a shard is missing, has another size, or is not ours.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, index: dict[str, Any] | None = None):
         self.directory = Path(directory)
-        path = self.directory / "index.json"
-        try:
-            self.index = json.loads(path.read_bytes())
-            self.class_names: list[str] = self.index["class_names"]
-            self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
-            self.mean, self.std = self.index["mean"], self.index["std"]
-            self._ends = list(itertools.accumulate(shard["count"] for shard in self.index["shards"]))
-        except FileNotFoundError:
-            raise DataError(f"there are no latents in {self.directory}: {path} does not exist") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not an index of latents: {error!r}") from error
-        for shard in self.index["shards"]:
-            file = self.directory / shard["file"]
-            if file.parent != self.directory or not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise DataError(
-                    f"{file} is missing or not the {shard['bytes']} bytes long that the index says"
-                )
+        self.index = read_index(self.directory) if index is None else index
+        self.class_names: list[str] = self.index["class_names"]
+        self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
+        self.mean, self.std = self.index["mean"], self.index["std"]
+        self._touched = 0
+        self.shards = [self._open(entry) for entry in self.index["shards"]]
+        self.ends = np.cumsum([entry["count"] for entry in self.index["shards"]])
+        if len({shard.entries["latents"].dtype for shard in self.shards}) > 1:
+            raise DataError(f"the shards of {self.directory} hold several dtypes; extract them alike")
+        self.has_posterior = all("std" in shard.entries for shard in self.shards)
+
+    def _open(self, entry: dict[str, Any]) -> ShardFile:
+        path = self.directory / entry["file"]
+        if not SHARD_NAME.fullmatch(entry["file"]):
+            raise DataError(
+                f"the index of {self.directory} names {entry['file']!r}, which is no shard of latents"
+            )
+        found = path.stat().st_size if path.is_file() else 0
+        if found != entry.get("bytes", found):
+            raise DataError(
+                f"{path} has {found} bytes, the index says {entry['bytes']}; remove it and extract again"
+            )
+        shard = ShardFile(path)
+        for name in ("latents", "latents_flip"):
+            found = shard.entries.get(name)
+            if found is None or found.shape != (entry["count"], *self.latent_shape):
+                raise DataError(f"{path} does not hold {entry['count']} {name} of shape {self.latent_shape}")
+        return shard
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self.ends[-1])
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.read(i)
-
-    def read(self, i: int, mirrored: bool = False) -> tuple[Tensor, int]:
-        """Image i, or its mirror image."""
-        number = bisect.bisect_right(self._ends, i)
-        row = i - (self._ends[number - 1] if number else 0)
-        shard = self._shards[number]
-        latent = shard.get_slice("latents_flip" if mirrored else "latents")[row : row + 1].float()
-        return normalize(latent, self.mean, self.std)[0], int(shard.get_slice("labels")[row])
+        return self.read([i])[0], int(self.labels[i])
 
     @cached_property
-    def _shards(self) -> list[Any]:
-        return [safe_open(self.directory / shard["file"], "pt") for shard in self.index["shards"]]
+    def labels(self) -> Tensor:
+        """All labels, ``(N,)`` int64."""
+        return torch.cat([shard.all("labels").long() for shard in self.shards])
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker process opens the files itself
-        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
+    def read(self, indices: Sequence[int], mirrored: bool = False) -> Tensor:
+        """Normalised latents, or mirrored ones, of these images: ``(B, C, h, w)`` float32."""
+        return normalize(self.read_raw(indices, mirrored), self.mean, self.std)
+
+    def read_std(self, indices: Sequence[int], mirrored: bool = False) -> Tensor:
+        """The posterior's standard deviations, in the scale of the normalised latents: ``(B, C, h, w)``."""
+        return normalize(self.read_raw(indices, mirrored, "std"), [0.0] * len(self.std), self.std)
+
+    def read_raw(self, indices: Sequence[int], mirrored: bool = False, name: str = "latents") -> Tensor:
+        """As they were written, float32: ``(B, C, h, w)``."""
+        indices, key = np.asarray(indices), f"{name}_flip" if mirrored else name
+        numbers = np.searchsorted(self.ends, indices, side="right")
+        entry = self.shards[0].entries[key]
+        rows = np.empty((len(indices), entry.row_bytes), np.uint8)
+        for number in np.unique(numbers):
+            shard, positions = self.shards[number], np.flatnonzero(numbers == number)
+            first = self.ends[number] - shard.entries[key].shape[0]
+            shard.rows(key, indices[positions] - first, rows, positions)
+        self._touched += rows.nbytes
+        if self._touched > MAX_TOUCHED:  # mapped pages count as memory of the process: it stays flat this way
+            self._touched = 0
+            for shard in self.shards:
+                shard.release()
+        return torch.from_numpy(rows).view(entry.dtype).reshape(len(indices), *self.latent_shape).float()
 
     @property
     def vae_path(self) -> str:
         """The VAE's hub id, or its folder: a relative one is relative to the latents."""
         local = self.directory / self.index["vae"]
         return str(local.resolve()) if local.is_dir() else self.index["vae"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes these latents the same to a run that is resumed."""
+        return {key: self.index.get(key) for key in ("vae", "vae_sha256", "latent_shape", "mean", "std")} | {
+            "images": len(self)
+        }
+
+
+def published_index(
+    directory: Path, statistics: dict[str, Tensor], vae: str, num_classes: int
+) -> dict[str, Any]:
+    """An index for a folder in LightningDiT's published layout, which has shards and statistics only.
+
+    Args:
+        statistics: ``mean`` and ``std`` per channel, ``(1, C, 1, 1)``, of its ``latents_stats.pt``.
+        vae: what decodes them: a folder or a hub id.
+        num_classes: classes of the data.
+
+    Raises:
+        DataError: where there are no shards.
+    """
+    paths = sorted(path for path in directory.iterdir() if SHARD_NAME.fullmatch(path.name))
+    if not paths:
+        raise DataError(
+            f"there are no latents in {directory}: neither index.json nor latents_rank*_shard*.safetensors"
+        )
+    entries = [ShardFile(path).entries for path in paths]
+    if not all("latents" in entry for entry in entries):
+        raise DataError(f"{paths[0]} holds no latents")
+    return {
+        "vae": vae,
+        "class_names": [str(label) for label in range(num_classes)],
+        "latent_shape": list(entries[0]["latents"].shape[1:]),
+        "mean": statistics["mean"].flatten().tolist(),
+        "std": statistics["std"].flatten().tolist(),
+        "shards": [
+            {"file": path.name, "count": entry["latents"].shape[0]}
+            for path, entry in zip(paths, entries, strict=True)
+        ],
+    }

@@ -32,8 +32,10 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True)
 class DDPM:
-    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``; the model predicts the noise and, by as many
-    channels again, where log sigma^2 lies between its two bounds (Nichol & Dhariwal 2021, equation 15).
+    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``; the model predicts noise and log sigma^2.
+
+    The log sigma^2 takes as many channels again, which say where it lies between its two bounds (Nichol &
+    Dhariwal 2021, equation 15).
     """
 
     prediction_type = "epsilon"
@@ -42,8 +44,9 @@ class DDPM:
 
     @cached_property
     def tables(self) -> Tables:
-        """Equations 6 and 7 of Ho et al. 2020 for linear betas; the first posterior variance, zero, takes the
-        next.
+        """Equations 6 and 7 of Ho et al. 2020 for linear betas.
+
+        The first posterior variance would be zero and takes the value of the next.
         """
         beta = torch.linspace(
             BETAS["beta_start"], BETAS["beta_end"], NUM_TRAIN_TIMESTEPS, dtype=torch.float64
@@ -69,8 +72,7 @@ class DDPM:
         """Mean squared error of the noise plus the variational term in bits per dimension: ``(B,)``.
 
         Arguments as :meth:`FlowMatching.loss`; the model's ``sample`` is ``(B, 2 C, ...)``. The variational
-        term
-        learns the variance only: it sees the predicted mean without its gradient.
+        term learns the variance only: it sees the predicted mean without its gradient.
         """
         t = self.times(u)  # (B,)
         at = Tables(*(table.to(x0.device)[t].view(-1, *[1] * (x0.ndim - 1)) for table in self.tables))
@@ -92,10 +94,10 @@ class DDPM:
 
 
 def variational_bits(at: Tables, x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """One term of the variational bound per image, in bits per dimension (Nichol & Dhariwal 2021, equations 4
-    to 7).
+    """One term of the variational bound per image, in bits per dimension.
 
-    The divergence of the model's step from the true posterior; at t = 0 the code length of the data.
+    The divergence of the model's step from the true posterior; at t = 0 the code length of the data (Nichol &
+    Dhariwal 2021, equations 4 to 7).
     """
     log_variance = (v + 1) / 2 * at.log_beta + (1 - v) / 2 * at.posterior_log_variance
     predicted_x0 = (xt - at.sqrt_one_minus_alpha_bar * eps) / at.sqrt_alpha_bar
@@ -114,9 +116,7 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability of the bin of width 2 / 255 around x, the outermost bins open (Ho et al. 2020, equation
-    13).
-    """
+    """Log-probability of x's bin of width 2 / 255, the outermost ones open (Ho et al. 2020, equation 13)."""
     scale = (-log_std).exp()
     upper = torch.special.ndtr((x - mean + 1 / 255) * scale)
     lower = torch.special.ndtr((x - mean - 1 / 255) * scale)

@@ -1,5 +1,6 @@
-"""Flow matching with a linear path (Lipman et al. 2023; Liu et al. 2023), in diffusers' time: t = 0 data, t =
-1 noise.
+"""Flow matching with a linear path (Lipman et al. 2023; Liu et al. 2023).
+
+Time runs as in diffusers: t = 0 is data, t = 1 is noise.
 
 Legend: B batch, C latent channels.
 """
@@ -45,9 +46,7 @@ class FlowMatching:
     default_sampler = "euler"
 
     def times(self, u: Tensor) -> Tensor:
-        """Times in [0, 1] from uniform numbers, ``(B,) -> (B,)``: the inverse of the density's
-        distribution.
-        """
+        """Uniform numbers to times in [0, 1], ``(B,) -> (B,)``: the density's inverse distribution."""
         if self.time_sampling == "uniform":
             return u
         return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))

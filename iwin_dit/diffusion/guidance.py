@@ -52,9 +52,7 @@ class Guidance:
         null_label: int | None,
         t: float,
     ) -> Tensor:
-        """The guided prediction: ``(B, C, ...)``, or ``(B, 2 C, ...)`` where the model learns sigma
-        (unguided).
-        """
+        """The guided prediction: ``(B, C, ...)``, or ``(B, 2 C, ...)`` with a learned sigma, unguided."""
         if not self.active(t):
             return model(latents, timestep, labels, return_dict=False)[0]
         labels = torch.cat([labels, torch.full_like(labels, null_label)])

@@ -55,9 +55,7 @@ def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
 
 
 def split_sigma(prediction: Tensor, channels: int, scheduler: SchedulerMixin) -> Tensor:
-    """Keeps the learned sigma for the schedulers that use it, drops it for the others: ``(B, C or 2 C,
-    ...)``.
-    """
+    """Keeps the learned sigma only for the schedulers that use it: ``(B, C or 2 C, ...)``."""
     if scheduler.config.get("variance_type") in ("learned", "learned_range"):
         return prediction
     return prediction[:, :channels]

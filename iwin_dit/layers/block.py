@@ -1,5 +1,6 @@
-"""The transformer block of a DiT: adaptive layer norm around a token mixer and an MLP (Peebles & Xie 2023,
-section 3.2).
+"""The transformer block of a DiT: adaptive layer norm around a token mixer and an MLP.
+
+Source: Peebles & Xie 2023, section 3.2.
 
 Legend: B batch, D width.
 """
@@ -32,8 +33,7 @@ class Modulation(nn.Module):
 class Block(nn.Module):
     """``x + gate * mixer(norm(x) (1 + scale) + shift)``, then the same with the MLP.
 
-    x ``(B, *grid, D)`` is the residual stream and stays in float32; the branches compute in the dtype of the
-    condition.
+    x ``(B, *grid, D)`` is the residual stream, always float32; the branches compute in the condition's dtype.
     """
 
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...]):
@@ -43,8 +43,7 @@ class Block(nn.Module):
         self.mixer = MIXERS[spec.mixer.name](spec, grid)
         self.norm_2 = NORMS[spec.norm](spec.width)
         self.mlp = MLPS[spec.mlp](spec.width, spec.mlp_hidden)
-        # shift (unless left out), scale and gate of attention, the same of the MLP, then the gates of further
-        # branches
+        # shift (unless left out), scale and gate of attention, the same of the MLP, gates of further branches
         self.modulation = Modulation(
             spec.width, (6 if spec.modulation_shift else 4) + self.mixer.num_branches - 1
         )

@@ -1,7 +1,6 @@
 """From latents, timesteps and labels to vectors of the model's width, and from tokens back to latents.
 
-Legend: B batch, C latent channels, D width, p patch size; a grid is the latent's sides over p, of rank 2 or
-3.
+Legend: B batch, C latent channels, D width, p patch size; a grid is the latent's sides over p, rank 2 or 3.
 """
 
 from __future__ import annotations
@@ -28,17 +27,14 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
-    """Tokens whose channels are laid out (p, q, channel) back to latents: ``(B, H/p, W/p, p p C) -> (B, C, H,
-    W)``.
-    """
+    """Tokens of channels (p, q, channel) back to latents: ``(B, H/p, W/p, p p C) -> (B, C, H, W)``."""
     return rearrange(tokens, "b h w (p q c) -> b c (h p) (w q)", p=patch_size, q=patch_size)
 
 
 class TimestepEmbedder(nn.Module):
     """256 sinusoidal features of ``scale * timestep + shift``, then an MLP: ``(B,) -> (B, D)``.
 
-    Cosines first, period 10,000. The linear map brings a model that was trained in another time convention
-    into ours.
+    Cosines first, period 10,000. The linear map brings a model trained in another time convention into ours.
     """
 
     def __init__(self, width: int, scale: float = 1.0, shift: float = 0.0, num_features: int = 256):
@@ -54,8 +50,9 @@ class TimestepEmbedder(nn.Module):
 
 
 def sinusoid(x: Tensor, num_features: int) -> Tensor:
-    """``cos(x w_i)`` then ``sin(x w_i)`` with ``w_i = 10000^(-2 i / num_features)``: ``(N,) -> (N,
-    num_features)``, float32.
+    """Sinusoidal features: ``(N,) -> (N, num_features)``, float32.
+
+    They are ``cos(x w_i)``, then ``sin(x w_i)``, with ``w_i = 10000^(-2 i / num_features)``.
     """
     half = num_features // 2
     frequencies = torch.exp(
@@ -66,9 +63,7 @@ def sinusoid(x: Tensor, num_features: int) -> Tensor:
 
 
 def sincos_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """DiT's fixed position embedding: first half by column, second by row, sines before cosines: ``(H, W,
-    D)``.
-    """
+    """DiT's fixed position embedding: first half by column, second by row, sines first: ``(H, W, D)``."""
     rows, columns = (_sines_first(torch.arange(side, device=device), width // 2) for side in grid)
     return torch.cat(
         [columns[None, :, :].expand(grid[0], -1, -1), rows[:, None, :].expand(-1, grid[1], -1)], dim=-1
@@ -83,8 +78,7 @@ def _sines_first(x: Tensor, num_features: int) -> Tensor:
 def rope_angles(grid: tuple[int, int], head_width: int, device: torch.device) -> Tensor:
     """Angles of the 2-D rotary embedding, one per pair of channels: ``(H, W, head_width / 2)``, float32.
 
-    The first half of the head's width turns by row, the second by column, theta 10,000 (EVA-02;
-    LightningDiT).
+    The first half of the width turns by row, the second by column, theta 10,000 (EVA-02; LightningDiT).
     """
     quarter = head_width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)

@@ -34,9 +34,7 @@ class SelfAttention(nn.Module):
         self.k_norm = QK_NORMS[spec.norm](head_width) if spec.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """rope: angles ``(B, 1, N, d/2)`` or broadcastable. mask: ``(B, 1, 1, N)``, True where a key may be
-        seen.
-        """
+        """rope: angles ``(B, 1, N, d/2)`` or broadcastable. mask: ``(B, 1, 1, N)``, True for visible keys."""
         q, k, v = rearrange(
             self.qkv(x), "b n (three k d) -> three b k n d", three=3, k=self.heads
         )  # (B, K, N, d) each
@@ -123,8 +121,7 @@ class IwinMixer(TokenMixer):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Each channel is convolved by itself with its neighbours, zero padding: ``(B, *grid, C) -> (B, *grid,
-    C)``.
+    """Convolves each channel by itself over the grid, zero padding: ``(B, *grid, C) -> (B, *grid, C)``.
 
     Tokens have their channels last, so the view that the convolution sees is in the channels-last memory
     format: no copy, and on a CPU three times faster than the contiguous one.

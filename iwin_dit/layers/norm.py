@@ -19,9 +19,7 @@ class AdaptiveLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-        """x ``(B, *grid, D)``, shift (or None) and scale ``(B, 1, .., 1, D)``; the result has the dtype of
-        scale.
-        """
+        """x ``(B, *grid, D)``, shift (or None), scale ``(B, 1, .., 1, D)``; the result has scale's dtype."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
         return modulate(normed, shift, 1 + scale.float()).to(scale.dtype)
 

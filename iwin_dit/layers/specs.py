@@ -1,5 +1,6 @@
-"""Typed specs of the parts of a network, and the table of model sizes. Imports no torch, so that a config can
-use it.
+"""Typed specs of the parts of a network, and the table of model sizes.
+
+Imports no torch, so that a config can use it.
 """
 
 from __future__ import annotations
@@ -96,8 +97,7 @@ class BlockSpec:
         mlp: ``swiglu`` or ``gelu`` (tanh approximation).
         qk_norm: normalise queries and keys per head.
         modulation_shift: the modulation shifts and scales; without, it only scales.
-        open_gates: gates are ``1 + gate``, so that the branches are open at the start; without, adaLN-Zero's
-            ``gate``.
+        open_gates: gates are ``1 + gate``, so that branches start open; without, adaLN-Zero's ``gate``.
     """
 
     width: int

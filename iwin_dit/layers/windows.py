@@ -1,8 +1,8 @@
 """Windows of tokens on a grid of any rank: Iwin's interleaved ones and Swin's plain ones, one pattern each.
 
 Token ``h = m G + g`` of a side with G = side / M groups belongs to group g and is its m-th token: an
-interleaved window collects tokens that stand G apart and so spans the whole image; a plain window (``h = g M
-+ m``) collects neighbours.
+interleaved window collects tokens that stand G apart and so spans the whole image; a plain window
+(``h = g M + m``) collects neighbours.
 
 Legend: B batch, C channels, M tokens of a window along an axis, G groups along an axis.
 """
@@ -43,9 +43,7 @@ def padded_grid(grid: tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ..
 
 
 def pad(x: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Zeros at the end of each axis (the bottom and right of an image) up to ``grid``: ``(B, *, C) -> (B,
-    *grid, C)``.
-    """
+    """Zeros at the end of each axis (bottom and right) up to ``grid``: ``(B, *, C) -> (B, *grid, C)``."""
     missing = [want - have for want, have in zip(grid, x.shape[1:-1], strict=True)]
     return F.pad(x, (0, 0, *(n for axis in reversed(missing) for n in (0, axis))))
 

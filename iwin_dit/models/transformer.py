@@ -23,14 +23,12 @@ POSITIONS = ("none", "sincos", "rope", "sincos+rope")
 
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """A DiT (Peebles & Xie 2023) whose token mixer is a choice: Iwin attention (arXiv 2507.18405) or global
-    attention.
+    """A DiT (Peebles & Xie 2023) with a choice of token mixer: Iwin (arXiv 2507.18405) or global attention.
 
     The defaults are the Iwin authors' XL/1 on the 16 x 16 x 32 latents of a 256-pixel image.
 
     Args:
-        sample_size: side of the latent, or (height, width), that the model is made for. Other sizes are valid
-            input.
+        sample_size: side of the latent, or (height, width), that the model is made for. Others are valid.
         patch_size: latents per side of a token.
         in_channels: channels of the latent, C.
         out_channels: channels of the prediction; 2 C where the model learns sigma. Default: C.
@@ -38,12 +36,10 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         num_attention_heads: attention heads.
         attention_head_dim: channels of a head; the width D is heads times this.
         num_classes: classes; the label ``num_classes`` itself is the null label of classifier-free guidance.
-        class_dropout_prob: share of the labels that training replaces by the null label. With 0 there is no
-            null label.
-        mixer: fields of :class:`~iwin_dit.layers.specs.MixerSpec`, such as ``{"name": "iwin", "window_size":
-            8}``.
-        position_embedding: ``none``, ``sincos`` (added to the tokens), ``rope`` (rotates queries and keys),
-            or both.
+        class_dropout_prob: share of labels that training replaces by the null label, which 0 leaves out.
+        mixer: fields of :class:`~iwin_dit.layers.specs.MixerSpec`, such as
+            ``{"name": "iwin", "window_size": 8}``.
+        position_embedding: ``none``, ``sincos`` (adds to tokens), ``rope`` (turns queries and keys), or both.
         norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates: see
             :class:`~iwin_dit.layers.specs.BlockSpec`.
         timestep_scale, timestep_shift: the model sees ``scale * timestep + shift``. They bring models that
@@ -136,9 +132,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         )
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier for every projection, zeros for all that modulates and for the
-        output.
-        """
+        """DiT's initialisation: Xavier for every projection, zeros for all that modulates and the output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight)

@@ -27,9 +27,7 @@ __all__ = ["{name}"]
 
 
 def export_pipeline(pipeline: IwinDiTPipeline, folder: Path, recipe: dict[str, Any]) -> None:
-    """Writes the pipeline and its recipe to ``folder``, which is replaced as a whole once the new one is
-    complete.
-    """
+    """Writes the pipeline and its recipe to ``folder``, replaced as a whole once the new one is complete."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)

@@ -76,9 +76,7 @@ class IwinDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
-        """Our folders name the class with the file that loads it where the package is missing; here it is
-        not.
-        """
+        """The class name without the file that our folders add for where the package is missing."""
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
@@ -153,8 +151,7 @@ class IwinDiTPipeline(DiffusionPipeline):
             height, width: of the images in pixels. Default: what the model was made for.
             generator: one, or one per image; image k then depends on its own generator alone.
             latents: initial noise ``(B, C, h, w)`` instead of drawing it.
-            output_type: ``pil``, ``np`` (B, H, W, 3), ``pt`` (B, 3, H, W), both in [0, 1], or ``latent``:
-                normalised.
+            output_type: ``pil``; ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W) in [0, 1]; normalised ``latent``.
             return_dict: an ``ImagePipelineOutput`` rather than a tuple.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ...})``; returns
                 such a dictionary, perhaps with new latents.

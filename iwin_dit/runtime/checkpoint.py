@@ -1,8 +1,7 @@
 """Checkpoints: directories that are complete or invisible.
 
-``step-00010000/`` holds safetensors and JSON only, so that no file that is read can run code, and a manifest
-with the size and the SHA-256 of each file. It is written under another name on the same file system, fsynced,
-and renamed.
+``step-00010000/`` holds safetensors and JSON only, so that reading it runs no code, and a manifest with each
+file's size and SHA-256. It is written under another name on the same file system, fsynced and renamed.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ def step_of(directory: Path) -> int:
 def save_checkpoint(
     root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Writes ``tensors[name]`` to ``name.safetensors`` and ``state`` to ``state.json``, then prunes all but
-    ``keep``.
+    """Writes ``tensors[name]`` to ``name.safetensors``, ``state`` to ``state.json``; prunes all but ``keep``.
 
     The previous checkpoint is touched only after the new one is safely on disk.
     """
@@ -142,8 +140,7 @@ def read_tensors(directory: Path, name: str, like: Mapping[str, Tensor] | None =
         like: names and shapes that it must have.
 
     Raises:
-        CheckpointError: listing names that are missing or unexpected, other shapes, or values that are not
-            finite.
+        CheckpointError: listing names that are missing or unexpected, other shapes, or non-finite values.
     """
     path = directory / f"{name}.safetensors"
     tensors = load_file(path)

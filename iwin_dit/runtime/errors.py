@@ -31,9 +31,7 @@ class NonFiniteError(UserError):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's ``main`` and ends the process: mistakes of the user as one line, bugs as a
-    traceback.
-    """
+    """Runs a script's ``main`` and ends the process: the user's mistakes as one line, bugs as a traceback."""
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -9,29 +9,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1 << 24
-
 
 def write(path: Path, data: bytes) -> dict[str, Any]:
     """Writes and fsyncs a new file; returns its size and SHA-256."""
-    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for start in range(0, len(data), CHUNK):
-            chunk = data[start : start + CHUNK]
-            file.write(chunk)
-            digest.update(chunk)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(data), "sha256": digest.hexdigest()}
+    return digest(data)
+
+
+def digest(data: bytes) -> dict[str, Any]:
+    """Size and SHA-256, as manifests and indexes hold them."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file on disk, in the form that :func:`write` returns."""
-    digest = hashlib.sha256()
+    """Size and SHA-256 of a file on disk, in the form of :func:`digest`."""
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": found}
 
 
 def replace(path: Path, data: bytes) -> None:

@@ -4,6 +4,7 @@
 runs/name/
   lock            held for the life of the process
   config.yaml     the resolved config; a run keeps the one it began with
+  data.json       what the run was trained on
   log.jsonl       one line per logged step
   checkpoints/    step-00010000/, ...
   samples/        grids that training drew
@@ -33,12 +34,15 @@ class RunDirectory:
         path: the directory.
         config: the resolved config as nested dictionaries.
         may_change: dotted keys that a resumed run may set anew; any other difference is refused.
+        data: what identifies the data; any difference is refused.
 
     Raises:
         ConfigError: where it cannot be written, is held by another process, or was begun with another config.
     """
 
-    def __init__(self, path: str | Path, config: dict[str, Any], may_change: frozenset[str]):
+    def __init__(
+        self, path: str | Path, config: dict[str, Any], may_change: frozenset[str], data: dict[str, Any]
+    ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
@@ -52,8 +56,9 @@ class RunDirectory:
             raise ConfigError(
                 f"output_dir {self.path} cannot be written: {error.strerror or error}"
             ) from error
-        self.config = config
+        self.config, self.data = config, data
         self._check_config(may_change)
+        self._check_data()
 
     def _acquire_lock(self) -> Any:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115  held until the process ends
@@ -84,10 +89,22 @@ class RunDirectory:
                     "restore these values, or take another output_dir"
                 )
 
+    def _check_data(self) -> None:
+        path = self.path / "data.json"
+        before = json.loads(path.read_bytes()) if path.exists() else self.data
+        changed = [key for key in self.data if before.get(key) != self.data[key]]
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{self.path} was begun on other latents ({key}: {before.get(key)!r} -> {self.data[key]!r}); "
+                "restore them, or take another output_dir"
+            )
+
     def begin(self, step: int) -> None:
         """Writes the config and drops what was logged after ``step``, which will be logged again."""
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         files.replace(self.path / "config.yaml", text.encode())
+        files.replace(self.path / "data.json", files.to_json(self.data))
         if self.log_path.exists():
             kept = [record for record in self.read_log() if record["step"] <= step]
             files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())

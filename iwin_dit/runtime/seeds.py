@@ -8,9 +8,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """63 bits from a seed and the names and numbers of its use, such as ``derive_seed(0, "order",
-    epoch)``.
-    """
+    """63 bits from a seed and the names and numbers of its use, as in ``derive_seed(0, "order", epoch)``."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 

@@ -17,9 +17,7 @@ def learning_rate(step: int, peak: float, warmup_steps: int) -> float:
 def build_adamw(
     model: nn.Module, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay acts on matrices and kernels, not on biases and norm
-    weights.
-    """
+    """AdamW over all parameters; weight decay acts on matrices and kernels, not biases and norm weights."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

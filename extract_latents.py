@@ -1,0 +1,78 @@
+"""Turns images into the latents that training reads, on any number of processes.
+
+``accelerate launch extract_latents.py --images FOLDER --vae sd-vae-ft-ema --out data/mine``. Run the same
+command again to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError, run_script
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--images", help="class folders, a flat folder with --labels, .tar files, or hf:NAME")
+    add("--labels", help="CSV with columns file,label for a flat folder")
+    add("--vae", help="a preset, a folder, a hub id, or an original .pt, .ckpt or .safetensors file")
+    add("--vae-config", type=Path, help="YAML of an original file's ddconfig (that of VA-VAE f16d32)")
+    add("--out", type=Path, help="folder for the shards and index.json")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[256],
+        metavar="PIXELS",
+        help="a side, or height and width (256)",
+    )
+    add("--crop", choices=("center", "random"), default="center", help="(center: ADM's)")
+    add("--batch-images", type=int, default=32, help="images of one pass through the VAE (32)")
+    add("--shard-images", type=int, default=10_000, help="images of a shard (10,000)")
+    add("--workers", type=int, default=4, help="processes that decode images (4)")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the VAE (float32)",
+    )
+    add("--store", choices=("float32", "bfloat16", "float16"), default="float32", help="on disk (float32)")
+    add("--posterior", action="store_true", help="keep the posterior's standard deviations too")
+    add("--max-bad-images", type=int, default=0, help="leave out up to so many broken images (0)")
+    add("--verify", type=Path, metavar="DIR", help="check an existing set, and do nothing else")
+    add("--info", type=Path, metavar="DIR", help="say what a set holds, and draw contact.png beside it")
+    arguments = parser.parse_args()
+    if not (arguments.verify or arguments.info):
+        missing = [name for name in ("images", "vae", "out") if getattr(arguments, name) is None]
+        if missing:
+            raise ConfigError(f"--{missing[0]} is missing; see --help")
+        if (
+            min(*arguments.size, arguments.batch_images, arguments.shard_images) < 1
+            or len(arguments.size) > 2
+        ):
+            raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
+        if not files.can_write(arguments.out):
+            raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from iwin_dit.data import inspection
+
+    if arguments.verify:
+        print(f"{inspection.verify(arguments.verify):,} images, every shard is what the index says")
+    elif arguments.info:
+        print(inspection.describe(arguments.info))
+        inspection.contact_sheet(arguments.info, arguments.info / "contact.png")
+    else:
+        from iwin_dit.build_data import extract_latents
+
+        extract_latents(arguments)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,126 @@
+"""Where names of data and autoencoders become objects."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from iwin_dit.config import Config
+from iwin_dit.convert import from_ldm_vae, load_official
+from iwin_dit.data import digits
+from iwin_dit.data.codec import load_vae, vae_statistics, weights_sha256
+from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
+from iwin_dit.data.latents import LatentDataset, published_index
+from iwin_dit.data.sources import open_source
+from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
+from iwin_dit.runtime.errors import DataError
+
+PREPARE = {"digits": digits.prepare}
+
+# VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator.
+VA_VAE = dict(
+    ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, resolution=256, attn_resolutions=[16], z_channels=32
+)
+
+
+def build_latents(config: Config, accelerator: Accelerator | None = None) -> LatentDataset:
+    """The latents, made first where the config says how; checked against the model.
+
+    Raises:
+        DataError: where they are missing, or do not fit the model.
+    """
+    path = Path(config.data.path)
+    main_process = accelerator is None or accelerator.is_main_process
+    if main_process and config.data.prepare and not (path / "index.json").exists():
+        PREPARE[config.data.prepare](path)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    latents = LatentDataset(path, _published(config, path))
+    found = (latents.latent_shape[0], latents.latent_shape[1:], len(latents.class_names))
+    expected = (config.model.in_channels, config.model.latent_size, config.model.num_classes)
+    for name, have, want, key in zip(
+        ("latent channels", "latent size", "classes"),
+        found,
+        expected,
+        ("in_channels", "sample_size", "num_classes"),
+        strict=True,
+    ):
+        if have != want:
+            raise DataError(
+                f"{path} has {name} {have} (VAE {latents.index['vae']}), the config's model.{key} is {want}; "
+                f"set model.{key} to {have}, or take other latents"
+            )
+    if config.data.normalization == "vae":
+        latents.mean, latents.std = vae_statistics(load_vae(latents.vae_path))
+    return latents
+
+
+def _published(config: Config, path: Path) -> dict[str, Any] | None:
+    """The index of a folder in LightningDiT's published layout; None where there is one of ours."""
+    statistics = path / "latents_stats.pt"
+    if (path / "index.json").exists() or not statistics.exists():
+        return None
+    if config.data.vae is None:
+        raise DataError(f"{path} does not say what decodes it: set data.vae to a folder, preset or hub id")
+    return published_index(path, load_official(statistics), config.data.vae, config.model.num_classes)
+
+
+def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
+    """A diffusers autoencoder by preset, folder or hub id, or from an original file.
+
+    Args:
+        ldm_config: YAML with the ``ddconfig`` of an original ``.pt``, ``.ckpt`` or ``.safetensors`` file.
+            Default: that of VA-VAE f16d32.
+    """
+    if not Path(name).is_file():
+        return load_vae(name)
+    config = VA_VAE if ldm_config is None else yaml.safe_load(ldm_config.read_text())
+    try:
+        return from_ldm_vae(load_official(name), config).eval().requires_grad_(False)
+    except Exception as error:  # of torch.load, safetensors or the importer: all say what the file lacks
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{name} cannot be read as tensors of an LDM autoencoder: {reason}") from None
+
+
+def extract_latents(arguments: argparse.Namespace) -> None:
+    """Runs ``extract_latents.py``."""
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+        keep_freed_memory()
+    size = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
+    source = open_source(arguments.images, arguments.labels)
+    vae = load_autoencoder(arguments.vae, arguments.vae_config)
+    local = Path(arguments.vae).exists()
+    settings = Settings(
+        size=size,
+        crop=arguments.crop,
+        batch_images=arguments.batch_images,
+        shard_images=arguments.shard_images,
+        precision=arguments.precision,
+        store=arguments.store,
+        posterior=arguments.posterior,
+    )
+    description = {"vae": LOCAL_VAE if local else arguments.vae, "vae_sha256": weights_sha256(vae)}
+    bad = extract(
+        source,
+        vae.to(accelerator.device),
+        arguments.out,
+        settings,
+        description,
+        num_workers=arguments.workers,
+        max_bad_images=arguments.max_bad_images,
+        process=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    if accelerator.is_main_process:
+        for reason in bad:
+            print(f"left out: {reason}")
+        count = len(source) - len(bad)
+        print(f"{count:,} images in {arguments.out}; look at them with --info {arguments.out}")
+    accelerator.end_training()

@@ -1,0 +1,231 @@
+"""Images to latent shards, on any number of processes, resumable shard by shard.
+
+Shard s holds the images ``[s n, (s + 1) n)`` of the source and is made by process ``s mod P``; batches do not
+cross shards. So the bytes of a shard depend on the source, the VAE and the settings alone, not on interruption
+or the processes. A finished shard leaves an entry in ``.entries``; together they make ``index.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from iwin_dit.data.codec import encode_posterior, spatial_factor
+from iwin_dit.data.images import BadImage, center_crop, decode_image, random_crop
+from iwin_dit.data.latents import Shard, write_index, write_shard
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.seeds import generator
+
+LOCAL_VAE = "vae"  # a VAE from a local folder or file is taken along, beside the latents
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the bytes of the shards depend on, beside the source and the VAE.
+
+    Args:
+        size: height and width of the images, in pixels.
+        crop: ``center`` is the ADM centre crop of the published FIDs; ``random`` a random one.
+        batch_images: images of one pass through the VAE.
+        shard_images: images of a shard.
+        precision: of the VAE's computation.
+        store: dtype of the latents on disk.
+        posterior: keep the posterior's standard deviations too.
+    """
+
+    size: tuple[int, int]
+    crop: str = "center"
+    batch_images: int = 32
+    shard_images: int = 10_000
+    precision: str = "float32"
+    store: str = "float32"
+    posterior: bool = False
+
+
+class Batch(NamedTuple):
+    """Images ``(B, 3, H, W)`` uint8, labels ``(B,)``, and what was wrong with those that are left out."""
+
+    images: Tensor
+    labels: Tensor
+    bad: list[str]
+
+
+class ImageDataset(Dataset):
+    """Decoded and cropped images of a source; a bad one is its error's text. Runs in worker processes."""
+
+    def __init__(self, source: Any, settings: Settings):
+        self.source, self.settings = source, settings
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
+        name, size = self.source.name(i), self.settings.size
+        try:
+            data, label = self.source.read(i)
+            image = decode_image(data, name)
+            if self.settings.crop == "center":
+                return center_crop(image, *size), label
+            return random_crop(image, *size, generator(0, "crop", i)), label
+        except BadImage as error:
+            return str(error) if name in str(error) else f"{name}: {error}"
+
+
+class Collate:
+    """Joins images of one size to a batch; a class, so that worker processes can take it along."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def __call__(self, items: list[tuple[Tensor, int] | str]) -> Batch:
+        good = [item for item in items if not isinstance(item, str)]
+        images = [image for image, _ in good] or [torch.empty(0, 3, *self.size, dtype=torch.uint8)]
+        joined = torch.stack(images) if good else images[0]
+        labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+        return Batch(joined, labels, [item for item in items if isinstance(item, str)])
+
+
+def extract(
+    source: Any,
+    vae: Any,
+    out: Path,
+    settings: Settings,
+    description: dict[str, Any],
+    num_workers: int = 0,
+    max_bad_images: int = 0,
+    process: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Makes the shards that are missing, then the index. Returns what was wrong with the images left out.
+
+    Args:
+        source: of encoded images, see :mod:`iwin_dit.data.sources`.
+        vae: a diffusers autoencoder on its device.
+        description: ``vae`` and ``vae_sha256``, for the index.
+        max_bad_images: more broken images than this are an error.
+        wait: a barrier for all processes.
+
+    Raises:
+        DataError: for too many bad images, values that are not finite, or a folder begun otherwise.
+    """
+    factor = spatial_factor(vae)
+    if any(side % factor for side in settings.size):
+        nearest = [max(1, round(side / factor)) * factor for side in settings.size]
+        raise DataError(
+            f"the size {settings.size} is no multiple of the VAE's factor {factor}; nearest: {nearest}"
+        )
+    description = description | {"image_size": list(settings.size), "class_names": source.class_names}
+    numbers = range(-(-len(source) // settings.shard_images))
+    if process == 0:
+        _begin(out, {**asdict(settings), **description, "images": len(source)})
+        if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
+            vae.save_pretrained(out / f".tmp-{LOCAL_VAE}")
+            files.publish(out / f".tmp-{LOCAL_VAE}", out / LOCAL_VAE)
+    wait()
+    mine = [number for number in numbers[process::num_processes] if _entry(out, number) is None]
+    vae.to(dtype=getattr(torch, settings.precision))
+    for number, shard, bad in _encode_shards(source, vae, settings, mine, num_workers, main=process == 0):
+        _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images)
+        entry = write_shard(out, number, shard) if len(shard.labels) else {"count": 0}
+        files.replace(_entry_path(out, number), files.to_json(entry | {"bad": bad}))
+    wait()
+    bad = _bad_so_far(out, numbers)
+    _check_bad(bad, max_bad_images)
+    if process == 0:
+        entries = [_entry(out, number) for number in numbers]
+        write_index(out, [entry for entry in entries if entry["count"]], description)
+    wait()
+    return bad
+
+
+def _begin(out: Path, begun: dict[str, Any]) -> None:
+    """Writes down what is being made, or compares it with what was begun here before."""
+    begun = json.loads(files.to_json(begun))
+    path = out / ".entries" / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_bytes())
+        changed = [
+            f"{key}: {before.get(key)!r} -> {begun[key]!r}" for key in begun if before.get(key) != begun[key]
+        ]
+        if changed:
+            raise DataError(
+                f"{out} was begun with other settings ({changed[0][:200]}); restore them, or remove it"
+            )
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, files.to_json(begun))
+
+
+def _encode_shards(
+    source: Any, vae: Any, settings: Settings, numbers: list[int], num_workers: int, main: bool
+) -> Iterator[tuple[int, Shard, list[str]]]:
+    """Each shard with its number and its bad images, from one stream of batches that never cross shards."""
+    device, dtype = next(vae.parameters()).device, getattr(torch, settings.store)
+    batches = []
+    for number in numbers:
+        end = min(len(source), (number + 1) * settings.shard_images)
+        starts = range(number * settings.shard_images, end, settings.batch_images)
+        batches += [(number, list(range(start, min(end, start + settings.batch_images)))) for start in starts]
+    loader = DataLoader(
+        ImageDataset(source, settings),
+        batch_sampler=[indices for _, indices in batches],
+        num_workers=num_workers,
+        collate_fn=Collate(settings.size),
+        pin_memory=device.type == "cuda",
+    )
+    parts: list[Shard] = []
+    bad: list[str] = []
+    total = sum(len(indices) for _, indices in batches)
+    with progress(total=total, unit="image", desc="extract", disable=not main) as bar:
+        for position, batch in enumerate(loader):
+            images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
+            mean, std = encode_posterior(vae, images)
+            mean_flip, std_flip = encode_posterior(vae, images.flip(-1))
+            stored = [tensor.to("cpu", dtype) for tensor in (mean, mean_flip)]
+            stds = (
+                [tensor.to("cpu", dtype) for tensor in (std, std_flip)]
+                if settings.posterior
+                else [None, None]
+            )
+            parts.append(Shard(*stored, batch.labels, *stds))
+            bad += batch.bad
+            bar.update(len(batches[position][1]))
+            number = batches[position][0]
+            if position + 1 == len(batches) or batches[position + 1][0] != number:
+                columns = zip(*parts, strict=True)
+                yield number, Shard(*(None if c[0] is None else torch.cat(c) for c in columns)), bad
+                parts, bad = [], []
+
+
+def _entry_path(out: Path, number: int) -> Path:
+    return out / ".entries" / f"shard{number:03d}.json"
+
+
+def _entry(out: Path, number: int) -> dict[str, Any] | None:
+    """The entry of a finished shard whose file is still there."""
+    path = _entry_path(out, number)
+    if not path.exists():
+        return None
+    entry = json.loads(path.read_bytes())
+    file = out / entry.get("file", "")
+    return entry if not entry["count"] or (file.is_file() and file.stat().st_size == entry["bytes"]) else None
+
+
+def _bad_so_far(out: Path, numbers: Any) -> list[str]:
+    return [bad for number in numbers if (entry := _entry(out, number)) for bad in entry["bad"]]
+
+
+def _check_bad(bad: list[str], most: int) -> None:
+    if len(bad) > most:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(
+            f"{len(bad)} bad images, allowed are {most}: {'; '.join(bad[:5])}{more}; "
+            "mend or remove them, or raise --max-bad-images"
+        )

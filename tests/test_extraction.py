@@ -1,0 +1,293 @@
+"""extract_latents.py: the bytes of the shards, faults, and training on what it made."""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vae, refused, run, start
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from iwin_dit.data.codec import encode, encode_posterior, load_vae
+from iwin_dit.data.extraction import Settings, extract
+from iwin_dit.data.latents import LatentDataset
+from iwin_dit.data.sources import open_source
+from iwin_dit.runtime.errors import DataError
+
+SIZE, COUNT, SHARD = 16, 100, 12
+TWO_PROCESSES = (
+    *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+
+
+def draw_images(root, count=COUNT, side=20):
+    """Class folders of noise; names with spaces and signs of other scripts."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        folder = root / ("golden retriever", "ünï 漢", "umbrella")[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (side, side + i % 5, 3), dtype=np.uint8)).save(
+            folder / f"{i:03d} é.png"
+        )
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    root = tmp_path_factory.mktemp("work shop")
+    draw_images(root / "images")
+    make_vae().save_pretrained(root / "vae")
+    return root
+
+
+def arguments(workshop, out, *more):
+    return (
+        *("extract_latents.py", "--images", workshop / "images", "--vae", workshop / "vae", "--out", out),
+        *("--size", SIZE, "--batch-images", 5, "--shard-images", SHARD, "--workers", 0, *more),
+    )
+
+
+def hashes(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def made(workshop):
+    out = workshop / "made"
+    stdout, _ = run(*arguments(workshop, out))
+    assert f"{COUNT} images in {out}" in stdout
+    return out
+
+
+def test_latents_are_what_the_vae_says(workshop, made):
+    """In ImageFolder's order, by the same few lines that a user would write."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    folder = ImageFolder(str(workshop / "images"))
+    vae, dataset = load_vae(str(workshop / "vae")), LatentDataset(made)
+    assert dataset.class_names == folder.classes
+    assert dataset.labels.tolist() == folder.targets
+    for i in (0, 11, 12, COUNT - 1):
+        image = folder[i][0]
+        scale = SIZE / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+        pixels = pil_to_tensor(image.crop((left, top, left + SIZE, top + SIZE)))[None] / 127.5 - 1
+        torch.testing.assert_close(dataset.read_raw([i]), encode(vae, pixels), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            dataset.read_raw([i], True), encode(vae, pixels.flip(-1)), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_statistics_are_those_of_numpy(made):
+    latents = np.concatenate([load_file(p)["latents"].numpy() for p in sorted(made.glob("*.safetensors"))])
+    index = json.loads((made / "index.json").read_text())
+    np.testing.assert_allclose(index["mean"], latents.mean((0, 2, 3), dtype=np.float64), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(index["std"], latents.std((0, 2, 3), dtype=np.float64), rtol=1e-6)
+
+
+def test_a_finished_set_is_looked_at(made, workshop):
+    stdout, _ = run("extract_latents.py", "--verify", made)
+    assert "100 images, every shard is what the index says" in stdout
+    stdout, _ = run("extract_latents.py", "--info", made)
+    assert "100 in 9 shards" in stdout
+    assert "golden retriever" in stdout
+    assert Image.open(made / "contact.png").width > 16 * SIZE
+    before = hashes(made)
+    stdout, _ = run(*arguments(workshop, made))  # again: nothing is left to do
+    assert f"{COUNT} images in" in stdout
+    assert hashes(made) == before
+
+
+def test_killed_extractions_make_the_same_bytes(workshop, made, tmp_path):
+    """Killed at random moments until it is done, each time by the same command."""
+    out, rng = tmp_path / "out", random.Random(0)
+    for _ in range(3):
+        process = start(*arguments(workshop, out))
+        seen = len(list(out.glob("*.safetensors"))) if out.exists() else 0
+        deadline = time.time() + 60
+        while (
+            len(list(out.glob("*.safetensors"))) < seen + 1
+            and process.poll() is None
+            and time.time() < deadline
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    run(*arguments(workshop, out))
+    assert hashes(out) == hashes(made)
+    assert json.loads((out / "index.json").read_text()) == json.loads((made / "index.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bytes(workshop, made, tmp_path):
+    run(*arguments(workshop, tmp_path / "out"), launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    assert hashes(tmp_path / "out") == hashes(made)
+    assert (tmp_path / "out" / "index.json").read_text() == (made / "index.json").read_text()
+
+
+def in_process(workshop, out, **options):
+    vae = load_vae(str(workshop / "vae"))
+    settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD)
+    return extract(open_source(str(workshop / "images")), vae, out, settings, {"vae": "vae"}, **options)
+
+
+@pytest.mark.parametrize("moment", range(1, 11))
+def test_whatever_operation_is_the_last_the_bytes_are_the_same(workshop, made, tmp_path, monkeypatch, moment):
+    """Killed between any two file operations; ten moments spread over the whole extraction."""
+    from iwin_dit.runtime import files
+
+    real, calls = files.replace, []
+
+    def breaks(path, data):
+        calls.append(path)
+        if len(calls) == 2 * moment - moment % 2:
+            path.with_name(f".tmp-{path.name}").write_bytes(data[: len(data) // 2])
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr(files, "replace", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        in_process(workshop, tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "index.json").exists()
+    in_process(workshop, tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(made)
+
+
+def test_other_settings_do_not_continue_what_was_begun(workshop, tmp_path):
+    out = tmp_path / "out"
+    in_process(workshop, out)
+    next(out.glob("*shard003*")).unlink()
+    (out / "index.json").unlink()
+    settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD, store="float16")
+    with pytest.raises(DataError, match=r"begun with other settings \(store: 'float32' -> 'float16'\)"):
+        extract(open_source(str(workshop / "images")), make_vae(), out, settings, {"vae": "vae"})
+    in_process(workshop, out)
+    assert len(LatentDataset(out)) == COUNT
+
+
+def test_damaged_shards_are_found_and_made_again(workshop, made, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    shard = out / "latents_rank00_shard004.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    error = refused("extract_latents.py", "--verify", out)
+    assert "latents_rank00_shard004.safetensors; remove these files and run the extraction again" in error
+    shard.write_bytes(content[:-1])
+    with pytest.raises(
+        DataError, match=f"has {len(content) - 1} bytes, the index says {len(content)}; remove it"
+    ):
+        LatentDataset(out)
+    shard.unlink()
+    run(*arguments(workshop, out))
+    assert hashes(out) == hashes(made)
+
+
+def test_bad_images_are_counted_and_left_out(workshop, tmp_path):
+    shutil.copytree(workshop / "images", tmp_path / "images")
+    images = sorted((tmp_path / "images" / "umbrella").iterdir())
+    images[0].write_bytes(b"")
+    images[1].write_bytes(images[2].read_bytes()[:200])
+    (tmp_path / "images" / "umbrella" / ".hidden.png").write_bytes(b"x")
+    (tmp_path / "images" / ".git").mkdir()
+    shutil.copytree(workshop / "vae", tmp_path / "vae")
+    error = refused(*arguments(tmp_path, tmp_path / "out"))
+    assert "bad images, allowed are 0" in error
+    assert images[0].name in error
+    stdout, _ = run(*arguments(tmp_path, tmp_path / "out", "--max-bad-images", 2))
+    assert f"{COUNT - 2} images in" in stdout
+    assert stdout.count("left out: ") == 2
+    assert len(LatentDataset(tmp_path / "out")) == COUNT - 2
+
+
+def test_mistakes_are_one_line(workshop, tmp_path):
+    out = tmp_path / "out"
+    assert "--vae is missing" in refused("extract_latents.py", "--images", workshop / "images", "--out", out)
+    error = refused(*arguments(workshop, out), "--size", 15)
+    assert "is no multiple of the VAE's factor 2; nearest" in error
+    marker = tmp_path / "marker"
+
+    class Malicious:
+        def __reduce__(self):
+            return (marker.write_text, ("ran",))
+
+    torch.save({"state_dict": Malicious()}, tmp_path / "bad.ckpt")
+    error = refused(*arguments(workshop, out), "--vae", tmp_path / "bad.ckpt")
+    assert "cannot be read as tensors of an LDM autoencoder" in error
+    assert not marker.exists()
+    assert not out.exists()
+
+
+def test_latents_that_are_not_finite_are_not_written(workshop, tmp_path):
+    vae = make_vae()
+    torch.nn.init.constant_(vae.quant_conv.bias, torch.inf)
+    settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD)
+    with pytest.raises(DataError, match="is not finite"):
+        extract(open_source(str(workshop / "images")), vae, tmp_path / "out", settings, {"vae": "vae"})
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_posterior_is_sampled_by_position(workshop, tmp_path):
+    from iwin_dit.data.examples import TrainingExamples
+
+    settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=50, posterior=True)
+    vae = load_vae(str(workshop / "vae"))
+    extract(open_source(str(workshop / "images")), vae, tmp_path, settings, {"vae": "vae"})
+    dataset = LatentDataset(tmp_path)
+    assert dataset.has_posterior
+    stream = TrainingExamples(dataset, 0, False, 0.0, None)
+    assert torch.equal(stream[3].x0, stream[3].x0)
+    draws = torch.stack([stream[3 + p * COUNT].x0 - stream[3].x0 for p in range(3)])
+    assert draws[1:].abs().max() > 0
+    first = next(iter(sorted((workshop / "images").iterdir())[0].iterdir()))
+    assert first.exists()
+    _, std = encode_posterior(vae, torch.zeros(1, 3, SIZE, SIZE))
+    assert dataset.read_std([0]).shape == std.shape
+
+
+def test_a_published_folder_trains_as_it_is(recipe, tmp_path, workshop):
+    """LightningDiT's layout: several ranks, no index, statistics in a .pt file."""
+    folder = tmp_path / "imagenet"
+    folder.mkdir()
+    for rank in range(2):
+        latents = torch.randn(30, 4, 8, 8)
+        tensors = {"latents": latents, "latents_flip": latents.flip(-1), "labels": torch.arange(30) % 3}
+        name = f"latents_rank{rank:02d}_shard000.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name)
+    statistics = {"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}
+    torch.save(statistics, folder / "latents_stats.pt")
+    before = sorted(folder.iterdir())
+    config = recipe(data={"path": str(folder)}, train={"max_steps": 2})
+    assert "set data.vae to a folder" in refused("train_dit.py", "--config", config)
+    stdout, _ = run("train_dit.py", "--config", config, "--data.vae", workshop / "vae")
+    assert "trained to step 2" in stdout
+    assert sorted(folder.iterdir()) == before
+
+
+def test_extract_train_and_sample(recipe, tmp_path, made):
+    """From images to images; class names come from the folders; later, another VAE's latents are refused."""
+    config = recipe(data={"path": str(made)}, train={"max_steps": 3})
+    run("train_dit.py", "--config", config)
+    run(
+        *("sample.py", "--checkpoint", tmp_path / "run", "--class", "golden retriever", "--num-images", 1),
+        *("--steps", 2, "--out", tmp_path / "x.png"),
+    )
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0"}))
+    error = refused("train_dit.py", "--config", config, "--data.path", other, "--train.max_steps", 4)
+    assert "was begun on other latents (vae_sha256" in error
