@@ -63,6 +63,7 @@ def test_the_commands_of_the_readme(checkout):
         "runs/quickstart/loss.png",
         "samples.png",
         "samples/0007-00007.png",
+        "data/mine/contact.png",
     ):
         assert (checkout / made).is_file()
     images = execute([sys.executable, "-c", SNIPPETS[0] + "\nprint(len(images), images[0].size)"], checkout)

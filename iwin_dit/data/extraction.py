@@ -1,8 +1,8 @@
 """Images to latent shards, on any number of processes, resumable shard by shard.
 
-Shard s holds the images ``[s n, (s + 1) n)`` of the source and is made by process ``s mod P``; batches do not
-cross shards. So the bytes of a shard depend on the source, the VAE and the settings alone, not on interruption
-or the processes. A finished shard leaves an entry in ``.entries``; together they make ``index.json``.
+Shard s holds the images ``[s n, (s + 1) n)`` of the source and is made by process ``s mod P``, in batches of
+its own. So the bytes of a shard depend on source, VAE and settings alone, not on processes or interruption. A
+finished shard leaves an entry in ``.entries``; together they make ``index.json``.
 """
 
 from __future__ import annotations

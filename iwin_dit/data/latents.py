@@ -30,7 +30,7 @@ from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
 FORMAT = 1
-MAX_TOUCHED = 1 << 26  # bytes read before the pages of the maps are given back
+MAX_TOUCHED = 1 << 21  # bytes read before mapped pages are given back; a fault maps many times as much
 SHARD_NAME = re.compile(r"latents_rank\d{2,}_shard\d{3,}\.safetensors")
 
 
