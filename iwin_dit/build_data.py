@@ -66,7 +66,16 @@ def _published(config: Config, path: Path) -> dict[str, Any] | None:
         return None
     if config.data.vae is None:
         raise DataError(f"{path} does not say what decodes it: set data.vae to a folder, preset or hub id")
-    return published_index(path, load_official(statistics), config.data.vae, config.model.num_classes)
+    return published_index(path, _read_tensors(statistics), config.data.vae, config.model.num_classes)
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """An official file, without running any code in it; what is not tensors is a DataError."""
+    try:
+        return load_official(path)
+    except Exception as error:  # torch.load and safetensors raise many kinds for what they do not accept
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be read as a file of tensors: {reason}") from None
 
 
 def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
@@ -80,17 +89,16 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
         return load_vae(name)
     config = VA_VAE if ldm_config is None else yaml.safe_load(ldm_config.read_text())
     try:
-        return from_ldm_vae(load_official(name), config).eval().requires_grad_(False)
-    except Exception as error:  # of torch.load, safetensors or the importer: all say what the file lacks
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name} cannot be read as tensors of an LDM autoencoder: {reason}") from None
+        return from_ldm_vae(_read_tensors(Path(name)), config).eval().requires_grad_(False)
+    except ValueError as error:
+        raise DataError(f"{name} is not the LDM autoencoder of its config: {error}") from None
 
 
 def extract_latents(arguments: argparse.Namespace) -> None:
     """Runs ``extract_latents.py``."""
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
+        use_all_cores(1)  # the same threads on any number of processes, since they decide the rounding
         keep_freed_memory()
     size = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
     source = open_source(arguments.images, arguments.labels)

@@ -226,7 +226,7 @@ def test_mistakes_are_one_line(workshop, tmp_path):
 
     torch.save({"state_dict": Malicious()}, tmp_path / "bad.ckpt")
     error = refused(*arguments(workshop, out), "--vae", tmp_path / "bad.ckpt")
-    assert "cannot be read as tensors of an LDM autoencoder" in error
+    assert "cannot be read as a file of tensors" in error
     assert not marker.exists()
     assert not out.exists()
 
@@ -258,6 +258,20 @@ def test_the_posterior_is_sampled_by_position(workshop, tmp_path):
     assert dataset.read_std([0]).shape == std.shape
 
 
+def assert_no_code_runs(statistics, config):
+    """A pickle in the place of the statistics is refused unread."""
+    good, marker = statistics.read_bytes(), statistics.with_name("marker")
+
+    class Malicious:
+        def __reduce__(self):
+            return (marker.write_text, ("ran",))
+
+    torch.save({"mean": Malicious()}, statistics)
+    assert "cannot be read as a file of tensors" in refused("train_dit.py", "--config", config)
+    assert not marker.exists()
+    statistics.write_bytes(good)
+
+
 def test_a_published_folder_trains_as_it_is(recipe, tmp_path, workshop):
     """LightningDiT's layout: several ranks, no index, statistics in a .pt file."""
     folder = tmp_path / "imagenet"
@@ -270,6 +284,7 @@ def test_a_published_folder_trains_as_it_is(recipe, tmp_path, workshop):
     statistics = {"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}
     torch.save(statistics, folder / "latents_stats.pt")
     before = sorted(folder.iterdir())
+    assert_no_code_runs(folder / "latents_stats.pt", recipe(data={"path": str(folder), "vae": "x"}))
     config = recipe(data={"path": str(folder)}, train={"max_steps": 2})
     assert "set data.vae to a folder" in refused("train_dit.py", "--config", config)
     stdout, _ = run("train_dit.py", "--config", config, "--data.vae", workshop / "vae")
