@@ -218,6 +218,8 @@ def test_mistakes_are_one_line(workshop, tmp_path):
     assert "--vae is missing" in refused("extract_latents.py", "--images", workshop / "images", "--out", out)
     error = refused(*arguments(workshop, out), "--size", 15)
     assert "is no multiple of the VAE's factor 2; nearest" in error
+    with pytest.raises(DataError, match=r"is no preset, folder or hub id .*did you mean sd-vae-ft-ema\?"):
+        load_vae("sd-vae-ft-em")
     marker = tmp_path / "marker"
 
     class Malicious:

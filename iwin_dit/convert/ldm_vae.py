@@ -13,6 +13,8 @@ from typing import Any
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from iwin_dit.convert.names import check_names
+
 # LDM's ddconfig with embed_dim: arguments that must be given, and the others' defaults.
 REQUIRED = ("ch", "ch_mult", "num_res_blocks", "resolution", "attn_resolutions", "z_channels")
 DEFAULTS = dict(double_z=True, in_channels=3, out_ch=3, dropout=0.0, embed_dim=None)
@@ -114,13 +116,7 @@ def _load(model: AutoencoderKL, weights: dict[str, Tensor]) -> AutoencoderKL:
     levels = len(model.config.block_out_channels)
     ours = model.state_dict()
     expected = {name: _official_name(name, levels) for name in ours}
-    missing = sorted(set(expected.values()) - set(weights))
-    unexpected = sorted(set(weights) - set(expected.values()))
-    if missing or unexpected:
-        raise ValueError(
-            f"the state dict does not fit the config: missing {', '.join(missing) or 'none'}; "
-            f"unexpected {', '.join(unexpected) or 'none'}"
-        )
+    check_names(expected.values(), weights)
     wrong = []
     for name, official in expected.items():
         shape = (*ours[name].shape, 1, 1) if PROJECTION.search(official) else tuple(ours[name].shape)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from iwin_dit.convert.names import check_names
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 
@@ -204,17 +205,10 @@ def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, l
 def _load(model: IwinDiTTransformer2DModel, weights: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
     """Copies the official weights in by name. Every name must be used, and none may be missing."""
     expected = {name: _official_name(name, model.config.mlp) for name in model.state_dict()}
-    missing = sorted(set(expected.values()) - set(weights))
-    unexpected = sorted(set(weights) - set(expected.values()))
-    if missing or unexpected:
-        raise ValueError(
-            f"the state dict does not fit the config: missing {', '.join(missing) or 'none'}; "
-            f"unexpected {', '.join(unexpected) or 'none'}"
-        )
+    check_names(expected.values(), weights)
     ours = {name: weights[official] for name, official in expected.items()}
-    ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(
-        1
-    )  # a convolution there: (D, C, p, p)
+    # theirs is a convolution, (D, C, p, p)
+    ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(1)
     wrong = [
         f"{expected[name]} {tuple(ours[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in model.state_dict().items()

@@ -5,7 +5,9 @@ Legend: B images, C latent channels, f the autoencoder's spatial factor.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +54,10 @@ def load_vae(name_or_path: str) -> Any:
     """
     preset = PRESETS.get(name_or_path, Preset(name_or_path, 0, 0, 0.0))
     where = dict(subfolder=preset.subfolder) if preset.subfolder else {}
+    if name_or_path not in PRESETS and "/" not in name_or_path and not Path(name_or_path).is_dir():
+        near = difflib.get_close_matches(name_or_path, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        raise DataError(f"the VAE {name_or_path} is no preset, folder or hub id such as user/model; {hint}")
     try:
         name = AutoencoderKL.load_config(preset.source, **where).get("_class_name")
         if name not in VAES:

@@ -77,7 +77,24 @@ def open_source(location: str, labels: str | None = None) -> Source:
     raise DataError(f"{location} does not exist; give a folder of images, .tar files or hf:NAME")
 
 
-class FolderSource:
+class _FilesSource:
+    """Image files below ``root``: what a folder of classes and a CSV have in common."""
+
+    root: str
+    _files: list[str]
+    _labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, i: int) -> tuple[bytes, int]:
+        return read_file(os.path.join(self.root, self._files[i])), self._labels[i]
+
+    def name(self, i: int) -> str:
+        return printable(os.path.join(self.root, self._files[i]))
+
+
+class FolderSource(_FilesSource):
     """A folder per class, with images at any depth, in the order of torchvision's ``ImageFolder``.
 
     Hidden files and folders are ignored. Links are followed inside ``root`` only. The 1000 synset ids of
@@ -90,8 +107,8 @@ class FolderSource:
     def __init__(self, root: str | Path):
         self.root = _real_folder(root)
         folders = sorted(name for name, is_folder in _entries(self.root, self.root) if is_folder)
-        self._files: list[str] = []
-        self._labels: list[int] = []
+        self._files = []
+        self._labels = []
         empty = []
         for label, folder in enumerate(folders):
             files = _images_below(self.root, folder)
@@ -112,17 +129,8 @@ class FolderSource:
         ids = hashlib.sha256("\n".join(folders).encode(errors="replace")).hexdigest()
         self.class_names = list(_IMAGENET_CATEGORIES) if ids == SYNSETS_SHA256 else folders
 
-    def __len__(self) -> int:
-        return len(self._files)
 
-    def read(self, i: int) -> tuple[bytes, int]:
-        return read_file(os.path.join(self.root, self._files[i])), self._labels[i]
-
-    def name(self, i: int) -> str:
-        return printable(os.path.join(self.root, self._files[i]))
-
-
-class CsvSource:
+class CsvSource(_FilesSource):
     """Images in a folder, with labels in a CSV of the header ``file,label``.
 
     Labels that are all integers stay so, and the classes are ``0`` to the largest; otherwise they are class
@@ -134,7 +142,7 @@ class CsvSource:
 
     def __init__(self, root: str | Path, csv_file: str | Path):
         self.root = _real_folder(root)
-        self._files: list[str] = []
+        self._files = []
         labels: list[str] = []
         lines: list[int] = []
         try:
@@ -178,15 +186,6 @@ class CsvSource:
             raise DataError(f"{where}: {file} is a link to {real}, out of {self.root}; copy the file there")
         if not os.path.isfile(real):
             raise DataError(f"{where}: {file} in {self.root} is not a file")
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, i: int) -> tuple[bytes, int]:
-        return read_file(os.path.join(self.root, self._files[i])), self._labels[i]
-
-    def name(self, i: int) -> str:
-        return printable(os.path.join(self.root, self._files[i]))
 
 
 def _real_folder(root: str | Path) -> str:
