@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def train(config: Config) -> int:
-    from iwin_dit import build
+    from iwin_dit import build, build_data
     from iwin_dit.pipelines.export import export_pipeline
     from iwin_dit.report import draw_loss_curve
     from iwin_dit.training import loop
@@ -33,21 +33,22 @@ def train(config: Config) -> int:
     accelerator = build.build_accelerator(config)
     main_process = accelerator.is_main_process
     build.check_output(config)
-    latents = build.build_latents(config, accelerator)
-    run = build.build_run(config, latents) if main_process else None
-    loader, micro_batches = build.build_loader(config, latents, accelerator)
+    dataset = build_data.build_dataset(config, accelerator)
+    run = build.build_run(config, dataset) if main_process else None
+    loader, micro_batches = build.build_loader(config, dataset, accelerator)
     state = build.build_state(config, accelerator)
     objective = build.build_objective(config)
-    preview = build.build_preview(config, latents, run)
+    encode = build_data.build_encoder(dataset, accelerator)
+    preview = build.build_preview(config, dataset, run)
 
-    step = loop.train(config, accelerator, run, state, objective, loader, micro_batches, preview)
+    step = loop.train(config, accelerator, run, state, objective, encode, loader, micro_batches, preview)
 
     if step < config.train.max_steps:
         if main_process:
             print(f"stopped at step {step} with a checkpoint; run the same command again to go on")
         return 143
     if main_process:
-        pipeline = build.build_pipeline(config, state.ema, latents)
+        pipeline = build.build_pipeline(config, state.ema, dataset)
         export_pipeline(pipeline, run.pipeline, {"step": step, "config": config.to_dict()})
         draw_loss_curve(run)
         if step > config.train.max_steps:

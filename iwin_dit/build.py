@@ -14,12 +14,10 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from torch.utils.data import DataLoader
 
-from iwin_dit.build_data import build_latents
+from iwin_dit.build_data import build_dataset, load_autoencoder
 from iwin_dit.config import MAY_CHANGE, Config, load_config
 from iwin_dit.config_rules import local_batch
-from iwin_dit.data.codec import load_vae
-from iwin_dit.data.examples import StepSampler, TrainingExamples
-from iwin_dit.data.latents import LatentDataset
+from iwin_dit.data.examples import Data, StepSampler, TrainingExamples
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
@@ -92,12 +90,12 @@ def build_objective(config: Config) -> FlowMatching | DDPM:
     return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
 
 
-def build_loader(config: Config, latents: LatentDataset, accelerator: Accelerator) -> tuple[Any, int]:
+def build_loader(config: Config, dataset: Data, accelerator: Accelerator) -> tuple[Any, int]:
     """``loader(step)``, which reads from that step on, and how many of its micro-batches make a step."""
     local, micro_batch = local_batch(config.train, accelerator.num_processes)
     null_label = config.model.num_classes if config.model.label_dropout else None
     examples = TrainingExamples(
-        latents, config.seed, config.data.random_flip, config.model.label_dropout, null_label
+        dataset, config.seed, config.data.random_flip, config.model.label_dropout, null_label
     )
 
     def loader(step: int) -> DataLoader:
@@ -135,28 +133,28 @@ def check_output(config: Config) -> None:
         raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
 
 
-def build_run(config: Config, latents: LatentDataset) -> RunDirectory:
+def build_run(config: Config, dataset: Data) -> RunDirectory:
     """The run directory, locked."""
-    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, latents.identity)
+    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, dataset.identity)
 
 
-def build_pipeline(config: Config, model: nn.Module, latents: LatentDataset) -> IwinDiTPipeline:
-    """The pipeline that samples this model: the VAE of its latents, the scheduler of its objective."""
+def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPipeline:
+    """The pipeline that samples this model: the VAE of its data, the scheduler of its objective."""
     return IwinDiTPipeline(
         transformer=model,
-        vae=load_vae(latents.vae_path).to(next(model.parameters()).device),
+        vae=load_autoencoder(dataset.vae_path).to(next(model.parameters()).device),
         scheduler=build_objective(config).scheduler(config.sample.sampler),
-        id2label=dict(enumerate(latents.class_names)),
-        latents_mean=latents.mean,
-        latents_std=latents.std,
+        id2label=dict(enumerate(dataset.class_names)),
+        latents_mean=dataset.mean,
+        latents_std=dataset.std,
     )
 
 
-def build_preview(config: Config, latents: LatentDataset, run: RunDirectory | None) -> Any:
+def build_preview(config: Config, dataset: Data, run: RunDirectory | None) -> Any:
     """``preview(ema, step)`` writes ``samples/step-00001000.png``: the first ten classes with fixed seeds."""
 
     def preview(ema: nn.Module, step: int) -> None:
-        pipeline = build_pipeline(config, ema, latents)
+        pipeline = build_pipeline(config, ema, dataset)
         pipeline.set_progress_bar_config(disable=True)
         labels = range(min(10, config.model.num_classes))
         samples = sample_classes(
@@ -250,7 +248,7 @@ def _load_run(run: Path) -> IwinDiTPipeline:
     config = load_config(run / "config.yaml")
     model = build_model(config).eval()
     model.load_state_dict(checkpoint.read_tensors(newest, "ema", like=model.state_dict()))
-    return build_pipeline(config, model, build_latents(config))
+    return build_pipeline(config, model, build_dataset(config))
 
 
 def _check_pipeline_folder(path: Path) -> None:

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
+from huggingface_hub import hf_hub_download
+from torch import Tensor
 
 from iwin_dit.config import Config
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits
-from iwin_dit.data.codec import load_vae, vae_statistics, weights_sha256
+from iwin_dit.data.codec import encode, load_vae, normalize, vae_statistics, weights_sha256
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.latents import LatentDataset, published_index
+from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.data.sources import open_source
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError
 
 PREPARE = {"digits": digits.prepare}
 
-# VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator.
+# VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator. It is
+# published as an original file, not for diffusers.
+VA_VAE_PRESET, VA_VAE_REPOSITORY = "va-vae-f16d32", "hustvl/vavae-imagenet256-f16d32-dinov2"
 VA_VAE = dict(
     ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, resolution=256, attn_resolutions=[16], z_channels=32
 )
 
 
-def build_latents(config: Config, accelerator: Accelerator | None = None) -> LatentDataset:
-    """The latents, made first where the config says how; checked against the model.
+def build_dataset(config: Config, accelerator: Accelerator | None = None) -> LatentDataset | PixelDataset:
+    """The latents, made first where the config says how, or the images; checked against the model.
 
     Raises:
         DataError: where they are missing, or do not fit the model.
     """
-    path = Path(config.data.path)
-    main_process = accelerator is None or accelerator.is_main_process
-    if main_process and config.data.prepare and not (path / "index.json").exists():
-        PREPARE[config.data.prepare](path)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    latents = LatentDataset(path, _published(config, path))
-    found = (latents.latent_shape[0], latents.latent_shape[1:], len(latents.class_names))
+    if config.data.kind == "images":
+        source = open_source(config.data.path, config.data.labels)
+        vae = load_autoencoder(config.data.vae)
+        dataset = PixelDataset(source, vae, config.data.vae, config.model.latent_size, config.data.crop)
+    else:
+        dataset = _latents(config, accelerator)
+    found = (dataset.latent_shape[0], dataset.latent_shape[1:], len(dataset.class_names))
     expected = (config.model.in_channels, config.model.latent_size, config.model.num_classes)
     for name, have, want, key in zip(
         ("latent channels", "latent size", "classes"),
@@ -51,11 +57,50 @@ def build_latents(config: Config, accelerator: Accelerator | None = None) -> Lat
     ):
         if have != want:
             raise DataError(
-                f"{path} has {name} {have} (VAE {latents.index['vae']}), the config's model.{key} is {want}; "
-                f"set model.{key} to {have}, or take other latents"
+                f"{config.data.path} has {name} {have} (VAE {dataset.vae_name}), the config's model.{key} is "
+                f"{want}; set model.{key} to {have}, or take other data"
             )
+    return dataset
+
+
+def build_encoder(
+    dataset: LatentDataset | PixelDataset, accelerator: Accelerator
+) -> Callable[[Tensor], Tensor]:
+    """From what the dataset gives, on the device, to normalised latents; latents are that already."""
+    if isinstance(dataset, LatentDataset):
+        return lambda latents: latents
+    vae = load_autoencoder(dataset.vae_path).to(accelerator.device, memory_format=torch.channels_last)
+
+    def to_latents(pixels: Tensor) -> Tensor:
+        with accelerator.autocast():
+            latents = encode(vae, pixels.float() / 127.5 - 1)
+        return normalize(latents, dataset.mean, dataset.std)
+
+    return to_latents
+
+
+def count_images(config: Config) -> int:
+    """Images of the data, without the autoencoder.
+
+    Raises:
+        DataError: where they are missing.
+    """
+    if config.data.kind == "images":
+        return len(open_source(config.data.path, config.data.labels))
+    path = Path(config.data.path)
+    return len(LatentDataset(path, _published(config, path)))
+
+
+def _latents(config: Config, accelerator: Accelerator | None) -> LatentDataset:
+    path = Path(config.data.path)
+    main_process = accelerator is None or accelerator.is_main_process
+    if main_process and config.data.prepare and not (path / "index.json").exists():
+        PREPARE[config.data.prepare](path)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    latents = LatentDataset(path, _published(config, path))
     if config.data.normalization == "vae":
-        latents.mean, latents.std = vae_statistics(load_vae(latents.vae_path))
+        latents.mean, latents.std = vae_statistics(load_autoencoder(latents.vae_path))
     return latents
 
 
@@ -85,6 +130,8 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
         ldm_config: YAML with the ``ddconfig`` of an original ``.pt``, ``.ckpt`` or ``.safetensors`` file.
             Default: that of VA-VAE f16d32.
     """
+    if name == VA_VAE_PRESET:
+        name = _download(VA_VAE_REPOSITORY, f"{VA_VAE_REPOSITORY.partition('/')[2]}.pt")
     if not Path(name).is_file():
         return load_vae(name)
     config = VA_VAE if ldm_config is None else yaml.safe_load(ldm_config.read_text())
@@ -92,6 +139,14 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
         return from_ldm_vae(_read_tensors(Path(name)), config).eval().requires_grad_(False)
     except ValueError as error:
         raise DataError(f"{name} is not the LDM autoencoder of its config: {error}") from None
+
+
+def _download(repository: str, file: str) -> str:
+    try:
+        return hf_hub_download(repository, file)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{repository}/{file} cannot be downloaded: {reason}; give the file itself") from None
 
 
 def extract_latents(arguments: argparse.Namespace) -> None:

@@ -45,19 +45,26 @@ MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The latents to train on.
+    """The latents to train on, or the images.
 
     Args:
-        path: folder of latent shards with their index.json.
-        vae: what decodes the latents of a folder that does not say so itself: a preset, a folder or a hub id.
+        kind: ``latents`` are read from shards; ``images`` are encoded by the autoencoder in every step.
+        path: folder of latent shards with their index.json; or of images, as ``extract_latents.py --images``.
+        vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
+            hub id.
+        labels: for a flat folder of images, a CSV with the columns file and label.
+        crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
         prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits.
         random_flip: train on mirror images too. Not for digits or text.
         normalization: ``channel`` takes mean and standard deviation from the index; ``vae`` the factor that
-            the autoencoder declares, as DiT does.
+            the autoencoder declares, as DiT does; images have no index and need it.
     """
 
+    kind: Literal["latents", "images"] = "latents"
     path: str = "data/digits"
     vae: str | None = None
+    labels: str | None = None
+    crop: Literal["center", "random"] = "center"
     prepare: Literal["digits"] | None = None
     random_flip: bool = True
     normalization: Literal["channel", "vae"] = "channel"

@@ -10,7 +10,7 @@ from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from iwin_dit.config import Config, ModelConfig, TrainConfig
+    from iwin_dit.config import Config, DataConfig, ModelConfig, TrainConfig
 
 # Samplers of each objective; a test compares them with the objectives' own.
 SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "ddpm", "dpm++")}
@@ -22,12 +22,32 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_block(config.model)
     _check_sampling(config)
+    _check_data(config.data)
     if config.objective.name == "ddpm":
         for f in fields(config.objective)[1:]:
             if getattr(config.objective, f.name) != f.default:
                 raise ConfigError(
                     f"objective.{f.name} has no meaning for ddpm; remove it, or take flow_matching"
                 )
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.kind == "latents":
+        for key, default in (("labels", None), ("crop", "center")):
+            if getattr(data, key) != default:
+                raise ConfigError(f"data.{key} is for images; set data.kind images, or remove it")
+        return
+    if data.vae is None:
+        raise ConfigError(
+            "data.kind is images, but nothing encodes them: set data.vae, such as sd-vae-ft-ema"
+        )
+    if data.normalization != "vae":
+        raise ConfigError(
+            "data.kind is images, which have no index with means: set data.normalization vae, the scaling "
+            f"that the autoencoder declares (found {data.normalization})"
+        )
+    if data.prepare is not None:
+        raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
 
 
 def _check_block(model: ModelConfig) -> None:

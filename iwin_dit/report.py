@@ -9,8 +9,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build import build_model
+from iwin_dit.build_data import count_images
 from iwin_dit.config import Config
-from iwin_dit.data.latents import LatentDataset
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.run import RunDirectory
@@ -37,7 +37,7 @@ def describe_run(config: Config) -> str:
     mixer = config.model.mixer
     window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.name == "iwin" else ""
     try:
-        images = len(LatentDataset(config.data.path))
+        images = count_images(config)
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
     except DataError as error:
         epoch = f"unknown: {error}"

@@ -161,7 +161,7 @@ def test_a_run_keeps_its_data(tmp_path):
     run = RunDirectory(tmp_path, {}, frozenset(), {"vae": "a", "images": 10})
     run.begin(0)
     run._lock.close()
-    with pytest.raises(ConfigError, match=r"begun on other latents \(vae: 'a' -> 'b'\)"):
+    with pytest.raises(ConfigError, match=r"begun on other data \(vae: 'a' -> 'b'\)"):
         RunDirectory(tmp_path, {}, frozenset(), {"vae": "b", "images": 10})
 
 

@@ -62,6 +62,17 @@ def test_bad_latents_are_refused(latents_folder, tmp_path):
     assert not (tmp_path / "nan" / "index.json").exists()
 
 
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error(latents_folder, tmp_path):
+    shutil.copytree(latents_folder, tmp_path / "latents")
+    dataset = LatentDataset(tmp_path / "latents")
+    dataset.read([0])
+    shard = tmp_path / "latents" / "latents_rank00_shard000.safetensors"
+    with open(shard, "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(DataError, match=r"shard000.* was cut short"):
+        dataset.read([0, 39, 59])
+
+
 def test_shards_may_not_point_out_of_their_folder(latents_folder, tmp_path):
     shutil.copytree(latents_folder, tmp_path / "latents")
     index = json.loads((tmp_path / "latents" / "index.json").read_text())

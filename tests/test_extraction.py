@@ -307,4 +307,4 @@ def test_extract_train_and_sample(recipe, tmp_path, made):
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0"}))
     error = refused("train_dit.py", "--config", config, "--data.path", other, "--train.max_steps", 4)
-    assert "was begun on other latents (vae_sha256" in error
+    assert "was begun on other data (vae_sha256" in error

@@ -7,23 +7,40 @@ of the batch or on when the run was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from iwin_dit.data.latents import LatentDataset
 from iwin_dit.runtime.seeds import generator
+
+
+class Data(Protocol):
+    """What can be trained on: latents, or images that the step encodes."""
+
+    latent_shape: tuple[int, ...]
+    class_names: list[str]
+    mean: list[float]  # per latent channel
+    std: list[float]
+    vae_path: str
+    identity: dict[str, Any]  # what makes the data the same to a run that is resumed
+
+    def __len__(self) -> int: ...
+
+    def draw(
+        self, indices: Sequence[int], mirrored: Sequence[bool], rngs: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[int]]:
+        """These images or their mirror images, one generator for each, and their labels."""
 
 
 class Example(NamedTuple):
     """One image of a training step, or a batch of them.
 
-    x0: latent (C, h, w); label: class, or the null label where it was dropped; noise: (C, h, w); u: uniform
-        in [0, 1).
+    x0: latent (C, h, w), or pixels (3, H, W) uint8; label: class, or the null label where it was dropped;
+        noise: (C, h, w); u: uniform in [0, 1).
     """
 
     x0: Tensor
@@ -37,7 +54,7 @@ class Draw(NamedTuple):
 
     index: int
     mirrored: bool
-    label: int
+    dropped: bool
     noise: Tensor
     u: Tensor
     rng: torch.Generator
@@ -47,21 +64,16 @@ class TrainingExamples(Dataset):
     """``examples[position] -> Example``.
 
     Args:
-        latents: the images.
+        data: the images.
         seed: of order, flips, label drops, noise and times.
         random_flip: mirror half of the images.
         label_dropout: share of labels replaced by ``null_label``.
     """
 
     def __init__(
-        self,
-        latents: LatentDataset,
-        seed: int,
-        random_flip: bool,
-        label_dropout: float,
-        null_label: int | None,
+        self, data: Data, seed: int, random_flip: bool, label_dropout: float, null_label: int | None
     ):
-        self.latents, self.seed, self.random_flip = latents, seed, random_flip
+        self.data, self.seed, self.random_flip = data, seed, random_flip
         self.label_dropout, self.null_label = label_dropout, null_label
 
     def __getitem__(self, position: int) -> Example:
@@ -70,30 +82,19 @@ class TrainingExamples(Dataset):
     def __getitems__(self, positions: list[int]) -> list[Example]:
         """A batch at once, as a DataLoader asks for it: the shards are read together."""
         draws = [self._draw(position) for position in positions]
-        x0 = torch.empty(len(draws), *self.latents.latent_shape)
-        for mirrored in (False, True):
-            chosen = [i for i, draw in enumerate(draws) if draw.mirrored == mirrored]
-            if chosen:
-                x0[chosen] = self._latents([draws[i] for i in chosen], mirrored)
-        return [Example(x0[i], draw.label, draw.noise, draw.u) for i, draw in enumerate(draws)]
+        indices, mirrored, dropped, noises, times, rngs = zip(*draws, strict=True)
+        x0, labels = self.data.draw(indices, mirrored, rngs)
+        labels = [self.null_label if drop else label for drop, label in zip(dropped, labels, strict=True)]
+        return [Example(*parts) for parts in zip(x0, labels, noises, times, strict=True)]
 
     def _draw(self, position: int) -> Draw:
-        epoch, offset = divmod(position, len(self.latents))
+        epoch, offset = divmod(position, len(self.data))
         rng = generator(self.seed, "example", position)
         u, flip, drop = torch.rand(3, generator=rng)
-        index = int(epoch_order(self.seed, epoch, len(self.latents))[offset])
-        label = self.null_label if drop < self.label_dropout else int(self.latents.labels[index])
-        noise = torch.randn(self.latents.latent_shape, generator=rng)
-        return Draw(index, self.random_flip and bool(flip < 0.5), label, noise, u, rng)
-
-    def _latents(self, draws: list[Draw], mirrored: bool) -> Tensor:
-        """The posterior's means, or samples of it where the shards hold its standard deviations."""
-        indices = [draw.index for draw in draws]
-        x0 = self.latents.read(indices, mirrored)
-        if self.latents.has_posterior:
-            noise = torch.stack([torch.randn(x0.shape[1:], generator=draw.rng) for draw in draws])
-            x0 = x0 + self.latents.read_std(indices, mirrored) * noise
-        return x0
+        index = int(epoch_order(self.seed, epoch, len(self.data))[offset])
+        noise = torch.randn(self.data.latent_shape, generator=rng)
+        mirrored, dropped = self.random_flip and bool(flip < 0.5), bool(drop < self.label_dropout)
+        return Draw(index, mirrored, dropped, noise, u, rng)
 
 
 @lru_cache(maxsize=4)

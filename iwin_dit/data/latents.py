@@ -25,12 +25,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iwin_dit.data.codec import normalize
-from iwin_dit.data.shards import ShardFile
+from iwin_dit.data.shards import ShardFile, read_rows
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
 FORMAT = 1
-MAX_TOUCHED = 1 << 21  # bytes read before mapped pages are given back; a fault maps many times as much
 SHARD_NAME = re.compile(r"latents_rank\d{2,}_shard\d{3,}\.safetensors")
 
 
@@ -139,7 +138,6 @@ class LatentDataset(Dataset):
         self.class_names: list[str] = self.index["class_names"]
         self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
         self.mean, self.std = self.index["mean"], self.index["std"]
-        self._touched = 0
         self.shards = [self._open(entry) for entry in self.index["shards"]]
         self.ends = np.cumsum([entry["count"] for entry in self.index["shards"]])
         if len({shard.entries["latents"].dtype for shard in self.shards}) > 1:
@@ -187,24 +185,40 @@ class LatentDataset(Dataset):
         """As they were written, float32: ``(B, C, h, w)``."""
         indices, key = np.asarray(indices), f"{name}_flip" if mirrored else name
         numbers = np.searchsorted(self.ends, indices, side="right")
-        entry = self.shards[0].entries[key]
-        rows = np.empty((len(indices), entry.row_bytes), np.uint8)
-        for number in np.unique(numbers):
-            shard, positions = self.shards[number], np.flatnonzero(numbers == number)
-            first = self.ends[number] - shard.entries[key].shape[0]
-            shard.rows(key, indices[positions] - first, rows, positions)
-        self._touched += rows.nbytes
-        if self._touched > MAX_TOUCHED:  # mapped pages count as memory of the process: it stays flat this way
-            self._touched = 0
-            for shard in self.shards:
-                shard.release()
-        return torch.from_numpy(rows).view(entry.dtype).reshape(len(indices), *self.latent_shape).float()
+        firsts = self.ends - [shard.entries[key].shape[0] for shard in self.shards]
+        values = read_rows(self.shards, key, numbers, indices - firsts[numbers])
+        dtype = self.shards[0].entries[key].dtype
+        return torch.from_numpy(values).view(dtype).reshape(len(indices), *self.latent_shape).float()
+
+    def draw(
+        self, indices: Sequence[int], mirrored: Sequence[bool], rngs: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[int]]:
+        """For training: latents ``(B, C, h, w)`` and labels.
+
+        Posterior means, or, where the shards hold standard deviations, samples of the posterior.
+        """
+        x0 = torch.empty(len(indices), *self.latent_shape)
+        for flip in (False, True):
+            chosen = [i for i, is_mirrored in enumerate(mirrored) if is_mirrored == flip]
+            if not chosen:
+                continue
+            images = [indices[i] for i in chosen]
+            x0[chosen] = self.read(images, flip)
+            if self.has_posterior:
+                noise = torch.stack([torch.randn(self.latent_shape, generator=rngs[i]) for i in chosen])
+                x0[chosen] += self.read_std(images, flip) * noise
+        return x0, self.labels[list(indices)].tolist()
 
     @property
     def vae_path(self) -> str:
         """The VAE's hub id, or its folder: a relative one is relative to the latents."""
         local = self.directory / self.index["vae"]
         return str(local.resolve()) if local.is_dir() else self.index["vae"]
+
+    @property
+    def vae_name(self) -> str:
+        """The VAE, as the index names it."""
+        return self.index["vae"]
 
     @property
     def identity(self) -> dict[str, Any]:

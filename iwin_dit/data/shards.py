@@ -1,10 +1,13 @@
-"""One latent shard: a safetensors file whose rows are gathered from a memory map."""
+"""One latent shard: a safetensors file of which single rows are read.
+
+By pread, not a memory map: the process's memory stays flat, and a file that shrinks is an error, no SIGBUS.
+"""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,28 +74,48 @@ class ShardFile:
             raise ValueError(f"a tensor of shape {entry.shape} does not fill its {end - start} bytes")
         return entry
 
-    def rows(self, name: str, indices: np.ndarray, into: np.ndarray, positions: np.ndarray) -> None:
-        """``into[positions] = tensor[indices]``, where ``into`` holds rows as bytes: ``(B, row_bytes)``."""
-        entry = self.entries[name]
-        into[positions] = self._bytes(entry).reshape(entry.shape[0], entry.row_bytes)[indices]
-
     def all(self, name: str) -> Tensor:
-        """A copy of a whole tensor."""
+        """A whole tensor."""
         entry = self.entries[name]
-        return torch.from_numpy(self._bytes(entry).copy()).view(entry.dtype).reshape(entry.shape)
+        values = np.empty(entry.row_bytes * entry.shape[0], np.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            read = 0
+            while read < len(values) and (count := file.readinto(values[read:])):
+                read += count
+        if read != len(values):
+            raise DataError(
+                f"{self.path} ended after {read} of the {len(values)} bytes of {name}: it was cut short"
+            )
+        return torch.from_numpy(values).view(entry.dtype).reshape(entry.shape)
 
-    def release(self) -> None:
-        """Gives the pages that were read back; the system's page cache keeps them."""
-        if "_map" in self.__dict__:
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def _bytes(self, entry: Entry) -> np.ndarray:
-        return np.frombuffer(self._map, np.uint8, entry.row_bytes * entry.shape[0], entry.start)
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._file.fileno()
 
     @cached_property
-    def _map(self) -> mmap.mmap:
-        with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _file(self) -> Any:
+        return open(self.path, "rb", buffering=0)
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker process maps the file itself
-        return {key: value for key, value in self.__dict__.items() if key != "_map"}
+    def __getstate__(self) -> dict[str, Any]:  # a worker process opens the file itself
+        return {key: value for key, value in self.__dict__.items() if key != "_file"}
+
+
+def read_rows(shards: Sequence[ShardFile], name: str, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Row ``rows[b]`` of shard ``numbers[b]``, for each b, as bytes: ``(B, row_bytes)``.
+
+    Raises:
+        DataError: where a file was cut short since it was opened.
+    """
+    size = shards[0].entries[name].row_bytes
+    values = np.empty((len(rows), size), np.uint8)
+    view = memoryview(values.reshape(-1))
+    parts = [(view[start : start + size],) for start in range(0, values.size, size)]
+    starts = np.array([shard.entries[name].start for shard in shards])[numbers] + rows * size
+    descriptors = [shards[number].descriptor for number in numbers.tolist()]
+    read = list(map(os.preadv, descriptors, parts, starts.tolist()))
+    if set(read) - {size}:
+        short = next(number for number, count in zip(numbers, read, strict=True) if count != size)
+        raise DataError(f"{shards[short].path} ends within a latent: it was cut short since it was opened")
+    return values

@@ -30,12 +30,20 @@ class NonFiniteError(UserError):
     exit_code = 4
 
 
+def _one_line(error: UserError) -> str:
+    """An error of a worker process arrives with that process's traceback before its own words."""
+    text = str(error)
+    if "Original Traceback (most recent call last)" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split())
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's ``main`` and ends the process: the user's mistakes as one line, bugs as a traceback."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

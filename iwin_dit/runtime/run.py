@@ -96,8 +96,8 @@ class RunDirectory:
         if changed:
             key = changed[0]
             raise ConfigError(
-                f"{self.path} was begun on other latents ({key}: {before.get(key)!r} -> {self.data[key]!r}); "
-                "restore them, or take another output_dir"
+                f"{self.path} was begun on other data ({key}: {before.get(key)!r} -> {self.data[key]!r}); "
+                "restore it, or take another output_dir"
             )
 
     def begin(self, step: int) -> None:

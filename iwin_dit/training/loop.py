@@ -42,6 +42,7 @@ def train(
     run: RunDirectory | None,
     state: State,
     objective: Any,
+    encode: Callable[[Tensor], Tensor],
     loader: Callable[[int], DataLoader],
     micro_batches: int,
     preview: Callable[[nn.Module, int], None],
@@ -54,6 +55,7 @@ def train(
         run: the run directory, on the main process only.
         state: on the accelerator's device.
         objective: ``objective.loss(model, x0, labels, noise, u) -> (B,)``.
+        encode: from what the loader gives, on the device, to normalised latents ``(B, C, h, w)``.
         loader: ``loader(step)`` yields this process's micro-batches from that step on.
         micro_batches: how many of them make a step.
         preview: ``preview(ema, step)`` draws samples, on the main process.
@@ -67,52 +69,51 @@ def train(
     model.train()
     batches = iter(loader(step))
     stop, meter = StopRequest(), Meter(accelerator)
-    bar = progress(
+    with progress(
         total=options.max_steps,
         initial=step,
         unit="step",
         desc="train",
         disable=not accelerator.is_main_process or step >= options.max_steps,
-    )
-    while step < options.max_steps:
-        rate = learning_rate(step, optim.learning_rate, optim.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    ) as bar:
+        while step < options.max_steps:
+            rate = learning_rate(step, optim.learning_rate, optim.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
-        for micro in range(micro_batches):
-            x0, labels, noise, u = (
-                tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches)
-            )
-            last = micro == micro_batches - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                losses = objective.loss(model, x0, labels, noise, u)  # (B,)
-                # the mean over the global batch: a sum here, which DDP averages over the processes
-                accelerator.backward(losses.sum() * (accelerator.num_processes / options.batch_images))
-            meter.add(losses)
-        norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(state.ema, state.model, options.ema_decay)
-        step += 1
-        bar.update()
+            for micro in range(micro_batches):
+                x0, labels, noise, u = (
+                    tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches)
+                )
+                last = micro == micro_batches - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    losses = objective.loss(model, encode(x0), labels, noise, u)  # (B,)
+                    # the mean over the global batch: a sum here, which DDP averages over the processes
+                    accelerator.backward(losses.sum() * (accelerator.num_processes / options.batch_images))
+                meter.add(losses)
+            norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_ema(state.ema, state.model, options.ema_decay)
+            step += 1
+            bar.update()
 
-        done = step == options.max_steps
-        if done or step % options.log_every_steps == 0:
-            record, stopping = meter.read(step, norm, rate, bool(stop))
-            check_finite(record)
-            bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
-            if run is not None:
-                run.log(record)
-            if stopping:
-                break
-        if not done and step % options.save_every_steps == 0:
-            save(accelerator, run, step, state, options.keep_checkpoints)
-        if options.sample_every_steps and (done or step % options.sample_every_steps == 0):
-            if run is not None:
-                preview(state.ema, step)
-            accelerator.wait_for_everyone()
-            meter.started = time.perf_counter()  # drawing is not training
-    bar.close()
+            done = step == options.max_steps
+            if done or step % options.log_every_steps == 0:
+                record, stopping = meter.read(step, norm, rate, bool(stop))
+                check_finite(record)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
+                if run is not None:
+                    run.log(record)
+                if stopping:
+                    break
+            if not done and step % options.save_every_steps == 0:
+                save(accelerator, run, step, state, options.keep_checkpoints)
+            if options.sample_every_steps and (done or step % options.sample_every_steps == 0):
+                if run is not None:
+                    preview(state.ema, step)
+                accelerator.wait_for_everyone()
+                meter.started = time.perf_counter()  # drawing is not training
     save(accelerator, run, step, state, options.keep_checkpoints)
     return step
 

@@ -1,0 +1,141 @@
+"""Training straight from images, with the autoencoder in the step."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vae, refused, run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from iwin_dit import build_data
+from iwin_dit.config import parse_arguments
+from iwin_dit.data.examples import TrainingExamples
+from iwin_dit.data.pixels import PixelDataset
+from iwin_dit.data.sources import open_source
+from iwin_dit.runtime.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pixels")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = root / "images" / f"class {i % 3}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 22, 3), dtype=np.uint8)).save(path)
+    make_vae().save_pretrained(root / "vae")
+    return root
+
+
+def images(workshop, **more):
+    return {
+        **{"kind": "images", "path": str(workshop / "images"), "vae": str(workshop / "vae")},
+        **{"normalization": "vae", **more},
+    }
+
+
+def dataset(workshop, crop="center"):
+    vae = make_vae()
+    return PixelDataset(open_source(str(workshop / "images")), vae, str(workshop / "vae"), (8, 8), crop)
+
+
+def test_training_from_images_is_training_from_their_latents(workshop, recipe, tmp_path):
+    run(
+        *("extract_latents.py", "--images", workshop / "images", "--vae", workshop / "vae"),
+        *("--out", tmp_path / "latents", "--size", 16, "--workers", 0),
+    )
+    short = {"max_steps": 10, "save_every_steps": 10}
+    straight = recipe(data=images(workshop), train={**short, "num_workers": 1})
+    through = recipe(
+        "latents.yaml", data={"path": str(tmp_path / "latents"), "normalization": "vae"}, train=short
+    )
+    run("train_dit.py", "--config", straight, "--output_dir", tmp_path / "straight")
+    run("train_dit.py", "--config", through, "--output_dir", tmp_path / "through")
+    weights = [
+        load_file(tmp_path / name / "checkpoints" / "step-00000010" / "ema.safetensors")
+        for name in ("straight", "through")
+    ]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], atol=1e-4, rtol=0, msg=key)
+    index = json.loads((tmp_path / "straight" / "pipeline" / "model_index.json").read_text())
+    assert index["id2label"] == {"0": "class 0", "1": "class 1", "2": "class 2"}
+    run(
+        *("sample.py", "--checkpoint", tmp_path / "straight", "--class", "class 1", "--steps", 2),
+        *("--out", tmp_path / "grid.png", "--num-images", 1),
+    )
+
+    # a run goes on with the same images only, wherever they lie
+    (tmp_path / "moved").symlink_to(workshop / "images")
+    longer = ("--config", straight, "--output_dir", tmp_path / "straight", "--train.max_steps", 11)
+    run("train_dit.py", *longer, "--data.path", tmp_path / "moved")
+    other = tmp_path / "other"
+    for path in (workshop / "images").rglob("*.png"):
+        copy = other / path.parent.name / path.name.replace("23", "24")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    error = refused("train_dit.py", *longer, "--data.path", other)
+    assert "begun on other data (names_sha256" in error
+
+
+def test_a_broken_image_stops_training_with_its_name(workshop, recipe, tmp_path):
+    for path in (workshop / "images").rglob("*.png"):
+        copy = tmp_path / "images" / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: 60 if path.name == "07.png" else None])
+    config = recipe(data=images(workshop, path=str(tmp_path / "images")), train={"num_workers": 1})
+    error = refused("train_dit.py", "--config", config)
+    assert "07.png is a broken or truncated image" in error
+    assert "restore or remove it" in error
+
+
+def test_crops_are_a_function_of_the_position(workshop):
+    centred, cropped = (
+        TrainingExamples(dataset(workshop, crop), 0, True, 0.1, 3) for crop in ("center", "random")
+    )
+    again = TrainingExamples(dataset(workshop, "random"), 0, True, 0.1, 3)
+    batch = next(iter(DataLoader(cropped, batch_sampler=[[0, 1, 30]], num_workers=1)))
+    assert batch.x0.shape == (3, 3, 16, 16)
+    assert batch.x0.dtype == torch.uint8
+    for i, position in enumerate((0, 1, 30)):
+        assert torch.equal(again[position].x0, batch.x0[i])
+        assert torch.equal(centred[position].noise, batch.noise[i]), "the crop is drawn after the rest"
+    assert not torch.equal(centred[0].x0, cropped[0].x0)
+
+
+def test_images_that_do_not_fit_are_refused(workshop, recipe):
+    for overrides, message in (
+        ({"data": {"kind": "images"}}, "nothing encodes them: set data.vae"),
+        ({"data": images(workshop, normalization="channel")}, "set data.normalization vae"),
+        ({"data": images(workshop, prepare="digits")}, "set data.prepare null"),
+        ({"data": {"crop": "random"}}, "data.crop is for images"),
+    ):
+        path = str(recipe(**overrides))
+        with pytest.raises(ConfigError, match=message):
+            parse_arguments(["--config", path], Path(path))
+    path = str(recipe(data=images(workshop), model={"in_channels": 16}))
+    with pytest.raises(DataError, match=r"has latent channels 4 .*model.in_channels is 16"):
+        build_data.build_dataset(parse_arguments(["--config", path], Path(path))[0])
+
+
+def test_va_vae_is_a_preset(monkeypatch, tmp_path):
+    """Its file comes from the hub, and is read as an LDM autoencoder."""
+    asked = []
+    file = tmp_path / "va-vae.safetensors"
+    save_file({"nothing": torch.zeros(1)}, file)
+
+    def download(*arguments):
+        asked.append(arguments)
+        return str(file)
+
+    monkeypatch.setattr(build_data, "hf_hub_download", download)
+    with pytest.raises(DataError, match="is not the LDM autoencoder of its config"):
+        build_data.load_autoencoder("va-vae-f16d32")
+    repository = "hustvl/vavae-imagenet256-f16d32-dinov2"
+    assert asked == [(repository, "vavae-imagenet256-f16d32-dinov2.pt")]
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        build_data.load_autoencoder("va-vae-f16d32")
