@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     low_high = dict(nargs=2, type=float, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
+    add("--ema-std", type=float, help="average the weights anew, to this relative standard deviation")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (the model's own)")
     add("--out", type=Path, default=Path("samples.png"), help="x.png is a grid, else a folder (samples.png)")
     add("--device", help="cuda, cpu, ... (a GPU where there is one)")
@@ -45,7 +46,7 @@ def main() -> None:
 
     checkpoint = arguments.checkpoint or str(build.newest_run())
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = build.load_pipeline(checkpoint, device, getattr(torch, arguments.dtype))
+    pipeline = build.load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), arguments.ema_std)
     height, width = arguments.size or (None, None)
     options = dict(
         num_inference_steps=arguments.steps,
@@ -62,7 +63,7 @@ def main() -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     recipe = {"checkpoint": checkpoint, "classes": labels, "num_images": count, "seed": seed, **options}
-    recipe["dtype"] = arguments.dtype
+    recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std}
     try:
         if arguments.out.suffix == ".png":
             write_grid(samples, arguments.out, recipe, pipeline.id2label)

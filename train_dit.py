@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from iwin_dit.config import Config, parse_arguments
-from iwin_dit.runtime.errors import run_script
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError, run_script
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -17,44 +18,64 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def main() -> int:
     config, dry_run = parse_arguments(sys.argv[1:], default=QUICKSTART)
     if dry_run:
+        from iwin_dit import budget
         from iwin_dit.report import describe_run
 
-        print(describe_run(config))
+        print(describe_run(config), flush=True)
+        budget.check(config)
         return 0
+    if not files.can_write(Path(config.output_dir)):
+        raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
     return train(config)
 
 
 def train(config: Config) -> int:
     from iwin_dit import build, build_data
+    from iwin_dit.budget import training_flops
     from iwin_dit.pipelines.export import export_pipeline
     from iwin_dit.report import draw_loss_curve
     from iwin_dit.training import loop
+    from iwin_dit.training.state import full_ema
 
     accelerator = build.build_accelerator(config)
     main_process = accelerator.is_main_process
-    build.check_output(config)
     dataset = build_data.build_dataset(config, accelerator)
     run = build.build_run(config, dataset) if main_process else None
-    loader, micro_batches = build.build_loader(config, dataset, accelerator)
+    build.start_trackers(config, accelerator)
     state = build.build_state(config, accelerator)
     objective = build.build_objective(config)
     encode = build_data.build_encoder(dataset, accelerator)
-    preview = build.build_preview(config, dataset, run)
+    micro_batch = build.find_micro_batch(config, accelerator, state, objective, dataset)
+    loader = build.build_loader(config, dataset, accelerator, micro_batch)
+    preview = build.build_preview(config, dataset, run, accelerator)
 
-    step = loop.train(config, accelerator, run, state, objective, encode, loader, micro_batches, preview)
+    with build.attention_backend(config):
+        step = loop.train(
+            config,
+            accelerator,
+            run,
+            state,
+            objective,
+            encode,
+            loader,
+            config.train.batch_images // (micro_batch * accelerator.num_processes),
+            preview,
+            training_flops(config),
+        )
 
+    averaged = full_ema(state)
+    accelerator.end_training()
     if step < config.train.max_steps:
         if main_process:
             print(f"stopped at step {step} with a checkpoint; run the same command again to go on")
         return 143
     if main_process:
-        pipeline = build.build_pipeline(config, state.ema, dataset)
+        pipeline = build.build_pipeline(config, build.model_of(config, averaged), dataset)
         export_pipeline(pipeline, run.pipeline, {"step": step, "config": config.to_dict()})
         draw_loss_curve(run)
         if step > config.train.max_steps:
             print(f"{run.path} was trained further than train.max_steps {config.train.max_steps} before")
         print(f"trained to step {step}; try: python sample.py --checkpoint {run.path} --class 0")
-    accelerator.end_training()
     return 0
 
 

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from iwin_dit.build_data import build_dataset, load_autoencoder
-from iwin_dit.config import MAY_CHANGE, Config, load_config
+from iwin_dit.config import Config, load_config
 from iwin_dit.config_rules import local_batch
+from iwin_dit.config_schema import MAY_CHANGE
 from iwin_dit.data.examples import Data, StepSampler, TrainingExamples
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import draw_grid, sample_classes
-from iwin_dit.runtime import checkpoint, files
+from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
-from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.runtime.progress import say
+from iwin_dit.runtime.run import RunDirectory, flatten
 from iwin_dit.runtime.seeds import derive_seed
-from iwin_dit.training.ema import make_ema
-from iwin_dit.training.loop import State
+from iwin_dit.training.ema import decay_rules, make_ema
+from iwin_dit.training.memory import largest_that_fits
 from iwin_dit.training.optimizer import build_adamw
+from iwin_dit.training.posthoc import reconstruct
+from iwin_dit.training.sharding import shard
+from iwin_dit.training.state import State
+
+ATTENTION_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -39,7 +56,16 @@ def build_accelerator(config: Config) -> Accelerator:
     Raises:
         ConfigError: where fewer processes run than were asked for.
     """
-    accelerator = Accelerator(mixed_precision="no" if config.train.precision == "fp32" else "bf16")
+    if "wandb" in config.train.trackers:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    accelerator = Accelerator(
+        mixed_precision="no" if config.train.precision == "fp32" else "bf16",
+        log_with=config.train.trackers or None,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=f"{config.output_dir}/trackers"
+        ),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     # `accelerate launch --cpu --num_processes 2` starts one process, and leaves an address to meet others at
     launched, alone = "ACCELERATE_MIXED_PRECISION" in os.environ, "RANK" not in os.environ
@@ -50,10 +76,16 @@ def build_accelerator(config: Config) -> Accelerator:
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
             "--mixed_precision no --dynamo_backend no train_dit.py"
         )
+    if config.train.precision == "bf16" and not _computes_bf16(accelerator.device):
+        raise ConfigError(f"{accelerator.device} does not compute in bf16; set train.precision fp32")
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
     return accelerator
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def build_model(config: Config) -> IwinDiTTransformer2DModel:
@@ -90,9 +122,10 @@ def build_objective(config: Config) -> FlowMatching | DDPM:
     return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
 
 
-def build_loader(config: Config, dataset: Data, accelerator: Accelerator) -> tuple[Any, int]:
-    """``loader(step)``, which reads from that step on, and how many of its micro-batches make a step."""
-    local, micro_batch = local_batch(config.train, accelerator.num_processes)
+def build_loader(
+    config: Config, dataset: Data, accelerator: Accelerator, micro_batch: int
+) -> Callable[[int], DataLoader]:
+    """``loader(step)``, which reads this process's micro-batches from that step on."""
     null_label = config.model.num_classes if config.model.label_dropout else None
     examples = TrainingExamples(
         dataset, config.seed, config.data.random_flip, config.model.label_dropout, null_label
@@ -101,7 +134,6 @@ def build_loader(config: Config, dataset: Data, accelerator: Accelerator) -> tup
     def loader(step: int) -> DataLoader:
         sampler = StepSampler(
             step,
-            config.train.max_steps,
             config.train.batch_images,
             micro_batch,
             accelerator.process_index,
@@ -109,33 +141,86 @@ def build_loader(config: Config, dataset: Data, accelerator: Accelerator) -> tup
         )
         workers = config.train.num_workers
         return DataLoader(
-            examples, batch_sampler=sampler, num_workers=workers, pin_memory=accelerator.device.type == "cuda"
+            examples,
+            batch_sampler=sampler,
+            num_workers=workers,
+            timeout=config.train.worker_timeout_seconds if workers else 0,
+            pin_memory=accelerator.device.type == "cuda",
         )
 
-    return loader, local // micro_batch
+    return loader
 
 
 def build_state(config: Config, accelerator: Accelerator) -> State:
-    """Model, EMA and optimiser on the accelerator's device."""
+    """Model, EMAs and optimiser on the accelerator's device, split over the processes where asked for."""
     model = build_model(config).to(accelerator.device)
-    if config.train.gradient_checkpointing:
+    if every := config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    optimizer = config.optimizer
-    adamw = build_adamw(
-        model, optimizer.learning_rate, optimizer.betas, optimizer.eps, optimizer.weight_decay
-    )
-    return State(model, make_ema(model), adamw)
+        model.checkpoint_every = every
+    emas = {name: make_ema(model) for name in decay_rules(config.ema.decays, config.ema.power_stds)}
+    if config.ema.on_cpu:
+        emas = {name: ema.cpu() for name, ema in emas.items()}
+    if config.train.sharding == "fsdp2" and accelerator.num_processes > 1:
+        for module in (model, *emas.values()):
+            device = next(module.parameters()).device.type
+            shard(module, device, accelerator.num_processes)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    optim = config.optimizer
+    adamw = build_adamw(model, optim.learning_rate, optim.betas, optim.eps, optim.weight_decay)
+    return State(model, emas, adamw)
 
 
-def check_output(config: Config) -> None:
-    """Finds out before anything is loaded that the run directory can be written."""
-    if not files.can_write(Path(config.output_dir)):
-        raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
+def find_micro_batch(
+    config: Config, accelerator: Accelerator, state: State, objective: FlowMatching | DDPM, dataset: Data
+) -> int:
+    """Images of one forward pass on one process: the config's, or the most that fit into memory.
+
+    Raises:
+        ConfigError: where they do not divide the batch, or not even one image fits.
+    """
+    local, micro_batch = local_batch(config.train, accelerator.num_processes)
+    if config.train.micro_batch != "auto":
+        return micro_batch
+    shape = dataset.latent_shape
+
+    def attempt(images: int) -> None:
+        latents = torch.randn(images, *shape, device=accelerator.device)
+        labels = torch.zeros(images, dtype=torch.long, device=accelerator.device)
+        u = torch.rand(images, device=accelerator.device)
+        with accelerator.autocast():
+            losses = objective.loss(state.model, latents, labels, torch.randn_like(latents), u)
+        losses.sum().backward()
+
+    with torch.random.fork_rng():
+        fitting = largest_that_fits(attempt, local)
+    state.optimizer.zero_grad(set_to_none=True)
+    fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
+    if accelerator.is_main_process:
+        say(f"micro-batches of {fitting} images, {local // fitting} to a step")
+    return fitting
+
+
+def attention_backend(config: Config) -> contextlib.AbstractContextManager:
+    """The context in which attention takes the kernel of the config."""
+    name = config.train.attention_backend
+    return contextlib.nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name])
 
 
 def build_run(config: Config, dataset: Data) -> RunDirectory:
     """The run directory, locked."""
     return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, dataset.identity)
+
+
+def start_trackers(config: Config, accelerator: Accelerator) -> None:
+    """Opens the trackers of the config, on the main process."""
+    if config.train.trackers:
+        values = {key: str(value) for key, value in flatten(config.to_dict()).items()}
+        folder = Path(accelerator.logging_dir)
+        if accelerator.is_main_process:
+            folder.mkdir(exist_ok=True)
+        accelerator.init_trackers("iwin-dit", values, init_kwargs={"wandb": {"dir": str(folder)}})
 
 
 def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPipeline:
@@ -150,22 +235,44 @@ def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPi
     )
 
 
-def build_preview(config: Config, dataset: Data, run: RunDirectory | None) -> Any:
-    """``preview(ema, step)`` writes ``samples/step-00001000.png``: the first ten classes with fixed seeds."""
+def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
+    """The network with these very tensors as its weights."""
+    with torch.device("meta"):
+        model = build_model(config)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
 
-    def preview(ema: nn.Module, step: int) -> None:
-        pipeline = build_pipeline(config, ema, dataset)
+
+def build_preview(
+    config: Config, dataset: Data, run: RunDirectory | None, accelerator: Accelerator
+) -> Callable[[dict[str, Tensor], int, Any], None]:
+    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``, and gives it to the trackers.
+
+    The first ten classes with fixed seeds; nothing is written once ``stop`` is true.
+    """
+
+    def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
+        weights = {name: tensor.to(accelerator.device) for name, tensor in ema.items()}
+        pipeline = build_pipeline(config, model_of(config, weights), dataset)
         pipeline.set_progress_bar_config(disable=True)
         labels = range(min(10, config.model.num_classes))
-        samples = sample_classes(
+        samples = []
+        for sample in sample_classes(
             pipeline,
             labels,
             config.sample.num_per_class,
             config.seed,
             batch_size=40,
             **sampling_options(config),
-        )
-        draw_grid(list(samples), pipeline.id2label).save(run.samples / f"step-{step:08d}.png")
+        ):
+            if stop:
+                return
+            samples.append(sample)
+        grid = draw_grid(samples, pipeline.id2label)
+        grid.save(run.samples / f"step-{step:08d}.png")
+        for tracker in accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
 
     return preview
 
@@ -196,11 +303,15 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 
 def load_pipeline(
-    source: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ema_std: float | None = None,
 ) -> IwinDiTPipeline:
     """A pipeline from a run, a pipeline folder or the hub, ready to sample without a bar of its own.
 
     A run is sampled from the EMA of its newest checkpoint: from the exported pipeline where that is as new.
+    With ``ema_std``, from the average of that relative standard deviation, reconstructed from its snapshots.
 
     Raises:
         CheckpointError: where the source does not exist, is damaged or is not ours.
@@ -209,7 +320,9 @@ def load_pipeline(
     path = Path(source)
     disable_progress_bar()  # of loading: seconds at most
     if (path / "config.yaml").is_file():
-        pipeline = _load_run(path)
+        pipeline = _load_run(path, ema_std)
+    elif ema_std is not None:
+        raise CheckpointError(f"{source} is no run with snapshots; --ema-std takes a folder below runs/")
     elif path.exists():
         _check_pipeline_folder(path)
         pipeline = _from_pretrained(source, "is a damaged pipeline")
@@ -236,7 +349,11 @@ def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
         raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
 
 
-def _load_run(run: Path) -> IwinDiTPipeline:
+def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
+    if ema_std is not None:
+        config = load_config(run / "config.yaml")
+        weights = reconstruct(run / "snapshots", ema_std)
+        return build_pipeline(config, model_of(config, weights), build_dataset(config))
     newest = checkpoint.newest(run / "checkpoints")
     exported = run / "pipeline" / "recipe.json"
     if exported.is_file() and (
@@ -246,9 +363,10 @@ def _load_run(run: Path) -> IwinDiTPipeline:
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
     config = load_config(run / "config.yaml")
-    model = build_model(config).eval()
-    model.load_state_dict(checkpoint.read_tensors(newest, "ema", like=model.state_dict()))
-    return build_pipeline(config, model, build_dataset(config))
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    weights = checkpoint.read_tensors(newest, "ema", like=expected)
+    return build_pipeline(config, model_of(config, weights), build_dataset(config))
 
 
 def _check_pipeline_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Typed configs: dataclasses, strict YAML and overrides from the command line.
+"""Configs: strict YAML, overrides from the command line, and errors that say what to do.
 
 Imports no torch, so that ``--help`` and an error in a config answer at once.
 """
@@ -8,245 +8,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from iwin_dit.config_rules import check
-from iwin_dit.layers.specs import SIZES, MixerSpec
+from iwin_dit.config_schema import Config
 from iwin_dit.runtime.errors import ConfigError
-
-# What a resumed run may set anew without being another run.
-MAY_CHANGE = frozenset(
-    (
-        "output_dir",
-        "data.path",
-        "train.max_steps",
-        "train.micro_batch",
-        "train.num_workers",
-        "train.gradient_checkpointing",
-        "train.keep_checkpoints",
-        "train.log_every_steps",
-        "train.sample_every_steps",
-        "train.save_every_steps",
-        "sample.sampler",
-        "sample.num_inference_steps",
-        "sample.guidance_scale",
-        "sample.guidance_interval",
-        "sample.guidance_channels",
-        "sample.num_per_class",
-    )
-)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The latents to train on, or the images.
-
-    Args:
-        kind: ``latents`` are read from shards; ``images`` are encoded by the autoencoder in every step.
-        path: folder of latent shards with their index.json; or of images, as ``extract_latents.py --images``.
-        vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
-            hub id.
-        labels: for a flat folder of images, a CSV with the columns file and label.
-        crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
-        prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits.
-        random_flip: train on mirror images too. Not for digits or text.
-        normalization: ``channel`` takes mean and standard deviation from the index; ``vae`` the factor that
-            the autoencoder declares, as DiT does; images have no index and need it.
-    """
-
-    kind: Literal["latents", "images"] = "latents"
-    path: str = "data/digits"
-    vae: str | None = None
-    labels: str | None = None
-    crop: Literal["center", "random"] = "center"
-    prepare: Literal["digits"] | None = None
-    random_flip: bool = True
-    normalization: Literal["channel", "vae"] = "channel"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network.
-
-    Args:
-        size: depth, width and heads by name, and the patch size, such as ``XL/1``. Or give the four below.
-        depth: blocks.
-        width: channels of a token.
-        heads: attention heads; they divide the width.
-        patch_size: latents per side of a token.
-        sample_size: side of the latent, or [height, width].
-        in_channels: channels of the latent.
-        num_classes: classes of the data.
-        label_dropout: share of labels that are replaced by the null label; above 0 for guidance.
-        mixer: the token mixer.
-        position_embedding: none (Iwin needs none), fixed sin-cos, rotary, or both.
-        norm: RMS norm with a weight, or layer norm without.
-        mlp: SwiGLU, or GELU.
-        mlp_ratio: hidden width of the MLP over the width.
-        qk_norm: normalise queries and keys.
-        modulation_shift: adaLN shifts and scales; without, it only scales.
-        open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
-    """
-
-    size: str | None = None
-    depth: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    patch_size: int | None = None
-    sample_size: int | list[int] = 16
-    in_channels: int = 32
-    num_classes: int = 1000
-    label_dropout: float = 0.1
-    mixer: MixerSpec = field(default_factory=MixerSpec)
-    position_embedding: Literal["none", "sincos", "rope", "sincos+rope"] = "none"
-    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    modulation_shift: bool = True
-    open_gates: bool = True
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Depth, width, heads and patch size, by name or by number."""
-        if self.size is None:
-            return self.depth, self.width, self.heads, self.patch_size
-        name, _, patch_size = self.size.partition("/")
-        return (*SIZES[name], int(patch_size))
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latent."""
-        size = self.sample_size
-        return (size[0], size[1]) if isinstance(size, list) else (size, size)
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What the model learns to predict.
-
-    Args:
-        name: ``flow_matching`` (velocity), or ``ddpm`` (noise and learned sigma).
-        time_sampling: density of the times in flow matching.
-        logit_mean: of the logit-normal density; above 0 favours noise.
-        logit_std: of the logit-normal density.
-        cosine_weight: weight of LightningDiT's cosine term.
-    """
-
-    name: Literal["flow_matching", "ddpm"] = "flow_matching"
-    time_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    cosine_weight: float = 0.0
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW.
-
-    Args:
-        learning_rate: after the warm-up, constant.
-        warmup_steps: linear warm-up.
-        betas: of AdamW.
-        eps: of AdamW.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
-    """
-
-    learning_rate: float = 2e-4
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The run.
-
-    Args:
-        max_steps: optimiser steps; a finished run goes on when this grows.
-        batch_images: images of a step, over all processes.
-        micro_batch: images of one forward pass on one process; gradients accumulate. Default: all at once.
-        precision: ``fp32``, or ``bf16`` (autocast; weights, EMA and optimiser stay in float32).
-        ema_decay: of the averaged weights, which sampling uses.
-        gradient_checkpointing: compute blocks twice to save memory.
-        num_workers: processes that read data.
-        log_every_steps: a line in log.jsonl.
-        sample_every_steps: a grid of samples; 0 for none.
-        save_every_steps: a checkpoint.
-        keep_checkpoints: the newest so many stay.
-    """
-
-    max_steps: int = 400_000
-    batch_images: int = 256
-    micro_batch: int | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
-    ema_decay: float = 0.9999
-    gradient_checkpointing: bool = False
-    num_workers: int = 4
-    log_every_steps: int = 100
-    sample_every_steps: int = 5_000
-    save_every_steps: int = 5_000
-    keep_checkpoints: int = 2
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """The grids that training draws, and the scheduler of the exported pipeline.
-
-    Args:
-        sampler: euler, heun, dpm++ or unipc for flow matching; ddim, ddpm or dpm++ for DDPM. Default: the
-            first choice of the objective.
-        num_inference_steps: steps of the sampler.
-        guidance_scale: 1 is unguided.
-        guidance_interval: times in which guidance acts; 1 is noise.
-        guidance_channels: guide the first so many channels only. Default: all.
-        num_per_class: images per class in a grid, for the first ten classes.
-    """
-
-    sampler: str | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 4.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_channels: int | None = None
-    num_per_class: int = 4
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on.
-
-    Args:
-        output_dir: the run directory.
-        seed: of initial weights, data order, noise, times and label drops.
-        data: the latents.
-        model: the network.
-        objective: what it predicts.
-        optimizer: AdamW.
-        train: the run.
-        sample: the grids.
-    """
-
-    output_dir: str = "runs/quickstart"
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries and lists, as YAML writes them."""
-        return _lists(asdict(self))
 
 
 def parse_arguments(arguments: Sequence[str], default: Path) -> tuple[Config, bool]:
@@ -378,9 +150,3 @@ def _readable(message: str) -> str:
         return message
     kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", expected.group(1) or expected.group(2))
     return f"{key.group(1)} is {found.group(1)!r}, expected {kind.replace(', NoneType', ' or nothing')}"
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -10,7 +10,7 @@ from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from iwin_dit.config import Config, DataConfig, ModelConfig, TrainConfig
+    from iwin_dit.config_schema import Config, DataConfig, EmaConfig, ModelConfig, TrainConfig
 
 # Samplers of each objective; a test compares them with the objectives' own.
 SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "ddpm", "dpm++")}
@@ -23,6 +23,19 @@ def check(config: Config) -> None:
     _check_block(config.model)
     _check_sampling(config)
     _check_data(config.data)
+    _check_ema(config.ema)
+    if config.train.micro_batch == "auto" and config.train.sharding != "none":
+        raise ConfigError(
+            "train.micro_batch auto tries sizes on each process by itself, which a model that is split over "
+            "the processes cannot; give a number"
+        )
+    if config.train.spike_factor is not None and config.train.spike_factor <= 1:
+        raise ConfigError(f"train.spike_factor is {config.train.spike_factor}, expected above 1, such as 3")
+    if config.train.health_every_steps % config.train.log_every_steps:
+        raise ConfigError(
+            f"train.health_every_steps {config.train.health_every_steps} is no multiple of "
+            f"train.log_every_steps {config.train.log_every_steps}, in whose lines it is written; take one"
+        )
     if config.objective.name == "ddpm":
         for f in fields(config.objective)[1:]:
             if getattr(config.objective, f.name) != f.default:
@@ -48,6 +61,26 @@ def _check_data(data: DataConfig) -> None:
         )
     if data.prepare is not None:
         raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
+
+
+MAX_POWER_STD = 12**-0.5  # of a flat average
+
+
+def _check_ema(ema: EmaConfig) -> None:
+    if not ema.decays:
+        raise ConfigError("ema.decays is empty; the first is what sampling uses, such as [0.9999]")
+    for key, low, high in (("decays", 0.0, 1.0), ("power_stds", 0.0, MAX_POWER_STD)):
+        values = getattr(ema, key)
+        for value in values:
+            if not (low <= value < high) or (key == "power_stds" and value == 0):
+                raise ConfigError(f"ema.{key} holds {value}, expected numbers in [{low:g}, {high:.3g})")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"ema.{key} {values} holds a number twice; remove one")
+    if ema.snapshot_every_steps and not ema.power_stds:
+        raise ConfigError(
+            "ema.snapshot_every_steps keeps power-function averages, but ema.power_stds is empty; "
+            "set it to [0.05, 0.1], or snapshot_every_steps to 0"
+        )
 
 
 def _check_block(model: ModelConfig) -> None:
@@ -123,6 +156,8 @@ ABOVE_ZERO = {
         "max_steps",
         "batch_images",
         "micro_batch",
+        "worker_timeout_seconds",
+        "max_skipped_steps",
         "log_every_steps",
         "save_every_steps",
         "keep_checkpoints",
@@ -132,9 +167,10 @@ ABOVE_ZERO = {
 ZERO_OR_MORE = {
     "objective": ("cosine_weight",),
     "optimizer": ("warmup_steps", "weight_decay"),
-    "train": ("sample_every_steps", "num_workers"),
+    "ema": ("snapshot_every_steps",),
+    "train": ("sample_every_steps", "health_every_steps", "gradient_checkpointing", "num_workers"),
 }
-SHARES = {"model": ("label_dropout",), "train": ("ema_decay",)}
+SHARES = {"model": ("label_dropout",)}
 
 
 def _check_ranges(config: Config) -> None:
@@ -146,12 +182,12 @@ def _check_ranges(config: Config) -> None:
         for section, keys in table.items():
             for key in keys:
                 value = getattr(getattr(config, section), key)
-                if value is not None and not fits(value):
+                if not (value is None or value == "auto" or fits(value)):
                     raise ConfigError(f"{section}.{key} is {value}, expected {words}")
 
 
 def local_batch(train: TrainConfig, num_processes: int) -> tuple[int, int]:
-    """Images per process and per micro-batch.
+    """Images per process and per micro-batch; ``auto`` counts as all at once.
 
     Raises:
         ConfigError: where processes or micro-batches do not divide the batch, with the numbers.
@@ -162,7 +198,7 @@ def local_batch(train: TrainConfig, num_processes: int) -> tuple[int, int]:
             f"train.batch_images {train.batch_images} is not divisible by {num_processes} processes; "
             f"nearest that is: {max(local, 1) * num_processes} or {(local + 1) * num_processes}"
         )
-    micro_batch = train.micro_batch or local
+    micro_batch = local if train.micro_batch in (None, "auto") else train.micro_batch
     if local % micro_batch:
         raise ConfigError(
             f"train.micro_batch {micro_batch} does not divide the {local} images of a process "

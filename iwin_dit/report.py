@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
+from iwin_dit import budget
 from iwin_dit.build import build_model
 from iwin_dit.build_data import count_images
 from iwin_dit.config import Config
-from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory
-
-
-def multiply_adds(model: IwinDiTTransformer2DModel) -> int:
-    """Multiply-adds of one forward pass of one image, counted operation by operation on a meta copy."""
-    latent = torch.empty(1, model.config.in_channels, *model.latent_size, device="meta")
-    label = torch.zeros(1, dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(latent, torch.zeros(1, device="meta"), label)
-    return counter.get_total_flops() // 2
 
 
 def describe_run(config: Config) -> str:
     """The resolved config, and what the run takes.
 
-    That is parameters, multiply-adds, tokens, memory, checkpoints and the steps of an epoch.
+    That is parameters, multiply-adds, tokens, memory, checkpoints, disk and the steps of an epoch.
     """
     with torch.device("meta"):
         model = build_model(config)
@@ -41,13 +34,19 @@ def describe_run(config: Config) -> str:
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
     except DataError as error:
         epoch = f"unknown: {error}"
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = budget.memory(config, num_processes)
+    size = budget.readable
+    parts = ", ".join(f"{name} {size(count)}" for name, count in needed._asdict().items())
+    free = files.free_bytes(Path(config.output_dir))
+    device, there = budget.device_bytes()
     lines = {
         "parameters": f"{parameters:,}",
-        "multiply-adds per image": f"{multiply_adds(model) / 1e9:,.3f} G, one forward pass",
+        "multiply-adds per image": f"{budget.multiply_adds(model) / 1e9:,.3f} G, one forward pass",
         "tokens": f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]}{window}",
-        "memory": f"weights {_bytes(4 * parameters)}, EMA and gradients as much each, "
-        f"AdamW {_bytes(8 * parameters)}; activations come on top",
-        "checkpoint": f"{_bytes(16 * parameters)}, {config.train.keep_checkpoints} are kept",
+        "memory of a device": f"{size(needed.total)} at the peak: {parts}; {device} has {size(there)}",
+        "checkpoint": f"{size(budget.checkpoint_bytes(config))}, {config.train.keep_checkpoints} are kept",
+        "disk": f"{size(budget.disk_bytes(config))} for the whole run, {size(free)} are free",
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
         "an epoch": epoch,
     }
@@ -56,19 +55,12 @@ def describe_run(config: Config) -> str:
     return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{table}"
 
 
-def _bytes(count: float) -> str:
-    unit = 0
-    while count >= 1024 and unit < 3:
-        count, unit = count / 1024, unit + 1
-    return f"{count:,.1f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
-
-
 def draw_loss_curve(run: RunDirectory) -> Path | None:
     """``loss.png`` from the log; None, and a hint, where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        print("no loss curve: it needs matplotlib, pip install 'iwin-dit[demo]'")
+        say("no loss curve: it needs matplotlib, pip install 'iwin-dit[demo]'")
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

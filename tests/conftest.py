@@ -1,7 +1,9 @@
 """Real classes at toy size, shared by the tests."""
 
+import gc
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from iwin_dit.data.codec import encode
 from iwin_dit.data.latents import Shard, write_latents
@@ -94,11 +98,11 @@ def recipe(latents_folder, tmp_path):
                     "max_steps": 60,
                     "batch_images": 8,
                     "precision": "fp32",
-                    "ema_decay": 0.9,
                     "num_workers": 0,
                 },
                 **{"log_every_steps": 2, "save_every_steps": 20, "sample_every_steps": 0},
             },
+            "ema": {"decays": [0.9]},
             "sample": {"num_inference_steps": 2, "num_per_class": 1},
         }
         for key, value in overrides.items():
@@ -123,6 +127,48 @@ def start(*arguments, cwd=ROOT, launcher=(), **environment):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
     )
+
+
+@pytest.fixture
+def train_here(monkeypatch, capfd):
+    """``train_here(*arguments) -> (exit code, output)``: train_dit.py in this process, to be patched."""
+
+    def call(*arguments):
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        monkeypatch.setattr(sys, "argv", ["train_dit.py", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "train_dit.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            gc.collect()  # the run's lock
+        return code, "".join(capfd.readouterr())
+
+    return call
+
+
+def read_checkpoint(directory, step):
+    """``{group: {name: tensor}}`` of a run's checkpoint."""
+    folder = Path(directory) / "checkpoints" / f"step-{step:08d}"
+    return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_equal(one, two, **tolerance):
+    """Two checkpoints, bit for bit, or within a tolerance."""
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].keys() == two[name].keys()
+        for key, value in one[name].items():
+            if tolerance:
+                torch.testing.assert_close(
+                    value, two[name][key], **tolerance, msg=lambda m, k=key: f"{k}: {m}"
+                )
+            else:
+                assert torch.equal(value, two[name][key]), f"{name}: {key} differs"
 
 
 def run(*arguments, expect=0, **options):

@@ -12,13 +12,14 @@ import yaml
 from conftest import ROOT
 
 from iwin_dit import build, config_rules
-from iwin_dit.config import MAY_CHANGE, Config, load_config, parse_arguments
+from iwin_dit.config import Config, load_config, parse_arguments
 from iwin_dit.config_rules import local_batch
+from iwin_dit.config_schema import MAY_CHANGE
 from iwin_dit.report import describe_run
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.run import flatten
 
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 

@@ -7,6 +7,7 @@ of the batch or on when the run was interrupted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -104,7 +105,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> Tensor:
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions of this process, one list per micro-batch: the process's share of each step, in order.
+    """The positions of this process, one list per micro-batch: its share of each step, in order, without end.
 
     Args:
         batch_images: images of a step, over all processes.
@@ -112,27 +113,14 @@ class StepSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        start_step: int,
-        max_steps: int,
-        batch_images: int,
-        micro_batch: int,
-        process: int,
-        num_processes: int,
+        self, start_step: int, batch_images: int, micro_batch: int, process: int, num_processes: int
     ):
-        self.steps, self.batch_images, self.micro_batch = (
-            range(start_step, max_steps),
-            batch_images,
-            micro_batch,
-        )
+        self.start_step, self.batch_images, self.micro_batch = start_step, batch_images, micro_batch
         self.local = batch_images // num_processes
         self.first = process * self.local
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
+        for step in itertools.count(self.start_step):
             first = step * self.batch_images + self.first
             for start in range(first, first + self.local, self.micro_batch):
                 yield list(range(start, start + self.micro_batch))
-
-    def __len__(self) -> int:
-        return len(self.steps) * (self.local // self.micro_batch)

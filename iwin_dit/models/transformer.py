@@ -103,6 +103,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.use_sincos = "sincos" in position_embedding
         self.use_rope = "rope" in position_embedding
         self.gradient_checkpointing = False
+        self.checkpoint_every = 1  # of so many blocks one is computed twice
         grid = self.grid(*self.latent_size)
 
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
@@ -197,8 +198,9 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             x = x + sincos_positions(grid, x.shape[-1], device)
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
 
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for i, block in enumerate(self.blocks):
+            if checkpointing and i % self.checkpoint_every == 0:
                 x = self._gradient_checkpointing_func(block, x, condition, rope)
             else:
                 x = block(x, condition, rope)

@@ -6,29 +6,36 @@ file's size and SHA-256. It is written under another name on the same file syste
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import CheckpointError
+from iwin_dit.runtime.errors import CheckpointError, DiskError
 
 SCHEMA = 1
-STEP = re.compile(r"step-(\d{8})")
+MANIFEST = "manifest.json"
+STEP = re.compile(r"step-(\d{8,})", re.ASCII)
+FILE = re.compile(r"\w[\w.-]*\.(safetensors|json)", re.ASCII)  # a plain name: no folder, nothing hidden
+MAX_JSON = 1 << 20  # bytes of a manifest or a state.json, which have hundreds
+ROOM = 1 << 20  # bytes of a checkpoint beside its tensors: headers, JSON, directories
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def step_directories(root: Path) -> list[Path]:
-    """The visible checkpoints below ``root``, oldest first."""
+    """The visible checkpoints below ``root``, oldest first; a directory without a manifest is none."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if STEP.fullmatch(path.name) and path.is_dir())
+    found = (path for path in root.iterdir() if STEP.fullmatch(path.name) and (path / MANIFEST).is_file())
+    return sorted(found, key=step_of)
 
 
 def step_of(directory: Path) -> int:
@@ -36,38 +43,103 @@ def step_of(directory: Path) -> int:
     return int(STEP.fullmatch(directory.name).group(1))
 
 
+def tensors_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes of all tensors of all groups."""
+    return sum(
+        tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values()
+    )
+
+
 def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int | None,
 ) -> Path:
     """Writes ``tensors[name]`` to ``name.safetensors``, ``state`` to ``state.json``; prunes all but ``keep``.
 
     The previous checkpoint is touched only after the new one is safely on disk.
+
+    Args:
+        root: where the checkpoints lie; made where it is missing.
+        keep: how many of the newest stay; None keeps all.
+
+    Raises:
+        DiskError: where the disk has too little room, or takes no more; nothing stays of the new checkpoint.
+        CheckpointError: where a tensor is on the meta device and so has no values.
     """
     final = root / f"step-{step:08d}"
-    if not final.exists():
-        temporary = root / f".tmp-{final.name}"
-        if temporary.exists():  # left by a process that was killed
-            files.remove_tree(temporary)
+    if not (final / MANIFEST).is_file():
+        _remove_leftovers(root)  # first of all: they may be what fills the disk
+        _check_values(final, tensors)
+        _write(final, step, tensors, state)
+    prune(root, keep)
+    return final
+
+
+def _write(
+    final: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> None:
+    needed, free = tensors_bytes(tensors) + ROOM, files.free_bytes(final.parent)
+    figures = f"it needs {files.in_units(needed)}, {files.in_units(free)} were free"
+    advice = "make room on this disk and run the same command again"
+    if free < needed:
+        raise DiskError(f"{final} cannot be saved: {figures}; {advice}")
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
         temporary.mkdir(parents=True)
         written = {}
         for name, group in tensors.items():
             data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
             written[f"{name}.safetensors"] = files.write(temporary / f"{name}.safetensors", data)
-        written["state.json"] = files.write(temporary / "state.json", files.to_json({"step": step, **state}))
+            del data  # before the next group is made
+        written["state.json"] = files.write(temporary / "state.json", _json({"step": step, **state}))
         manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "files": written}
-        files.write(temporary / "manifest.json", files.to_json(manifest))
+        files.write(temporary / MANIFEST, _json(manifest))
+        if final.exists():  # without a manifest: what a deletion by hand has left
+            files.set_aside(final)
         files.publish(temporary, final)
-    prune(root, keep)
-    return final
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            files.remove_tree(temporary)
+        reason = error.strerror or str(error)
+        raise DiskError(f"{final} cannot be saved ({reason}): {figures}; {advice}") from error
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes the oldest checkpoints; a failure is a warning, and the next save tries again."""
-    for old in step_directories(root)[:-keep]:
+def _json(value: dict[str, Any]) -> bytes:
+    data = files.to_json(value)
+    if len(data) > MAX_JSON:
+        raise ValueError(f"the JSON of a checkpoint has {len(data)} bytes, readers take {MAX_JSON}")
+    return data
+
+
+def _check_values(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    empty = [f"{name}/{key}" for name, group in tensors.items() for key in group if group[key].is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{final} cannot be saved: there are no values, only the meta device, at {listed(empty)}; "
+            "load the weights first"
+        )
+
+
+def prune(root: Path, keep: int | None) -> None:
+    """Removes the oldest checkpoints, each at once; a failure is a warning, and the next save tries again."""
+    for old in step_directories(root)[:-keep] if keep is not None else []:
         try:
-            files.remove_tree(old)
+            files.remove_tree(files.set_aside(old))  # hidden first: a kill leaves no visible half
         except OSError as error:
             warnings.warn(f"could not remove the old checkpoint {old}: {error}", stacklevel=2)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """What a process that was killed left of saving and pruning."""
+    for path in list(root.iterdir()) if root.is_dir() else []:
+        if path.name.startswith((".tmp-step-", ".old-step-")):
+            try:
+                files.remove_tree(path)
+            except OSError as error:
+                warnings.warn(f"could not remove {path}, which a killed run left: {error}", stacklevel=2)
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -76,22 +148,29 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-        schema, listed = manifest["schema"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = files.read_json(path, MAX_JSON)
+        schema, listed = manifest["schema"], {}
+        if schema == SCHEMA:
+            listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint: {error!r}") from error
     if schema != SCHEMA:
         raise CheckpointError(f"{path} has schema {schema}, this version reads {SCHEMA}")
-    for name, expected in listed.items():
+    for name, (size, sha256) in listed.items():
+        if not FILE.fullmatch(name):
+            raise CheckpointError(
+                f"{path} lists {name!r}, expected plain names such as model.safetensors or state.json; "
+                "it was not made by this program"
+            )
         file = directory / name
-        if Path(name).name != name or not file.is_file():
+        if not file.is_file():
             raise CheckpointError(f"{file}, which the manifest lists, does not exist")
         found = file.stat().st_size
-        if found != expected["bytes"]:
-            raise CheckpointError(f"{file} has {found} bytes, the manifest says {expected['bytes']}")
-        if files.fingerprint(file)["sha256"] != expected["sha256"]:
+        if found != size:
+            raise CheckpointError(f"{file} has {found} bytes, the manifest says {size}")
+        if files.fingerprint(file)["sha256"] != sha256:
             raise CheckpointError(
                 f"{file} does not have the SHA-256 of the manifest: its content has changed"
             )
@@ -129,34 +208,71 @@ def _is_good(directory: Path) -> bool:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """``state.json`` of a verified checkpoint."""
-    return json.loads((directory / "state.json").read_bytes())
+    """``state.json`` of a verified checkpoint.
+
+    Raises:
+        CheckpointError: where it is missing, too large, or does not say which step it is of.
+    """
+    path = directory / "state.json"
+    try:
+        state = files.read_json(path, MAX_JSON)
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}, expected a number of steps")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the state of a checkpoint: {error!r}") from error
+    return state
 
 
-def read_tensors(directory: Path, name: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    directory: Path, name: str, like: Mapping[str, Tensor] | None = None, any_precision: bool = False
+) -> dict[str, Tensor]:
     """``name.safetensors`` of a verified checkpoint, on the CPU.
 
     Args:
-        like: names and shapes that it must have.
+        like: names, shapes and dtypes that it must have.
+        any_precision: other floating dtypes than those of ``like`` will do, as they do for sampling.
 
     Raises:
-        CheckpointError: listing names that are missing or unexpected, other shapes, or non-finite values.
+        CheckpointError: listing names that are missing or unexpected, other shapes or dtypes, or values that
+            are not finite; or where it is no safetensors file.
     """
     path = directory / f"{name}.safetensors"
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read, and only safetensors are accepted: {error}") from error
     if like is not None:
         wrong = sorted(set(like) ^ set(tensors))
         wrong += [key for key in like if key in tensors and like[key].shape != tensors[key].shape]
         if wrong:
             raise CheckpointError(
-                f"{path} does not fit the model at {_first(wrong)}; was it made by another config?"
+                f"{path} does not fit the model at {listed(wrong)}; was it made by another config?"
             )
+        _check_dtypes(path, tensors, like, any_precision)
     not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
-        raise CheckpointError(f"{path} has values that are not finite at {_first(not_finite)}")
+        raise CheckpointError(f"{path} has values that are not finite at {listed(not_finite)}")
     return tensors
 
 
-def _first(names: list[str], count: int = 10) -> str:
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+def _check_dtypes(
+    path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], any_precision: bool
+) -> None:
+    other = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.dtype != like[key].dtype
+        and not (any_precision and {tensor.dtype, like[key].dtype} <= FLOATS)
+    ]
+    if other:
+        found, wanted = (str(group[other[0]].dtype).removeprefix("torch.") for group in (tensors, like))
+        raise CheckpointError(
+            f"{path} is {found} at {listed(other)}, training needs {wanted}; "
+            "a half-precision export can be sampled but not trained"
+        )
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -24,10 +24,22 @@ class DataError(UserError):
     """Images or latents that are missing, damaged or do not fit the model."""
 
 
+class DiskError(UserError):
+    """The disk is full, or takes no more from this process."""
+
+    exit_code = 3
+
+
 class NonFiniteError(UserError):
     """Training diverged."""
 
     exit_code = 4
+
+
+class WorkerError(UserError):
+    """A process that reads data died or hangs."""
+
+    exit_code = 5
 
 
 def _one_line(error: UserError) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,28 @@ def publish(temporary: Path, final: Path) -> None:
 
 def can_write(path: Path) -> bool:
     """Whether a file (a path with a suffix) or a folder may be made at ``path``, without making anything."""
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    existing = _existing(path)
     if existing == path and path.suffix:
         return path.is_file() and os.access(path, os.W_OK)
     return existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this process may still write to the file system of ``path``, which need not exist yet."""
+    usage = shutil.disk_usage(_existing(path))
+    return usage.free if usage.total else sys.maxsize  # some network mounts do not say
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def in_units(count: float) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    unit = 0
+    while count >= 1024 and unit < 4:
+        count, unit = count / 1024, unit + 1
+    return f"{count:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count:,.0f} bytes"
 
 
 def fsync_directory(path: Path) -> None:
@@ -66,5 +85,31 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def set_aside(path: Path) -> Path:
+    """Hides a directory under another name, in one step; returns the new path."""
+    hidden = path.with_name(f".old-{path.name}")
+    os.rename(path, hidden)
+    return hidden
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, max_bytes: int) -> Any:
+    """The value in a JSON file that anybody may have made.
+
+    Raises:
+        ValueError: where it is larger than ``max_bytes``, which is found before parsing, or is not JSON.
+        OSError: where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {in_units(max_bytes)}")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:  # whose own representation holds the whole file
+        raise ValueError(str(error)) from None

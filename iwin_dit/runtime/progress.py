@@ -1,14 +1,40 @@
-"""Progress bars that are lively on a terminal and brief in a log file."""
+"""Progress bars and lines for whoever watches; that nobody does is no error."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 
+class _Patient:
+    """A stream that may be closed at the other end, as in ``| head``: then what is written is dropped."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def progress(*args: Any, **options: Any) -> tqdm:
     """A tqdm bar; where nobody watches, one line in ten seconds instead of ten in one."""
     watched = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(*args, mininterval=0.1 if watched else 10.0, dynamic_ncols=watched, **options)
+    options = {"mininterval": 0.1 if watched else 10.0, "dynamic_ncols": watched} | options
+    return tqdm(*args, file=_Patient(sys.stderr) if sys.stderr is not None else None, **options)
+
+
+def say(text: str) -> None:
+    """A line on the terminal, in the middle of work that must not stop for it."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)

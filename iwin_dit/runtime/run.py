@@ -7,6 +7,7 @@ runs/name/
   data.json       what the run was trained on
   log.jsonl       one line per logged step
   checkpoints/    step-00010000/, ...
+  snapshots/      step-00010000/, ...: power-function averages for post-hoc reconstruction
   samples/        grids that training drew
   pipeline/       the model for diffusers, written at the end
 ```
@@ -24,6 +25,7 @@ from typing import Any
 import yaml
 
 from iwin_dit.runtime import files
+from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.errors import ConfigError
 
 
@@ -45,6 +47,7 @@ class RunDirectory:
     ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.snapshots = self.path / "snapshots"
         self.samples = self.path / "samples"
         self.pipeline = self.path / "pipeline"
         self.log_path = self.path / "log.jsonl"
@@ -101,13 +104,16 @@ class RunDirectory:
             )
 
     def begin(self, step: int) -> None:
-        """Writes the config and drops what was logged after ``step``, which will be logged again."""
+        """Writes the config and drops what was logged and kept after ``step``, which will be made again."""
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         files.replace(self.path / "config.yaml", text.encode())
         files.replace(self.path / "data.json", files.to_json(self.data))
         if self.log_path.exists():
             kept = [record for record in self.read_log() if record["step"] <= step]
             files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        for snapshot in step_directories(self.snapshots):
+            if step_of(snapshot) > step:
+                files.remove_tree(snapshot)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to ``log.jsonl``."""

@@ -1,11 +1,31 @@
-"""The exponential moving average of the weights."""
+"""Averages of the weights: exponential ones, and power functions of Karras et al. 2024 (EDM2)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from iwin_dit.training.posthoc import power_decay, power_gamma
+from iwin_dit.training.sharding import local
+
+
+def decay_rules(decays: Sequence[float], power_stds: Sequence[float]) -> dict[str, Callable[[int], float]]:
+    """``{name: decay(step)}`` for step = 1, 2, ...; the first exponential average is named ``ema``.
+
+    Args:
+        decays: of exponential averages.
+        power_stds: relative standard deviations of power-function averages.
+    """
+    rules: dict[str, Callable[[int], float]] = {}
+    for i, decay in enumerate(decays):
+        rules[f"ema_{decay!r}" if i else "ema"] = lambda step, decay=decay: decay
+    for std in power_stds:
+        gamma = power_gamma(std)
+        rules[f"ema_std_{std!r}"] = lambda step, gamma=gamma: power_decay(step, gamma)
+    return rules
 
 
 def make_ema(model: nn.Module) -> nn.Module:
@@ -16,4 +36,8 @@ def make_ema(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """``ema = decay ema + (1 - decay) model``, by lerp: multiply and add would drift."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averaged = [local(parameter) for parameter in ema.parameters()]
+    weights = [
+        local(weight).to(average.device) for weight, average in zip(model.parameters(), averaged, strict=True)
+    ]
+    torch._foreach_lerp_(averaged, weights, 1 - decay)

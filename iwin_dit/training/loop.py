@@ -8,34 +8,61 @@ and the optimiser: all randomness is a function of (seed, step), so "run the sam
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
-from iwin_dit.runtime import checkpoint
-from iwin_dit.runtime.errors import NonFiniteError
-from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.errors import DiskError, NonFiniteError, WorkerError
+from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.signals import StopRequest
-from iwin_dit.training.ema import update_ema
-from iwin_dit.training.optimizer import learning_rate, load_named_state, named_state
+from iwin_dit.training.ema import decay_rules, update_ema
+from iwin_dit.training.health import watch_blocks, weight_rms
+from iwin_dit.training.optimizer import learning_rate
+from iwin_dit.training.reports import Meter, Reports, is_spike
+from iwin_dit.training.sharding import full
+from iwin_dit.training.state import (
+    Progress,
+    State,
+    full_ema,
+    resume,
+    save,
+    save_snapshot,
+    shared,
+    together,
+)
+
+MAX_ROLLBACKS = 3  # to the same checkpoint
 
 
-class State(NamedTuple):
-    """What a checkpoint holds beside the step: the plain model, its average, and the optimiser."""
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """A process that reads data and dies or hangs becomes an error of its own; it may show up anywhere.
 
-    model: nn.Module
-    ema: nn.Module
-    optimizer: Any
+    Raises:
+        WorkerError: naming the process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker (pid" in text:
+            advice = "it was killed, often for memory: lower train.num_workers"
+        elif "DataLoader timed out" in text:
+            advice = "the disk hangs, or is too slow: look at it, or raise train.worker_timeout_seconds"
+        else:
+            raise
+        raise WorkerError(f"{text.splitlines()[0]}; {advice}; run the same command again to go on") from error
 
 
+@worker_errors()
 def train(
     config: Any,
     accelerator: Accelerator,
@@ -45,12 +72,13 @@ def train(
     encode: Callable[[Tensor], Tensor],
     loader: Callable[[int], DataLoader],
     micro_batches: int,
-    preview: Callable[[nn.Module, int], None],
+    preview: Callable[[dict[str, Tensor], int, StopRequest], None],
+    flops_per_image: float,
 ) -> int:
     """Trains from the newest checkpoint, or from the beginning, to ``config.train.max_steps``.
 
     Args:
-        config: a :class:`~iwin_dit.config.Config`.
+        config: a :class:`~iwin_dit.config_schema.Config`.
         accelerator: with the run's precision.
         run: the run directory, on the main process only.
         state: on the accelerator's device.
@@ -58,149 +86,152 @@ def train(
         encode: from what the loader gives, on the device, to normalised latents ``(B, C, h, w)``.
         loader: ``loader(step)`` yields this process's micro-batches from that step on.
         micro_batches: how many of them make a step.
-        preview: ``preview(ema, step)`` draws samples, on the main process.
+        preview: ``preview(ema, step, stop)`` draws samples with these weights, on the main process.
+        flops_per_image: of a training step on one image, for the log.
 
     Returns:
         the step that was reached; less than ``max_steps`` after SIGTERM or Ctrl-C.
     """
     options, optim = config.train, config.optimizer
-    step = resume(accelerator, run, state)
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
-    model.train()
-    batches = iter(loader(step))
-    stop, meter = StopRequest(), Meter(accelerator)
+    stop = StopRequest()
+    step, offset = resume(accelerator, run, state)
+    saved, losses, rollbacks = step, logged_losses(accelerator, run), []
+    model = prepare(accelerator, state.model)
+    decays = decay_rules(config.ema.decays, config.ema.power_stds)
+    skip = options.max_skipped_steps if options.on_nonfinite == "skip" else 0
+    reports, meter = Reports(accelerator), Meter(accelerator, options.batch_images, flops_per_image, skip)
+    batches = iter(loader(step + offset))
     with progress(
         total=options.max_steps,
         initial=step,
         unit="step",
         desc="train",
-        disable=not accelerator.is_main_process or step >= options.max_steps,
+        disable=run is None or step >= options.max_steps,
     ) as bar:
         while step < options.max_steps:
             rate = learning_rate(step, optim.learning_rate, optim.warmup_steps)
-            for group in optimizer.param_groups:
+            for group in state.optimizer.param_groups:
                 group["lr"] = rate
 
-            for micro in range(micro_batches):
-                x0, labels, noise, u = (
-                    tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches)
-                )
-                last = micro == micro_batches - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    losses = objective.loss(model, encode(x0), labels, noise, u)  # (B,)
-                    # the mean over the global batch: a sum here, which DDP averages over the processes
-                    accelerator.backward(losses.sum() * (accelerator.num_processes / options.batch_images))
-                meter.add(losses)
-            norm = accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            update_ema(state.ema, state.model, options.ema_decay)
+            examined = due(step + 1, options.health_every_steps)
+            loss = torch.zeros((), device=accelerator.device)
+            with watch_blocks(state.model, examined) as health:
+                for micro in range(micro_batches):
+                    x0, labels, noise, u = (
+                        tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches)
+                    )
+                    with synchronize(accelerator, state.model, model, now=micro == micro_batches - 1):
+                        losses_of = objective.loss(model, encode(x0), labels, noise, u)  # (B,)
+                        share = losses_of.sum() / options.batch_images  # of the mean over the global batch
+                        accelerator.backward(share * accelerator.num_processes)  # which are averaged
+                    loss += share.detach()
+            norm = full(nn.utils.clip_grad_norm_(state.model.parameters(), optim.max_grad_norm)).detach()
+            numbers = reports.combine(loss, norm, bool(stop))
+            state.optimizer.found_inf = numbers[2]  # a step that is not finite changes nothing
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
             step += 1
+            for name, average in state.emas.items():
+                update_ema(average, state.model, decays[name](step))
             bar.update()
 
-            done = step == options.max_steps
-            if done or step % options.log_every_steps == 0:
-                record, stopping = meter.read(step, norm, rate, bool(stop))
-                check_finite(record)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", images_s=f"{record['images_per_second']:.0f}")
-                if run is not None:
-                    run.log(record)
-                if stopping:
-                    break
-            if not done and step % options.save_every_steps == 0:
-                save(accelerator, run, step, state, options.keep_checkpoints)
-            if options.sample_every_steps and (done or step % options.sample_every_steps == 0):
-                if run is not None:
-                    preview(state.ema, step)
-                accelerator.wait_for_everyone()
-                meter.started = time.perf_counter()  # drawing is not training
-    save(accelerator, run, step, state, options.keep_checkpoints)
+            last = step == options.max_steps
+            logs = last or due(step, options.log_every_steps)
+            saves = due(step, options.save_every_steps)
+            samples = options.sample_every_steps > 0 and (last or due(step, options.sample_every_steps))
+            snapshots = due(step, config.ema.snapshot_every_steps)
+            arrived = reports.post(step, numbers)
+            if logs or saves or samples or snapshots:
+                arrived += reports.flush()
+            for report in arrived:
+                meter.add(report)
+
+            if logs:
+                record = meter.record(step, rate)
+                if examined:
+                    record |= {key: value.tolist() for key, value in health.items()}
+                    record["weight_rms"] = weight_rms(state.model).tolist()
+                try:
+                    write_log(accelerator, run, record)
+                except OSError as error:
+                    save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
+                    raise DiskError(f"the log cannot be written ({error}); stopped at step {step}") from None
+                bar.set_postfix(loss=record["loss"], images_s=round(record["images_per_second"]))
+                if saved and is_spike(record["loss"], losses, options.spike_factor):
+                    step, offset = roll_back(accelerator, run, state, Progress(step, offset), rollbacks)
+                    losses = logged_losses(accelerator, run)
+                    batches = iter(loader(step + offset))
+                    bar.update(step - bar.n)
+                    continue
+                losses.append(record["loss"])
+            if any(report.stop for report in arrived):
+                break
+            if saves and not last:
+                save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
+                saved = step
+            if snapshots:
+                save_snapshot(accelerator, run, step, state)
+            if samples:
+                began = time.perf_counter()
+                together(accelerator, partial(preview, full_ema(state), step, stop))
+                meter.pause(since=began)  # drawing is not training
+    save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
     return step
 
 
-def check_finite(record: dict[str, Any]) -> None:
-    """Stops a run that has diverged, before its next checkpoint."""
-    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def prepare(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
+    """What the objective calls: with autocast, and averaging gradients over the processes."""
+    model.train()
+    if not isinstance(model, FSDPModule):
+        return accelerator.prepare_model(model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return model(*args, **kwargs)
+
+    return call
+
+
+def synchronize(accelerator: Accelerator, model: nn.Module, prepared: Any, now: bool) -> Any:
+    """The context in which a backward pass averages gradients over the processes, or leaves it for later."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        return contextlib.nullcontext()
+    return contextlib.nullcontext() if now else accelerator.no_sync(prepared)
+
+
+def write_log(accelerator: Accelerator, run: RunDirectory | None, record: dict[str, Any]) -> None:
+    """A line of log.jsonl, and the same numbers for the trackers."""
+    together(accelerator, lambda: run.log(record))
+    numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    accelerator.log(numbers, step=record["step"])
+
+
+def logged_losses(accelerator: Accelerator, run: RunDirectory | None) -> list[float | None]:
+    """What the log says so far, on every process."""
+    return shared(accelerator, together(accelerator, lambda: [record["loss"] for record in run.read_log()]))
+
+
+def roll_back(
+    accelerator: Accelerator, run: RunDirectory | None, state: State, at: Progress, rollbacks: list[int]
+) -> Progress:
+    """Goes back to the newest checkpoint, and on with the data that would have come next.
+
+    Raises:
+        NonFiniteError: where that has not helped several times.
+    """
+    step, _ = resume(accelerator, run, state)
+    if rollbacks.count(step) == MAX_ROLLBACKS:
         raise NonFiniteError(
-            f"training diverged at step {record['step']}: loss {record['loss']}, "
-            f"gradient norm {record['grad_norm']}; lower optimizer.learning_rate"
+            f"the loss at step {at.step} is still above train.spike_factor times the recent median, after "
+            f"{MAX_ROLLBACKS} times going back to step {step}; lower optimizer.learning_rate"
         )
-
-
-def resume(accelerator: Accelerator, run: RunDirectory | None, state: State) -> int:
-    """Loads the newest checkpoint on the main process, then on all others. Returns its step, or 0."""
-    step = 0
-    if run is not None and (newest := checkpoint.newest(run.checkpoints)) is not None:
-        for name in ("model", "ema"):
-            module = getattr(state, name)
-            module.load_state_dict(checkpoint.read_tensors(newest, name, like=module.state_dict()))
-        load_named_state(state.optimizer, state.model, checkpoint.read_tensors(newest, "optimizer"))
-        step = checkpoint.read_state(newest)["step"]
-    if run is not None:
-        run.begin(step)
-    return share(accelerator, step, state)
-
-
-def share(accelerator: Accelerator, step: int, state: State) -> int:
-    """Gives every process the main process's step, weights, EMA and optimiser."""
-    if accelerator.num_processes == 1:
-        return step
-    (step,) = broadcast_object_list([step])
-    for module in (state.model, state.ema):
-        for tensor in module.state_dict().values():
-            tensor.copy_(broadcast(tensor))
-    if step:
-        held = {
-            key: (value.shape, value.dtype)
-            for key, value in named_state(state.optimizer, state.model).items()
-        }
-        (held,) = broadcast_object_list([held])
-        mine = named_state(state.optimizer, state.model)
-        tensors = {
-            key: broadcast(mine.get(key, torch.empty(shape, dtype=dtype)).to(accelerator.device))
-            for key, (shape, dtype) in held.items()
-        }
-        load_named_state(state.optimizer, state.model, {k: v.cpu() for k, v in tensors.items()})
-    return step
-
-
-def save(accelerator: Accelerator, run: RunDirectory | None, step: int, state: State, keep: int) -> None:
-    """A checkpoint, written by the main process while the others wait."""
-    if run is not None:
-        tensors = {
-            "model": state.model.state_dict(),
-            "ema": state.ema.state_dict(),
-            "optimizer": named_state(state.optimizer, state.model),
-        }
-        checkpoint.save_checkpoint(run.checkpoints, step, tensors, {}, keep)
-    accelerator.wait_for_everyone()
-
-
-class Meter:
-    """Loss and speed between two log lines, over all processes; sums stay on the device till then."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.total, self.images = torch.zeros((), device=accelerator.device), 0
-        self.started = time.perf_counter()
-
-    def add(self, losses: Tensor) -> None:
-        self.total += losses.detach().float().sum()
-        self.images += len(losses)
-
-    def read(self, step: int, norm: Tensor, rate: float, stop: bool) -> tuple[dict[str, Any], bool]:
-        """The log record, and whether any process was asked to stop; then starts anew."""
-        sums = torch.stack(
-            [self.total, torch.full_like(self.total, self.images), torch.full_like(self.total, stop)]
-        )
-        total, images, stops = self.accelerator.reduce(sums, reduction="sum").tolist()
-        record = {
-            "step": step,
-            "loss": total / images,
-            "grad_norm": float(norm),
-            "learning_rate": rate,
-            "images_per_second": round(images / (time.perf_counter() - self.started), 1),
-        }
-        self.total, self.images = torch.zeros_like(self.total), 0
-        self.started = time.perf_counter()
-        return record, stops > 0
+    rollbacks.append(step)
+    if accelerator.is_main_process:
+        say(f"loss spike at step {at.step}: back to step {step}, and on with other data")
+    return Progress(step, at.data_offset + at.step - step)

@@ -1,0 +1,170 @@
+"""What steps report to the host, without making the device wait, and what is logged of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from iwin_dit.runtime.errors import NonFiniteError
+
+# Dense bf16 matrix-multiply peak in FLOP/s, by what the driver calls the card (the vendor's data sheets).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+class Report(NamedTuple):
+    """One step as the host knows it: means over the global batch; whether any process was asked to stop."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+
+
+class Reports:
+    """Carries a few numbers per step from all processes to the host.
+
+    On a CPU they are there at once. On a GPU they travel while the next step is computed, and are read one
+    step later: the device never waits. Until then ``found_inf`` has kept a bad step from changing anything.
+
+    Args:
+        deferred: read one step later. Default: on everything but a CPU.
+    """
+
+    def __init__(self, accelerator: Accelerator, deferred: bool | None = None):
+        self.accelerator = accelerator
+        self.deferred = accelerator.device.type != "cpu" if deferred is None else deferred
+        self._waiting: list[tuple[int, Tensor, Any]] = []
+
+    def combine(self, loss: Tensor, norm: Tensor, stop: bool) -> Tensor:
+        """``[loss, norm, not finite, stop]`` on the device, the same on every process.
+
+        Args:
+            loss: this process's share of the global mean.
+            norm: of the gradient, which is the same on every process.
+        """
+        sums = torch.stack([loss, torch.full_like(loss, float(stop))])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        norm = norm.to(sums.dtype)
+        bad = ~(torch.isfinite(sums[0]) & torch.isfinite(norm))
+        return torch.stack([sums[0], norm, bad.to(sums.dtype), sums[1]])
+
+    def post(self, step: int, numbers: Tensor) -> list[Report]:
+        """Sends off what :meth:`combine` made; returns what has arrived, oldest first."""
+        host = numbers.to("cpu", non_blocking=True)
+        event = None
+        if numbers.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, host, event))
+        return self._read(keep=int(self.deferred))
+
+    def flush(self) -> list[Report]:
+        """All that has not been read yet; the device is waited for."""
+        return self._read(keep=0)
+
+    def _read(self, keep: int) -> list[Report]:
+        ready = self._waiting[: len(self._waiting) - keep]
+        self._waiting = self._waiting[len(ready) :]
+        reports = []
+        for step, host, event in ready:
+            if event is not None:
+                event.synchronize()
+            loss, norm, bad, stop = host.tolist()
+            reports.append(Report(step, loss, norm, bad == 0, stop > 0))
+        return reports
+
+
+class Meter:
+    """From the reports of steps to the lines of the log; stops a run that has diverged.
+
+    Args:
+        batch_images: images of a step, over all processes.
+        flops_per_image: of a training step on one image.
+        max_skipped: so many bad steps in a row are skipped; 0 to stop at the first.
+    """
+
+    def __init__(self, accelerator: Accelerator, batch_images: int, flops_per_image: float, max_skipped: int):
+        self.batch_images, self.max_skipped = batch_images, max_skipped
+        self.flops = batch_images * flops_per_image / accelerator.num_processes
+        self.peak = peak_flops(accelerator.device)
+        self.skipped = self._in_a_row = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a line of the log anew."""
+        self._losses: list[float] = []
+        self._norm = math.nan
+        self._steps, self._paused, self._started = 0, 0.0, time.perf_counter()
+
+    def pause(self, since: float) -> None:
+        """Time since then, by ``time.perf_counter``, was not spent on training."""
+        self._paused += time.perf_counter() - since
+
+    def add(self, report: Report) -> None:
+        """Counts one step.
+
+        Raises:
+            NonFiniteError: where it was not finite, and no more may be skipped.
+        """
+        self._steps += 1
+        self._norm = report.grad_norm
+        if report.finite:
+            self._losses.append(report.loss)
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row > self.max_skipped:
+            more = f", {self._in_a_row} steps in a row" if self.max_skipped else ""
+            raise NonFiniteError(
+                f"training diverged at step {report.step}: loss {report.loss}, gradient norm "
+                f"{report.grad_norm}{more}; the step was not taken; lower optimizer.learning_rate"
+            )
+
+    def record(self, step: int, rate: float) -> dict[str, Any]:
+        """The line of the log since the last one."""
+        seconds = time.perf_counter() - self._started - self._paused
+        flops = self.flops * self._steps / seconds
+        record = {
+            "step": step,
+            "loss": sum(self._losses) / len(self._losses) if self._losses else None,
+            "grad_norm": self._norm if math.isfinite(self._norm) else None,
+            "learning_rate": rate,
+            "images_per_second": round(self._steps * self.batch_images / seconds, 1),
+            "tflops_per_device": float(f"{flops / 1e12:.3g}"),
+        }
+        if self.peak is not None:
+            record["mfu"] = round(flops / self.peak, 4)
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
+        self.restart()
+        return record
+
+
+def is_spike(loss: float | None, before: list[float | None], factor: float | None) -> bool:
+    """Whether a logged loss is above ``factor`` times the median of the 20 before it; at least five."""
+    recent = [value for value in before[-20:] if value is not None]
+    if factor is None or loss is None or len(recent) < 5:
+        return False
+    return loss > factor * median(recent)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a card that is known here; else None, and no MFU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)

@@ -1,0 +1,137 @@
+"""What a checkpoint holds beside the step, and its way to disk and back on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+
+from iwin_dit.runtime import checkpoint
+from iwin_dit.runtime.errors import UserError
+from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.training.optimizer import named_state
+from iwin_dit.training.sharding import assign, full
+
+T = TypeVar("T")
+
+
+class State(NamedTuple):
+    """The plain model (perhaps split over the processes), its averages by name, and the optimiser."""
+
+    model: nn.Module
+    emas: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The files of a checkpoint: ``{file: {name: tensor}}``, by reference."""
+        emas = {name: ema.state_dict() for name, ema in self.emas.items()}
+        optimizer = named_state(self.optimizer, self.model)
+        return {"model": self.model.state_dict(), **emas, "optimizer": optimizer}
+
+
+class Progress(NamedTuple):
+    """Where a run stands: the step, and by how many steps its data are ahead of it after roll-backs."""
+
+    step: int = 0
+    data_offset: int = 0
+
+
+def save(accelerator: Accelerator, run: RunDirectory | None, at: Progress, state: State, keep: int) -> None:
+    """A checkpoint, written by the main process while the others wait; its failure is everybody's."""
+    tensors = gather(accelerator, state.groups())
+    extra = {"data_offset": at.data_offset}
+    together(accelerator, lambda: checkpoint.save_checkpoint(run.checkpoints, at.step, tensors, extra, keep))
+
+
+def save_snapshot(accelerator: Accelerator, run: RunDirectory | None, step: int, state: State) -> None:
+    """The power-function averages of this step, kept for post-hoc reconstruction."""
+    powers = {name: ema.state_dict() for name, ema in state.emas.items() if name.startswith("ema_std_")}
+    tensors = gather(accelerator, powers)
+    together(accelerator, lambda: checkpoint.save_checkpoint(run.snapshots, step, tensors, {}, keep=None))
+
+
+def resume(accelerator: Accelerator, run: RunDirectory | None, state: State) -> Progress:
+    """Loads the newest checkpoint on the main process, then on all others; nothing where there is none.
+
+    Raises:
+        CheckpointError: where it is damaged or does not fit, on every process.
+    """
+    groups = state.groups()
+
+    def read() -> tuple[Progress, dict[str, dict[str, Tensor]]]:
+        newest = checkpoint.newest(run.checkpoints)
+        if newest is None:
+            run.begin(0)
+            return Progress(), {}
+        tensors = {name: checkpoint.read_tensors(newest, name, like=groups[name]) for name in groups}
+        found = checkpoint.read_state(newest)
+        run.begin(found["step"])
+        return Progress(found["step"], found.get("data_offset", 0)), tensors
+
+    progress, tensors = together(accelerator, read) or (Progress(), {})
+    progress = shared(accelerator, progress)
+    if progress.step:
+        for name, group in groups.items():
+            spread(accelerator, tensors.get(name), group)
+    return progress
+
+
+@torch.no_grad()
+def spread(accelerator: Accelerator, values: dict[str, Tensor] | None, into: dict[str, Tensor]) -> None:
+    """Copies the main process's whole tensors into everybody's, split or not."""
+    for name, target in into.items():
+        if values is not None:
+            value = values[name].to(accelerator.device)
+        else:
+            value = torch.empty(target.shape, dtype=target.dtype, device=accelerator.device)
+        assign(target, broadcast(value) if accelerator.num_processes > 1 else value)
+
+
+@torch.no_grad()
+def gather(accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors, for the main process to write; the others help, and keep nothing."""
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for group, tensors in groups.items():
+        gathered[group] = {}
+        for name, tensor in tensors.items():
+            whole = full(tensor)
+            if accelerator.is_main_process:
+                gathered[group][name] = whole if whole is tensor else whole.cpu()
+    return gathered
+
+
+def full_ema(state: State) -> dict[str, Tensor]:
+    """The average that sampling uses, as whole tensors; all processes together."""
+    return {name: full(tensor) for name, tensor in state.emas["ema"].state_dict().items()}
+
+
+def together(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
+    """Runs ``action`` on the main process while the others wait. Its error is raised on every process.
+
+    Returns:
+        what ``action`` returned, on the main process; None on the others.
+    """
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    if accelerator.num_processes > 1:  # the text alone: an error may hold what cannot be sent
+        sent = shared(accelerator, None if failure is None else (type(failure), str(failure)))
+        if sent is not None and failure is None:
+            kind, text = sent
+            known = kind if issubclass(kind, UserError | OSError) else RuntimeError
+            raise known(f"on the main process: {text}")
+    if failure is not None:
+        raise failure
+    return result
+
+
+def shared(accelerator: Accelerator, value: Any) -> Any:
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

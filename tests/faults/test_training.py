@@ -1,0 +1,350 @@
+"""Faults while training: signals, numbers that are not finite, disks, workers, closed pipes (rows 8 to 16,
+36, 38, 39, 42 and 44)."""
+
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_equal, kill_after, logged_steps, read_checkpoint, start
+
+from iwin_dit import build
+from iwin_dit.data.latents import LatentDataset
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.runtime import checkpoint, files
+from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.training import loop, reports
+
+SHORT = {"max_steps": 12, "save_every_steps": 5, "log_every_steps": 4}
+
+
+def steps_on_disk(run):
+    return [checkpoint.step_of(path) for path in checkpoint.step_directories(run / "checkpoints")]
+
+
+def patched(code, *arguments, **options):
+    """The script in a process of its own, after ``code``."""
+    program = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+    program += f"sys.argv = {[str(a) for a in arguments]!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    return start("-c", program, **options)
+
+
+def call_at(monkeypatch, owner, name, number, action):
+    """Before the call ``number`` of ``owner.name``, counted from 1, ``action()`` happens."""
+    real, counter = getattr(owner, name), itertools.count(1)
+
+    def wrapper(*args, **kwargs):
+        if next(counter) == number:
+            action()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.fixture(scope="module")
+def whole(latents_folder, tmp_path_factory):
+    """The last checkpoint of the short run, undisturbed; made by the first test that asks."""
+    return {}
+
+
+def undisturbed(whole, train_here, config, directory):
+    if not whole:
+        code, output = train_here("--config", config, "--output_dir", directory)
+        assert code == 0, output
+        whole.update(read_checkpoint(directory, 12))
+    return whole
+
+
+# --- row 8: the disk is full while logging
+
+
+def test_a_log_that_cannot_be_written_stops_after_a_checkpoint(recipe, train_here, tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    call_at(monkeypatch, RunDirectory, "log", 2, full)
+    code, output = train_here("--config", recipe(train=SHORT))
+    assert code == 3
+    assert output.count("error: ") == 1
+    assert "the log cannot be written" in output
+    assert "Traceback" not in output
+    assert steps_on_disk(tmp_path / "run")[-1] == 8
+
+
+# --- row 9: the output cannot be written
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    stop = "import importlib.abc\n" + "\n".join(
+        (
+            "class NoTorch(importlib.abc.MetaPathFinder):",
+            "    def find_spec(self, name, path=None, target=None):",
+            "        assert name != 'torch', 'torch is loaded'",
+            "sys.meta_path.insert(0, NoTorch())",
+        )
+    )
+    process = patched(stop, "train_dit.py", "--config", recipe(), "--output_dir", tmp_path / "file" / "run")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    assert "cannot be written" in stderr
+    assert "torch is loaded" not in stderr
+
+
+# --- row 10: two runs in one directory
+
+
+def test_a_second_run_in_the_same_directory_is_refused(recipe, train_here, tmp_path):
+    config = recipe(train={"max_steps": 100_000})
+    first = start("train_dit.py", "--config", config)
+    while max(logged_steps(tmp_path / "run"), default=0) < 4:
+        assert first.poll() is None, first.communicate()[1]
+    code, output = train_here("--config", config)
+    assert code == 2
+    assert f"is in use, held by pid {first.pid} on host" in output
+    before = max(logged_steps(tmp_path / "run"))
+    kill_after(first, tmp_path / "run", before + 10)  # the first goes on, undisturbed
+    code, output = train_here("--config", config, "--train.max_steps", 20)
+    assert code == 0, output
+
+
+# --- rows 11, 13 and 14: signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_a_step_and_the_next_run_goes_on(
+    recipe, train_here, tmp_path, monkeypatch, whole, number
+):
+    config = recipe(train=SHORT)
+    expected = undisturbed(whole, train_here, config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        call_at(patch, FlowMatching, "loss", 7, lambda: os.kill(os.getpid(), number))
+        code, output = train_here("--config", config)
+    assert code == 143
+    assert "stopped at step 7 with a checkpoint" in output
+    assert steps_on_disk(tmp_path / "run") == [5, 7]
+    code, output = train_here("--config", config)
+    assert code == 0, output
+    assert_equal(read_checkpoint(tmp_path / "run", 12), expected)
+
+
+def test_a_signal_while_saving_lets_the_checkpoint_be_finished(recipe, train_here, tmp_path, monkeypatch):
+    call_at(monkeypatch, files, "write", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    config = recipe(train={**SHORT, "save_every_steps": 1})
+    code, output = train_here("--config", config)
+    assert code == 143, output
+    for path in checkpoint.step_directories(tmp_path / "run" / "checkpoints"):
+        checkpoint.verify(path)
+    assert steps_on_disk(tmp_path / "run")[0] == 1
+
+
+def test_a_signal_while_drawing_stops_between_batches(recipe, train_here, tmp_path, monkeypatch):
+    call_at(monkeypatch, build.IwinDiTPipeline, "__call__", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    code, output = train_here("--config", recipe(train={**SHORT, "sample_every_steps": 4}))
+    assert code == 143, output
+    assert not list((tmp_path / "run" / "samples").iterdir())
+    assert steps_on_disk(tmp_path / "run") == [5]
+
+
+def test_a_signal_at_start_ends_without_a_checkpoint(recipe, tmp_path):
+    slow = "\n".join(
+        (
+            "import time, iwin_dit.build_data as build",
+            "build.build_dataset = lambda *a: print('here', flush=True) or time.sleep(60)",
+        )
+    )
+    process = patched(slow, "train_dit.py", "--config", recipe())
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM, stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_second_signal_stops_at_once(recipe, tmp_path):
+    slow = "\n".join(
+        (
+            "import time",
+            "from iwin_dit.diffusion.flow_matching import FlowMatching",
+            "real, calls = FlowMatching.loss, []",
+            "def loss(*a):",
+            "    calls.append(0)",
+            "    if len(calls) == 7:",
+            "        print('here', flush=True)",
+            "        time.sleep(60)",
+            "    return real(*a)",
+            "FlowMatching.loss = loss",
+        )
+    )
+    process = patched(slow, "train_dit.py", "--config", recipe(train=SHORT))
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None, "the first waits for the step"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM, stderr
+    assert steps_on_disk(tmp_path / "run") == [5]
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000005")
+
+
+# --- rows 15 and 16: numbers that are not finite
+
+
+class NaNGradient(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.nan
+
+
+def spoil(monkeypatch, kind, calls):
+    """The loss, or only its gradient, is not finite in these calls."""
+    real, counter = FlowMatching.loss, itertools.count(1)
+
+    def loss(self, *arguments):
+        value = real(self, *arguments)
+        if next(counter) not in calls:
+            return value
+        return value * torch.nan if kind == "loss" else NaNGradient.apply(value)
+
+    monkeypatch.setattr(FlowMatching, "loss", loss)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(
+    recipe, train_here, tmp_path, monkeypatch, kind, deferred
+):
+    """On a GPU the host learns of it a step later: then too, no bad step has changed anything."""
+    spoil(monkeypatch, kind, {7})
+    taken = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        before = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        real(self, *arguments)
+        after = [p for group in self.param_groups for p in group["params"]]
+        taken.append(not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    if deferred:
+        monkeypatch.setattr(loop, "Reports", lambda accelerator: reports.Reports(accelerator, deferred=True))
+    code, output = train_here("--config", recipe(train={**SHORT, "log_every_steps": 12}))
+    assert code == 4, output
+    assert "diverged at step 7" in output
+    assert ("loss nan" in output) == (kind == "loss")
+    assert "gradient norm nan" in output
+    assert taken[:6] == [True] * 6
+    assert taken[6] is False
+    assert len(taken) == (8 if deferred else 7)
+    assert steps_on_disk(tmp_path / "run") == [5]
+
+
+def test_steps_that_are_not_finite_can_be_skipped(recipe, train_here, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil(patch, "loss", {3, 4, 9})
+        config = recipe(train={**SHORT, "on_nonfinite": "skip", "max_skipped_steps": 2})
+        code, output = train_here("--config", config)
+    assert code == 0, output
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["skipped_steps"] for record in log] == [2, 2, 3]
+    assert all(record["loss"] > 0 for record in log)
+    final = read_checkpoint(tmp_path / "run", 12)
+    assert {float(v) for k, v in final["optimizer"].items() if k.endswith("/step")} == {9.0}
+
+    spoil(monkeypatch, "loss", {3, 4, 5})
+    code, output = train_here("--config", config, "--output_dir", tmp_path / "other")
+    assert code == 4
+    assert "3 steps in a row" in output
+
+
+# --- row 36: a worker dies or hangs
+
+
+@pytest.mark.parametrize(
+    ("happens", "message"),
+    [
+        (
+            lambda: os._exit(1),
+            r"DataLoader worker \(pid.*\d+\) exited unexpectedly.*lower train.num_workers",
+        ),
+        (lambda: time.sleep(60), "DataLoader timed out after 1 seconds.*raise train.worker_timeout_seconds"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_named(recipe, train_here, tmp_path, monkeypatch, happens, message):
+    call_at(monkeypatch, LatentDataset, "draw", 9, happens)
+    began = time.time()
+    config = recipe(train={**SHORT, "num_workers": 1, "worker_timeout_seconds": 1})
+    code, output = train_here("--config", config)
+    assert code == 5, output
+    error = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert re.search(message, error), error
+    assert time.time() - began < 25
+    assert steps_on_disk(tmp_path / "run") == [5]
+
+
+# --- row 38: the clock
+
+
+def test_nothing_depends_on_the_clock(recipe, train_here, tmp_path, monkeypatch, whole):
+    config = recipe(train=SHORT)
+    expected = undisturbed(whole, train_here, config, tmp_path / "whole")
+    clock = itertools.count(2e9, -1000)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    code, output = train_here("--config", config)
+    assert code == 0, output
+    assert_equal(read_checkpoint(tmp_path / "run", 12), expected)
+
+
+# --- row 39: nobody reads the output
+
+
+def test_a_closed_pipe_does_not_stop_training(recipe, tmp_path):
+    command = f"'{sys.executable}' train_dit.py --config '{recipe(train=SHORT)}' 2>&1 | true"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, timeout=120)
+    assert logged_steps(tmp_path / "run") == [4, 8, 12]
+    assert steps_on_disk(tmp_path / "run")[-1] == 12
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+# --- row 42: names of compiled models
+
+
+def test_a_compiled_model_is_saved_under_its_plain_names(recipe, train_here, tmp_path, monkeypatch, whole):
+    config = recipe(train=SHORT)
+    expected = undisturbed(whole, train_here, config, tmp_path / "whole")
+    real = torch.nn.Module.compile
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="eager")
+    )
+    code, output = train_here("--config", config, "--train.compile", "true")
+    assert code == 0, output
+    assert len(compiled) == 2, "each block"
+    assert_equal(read_checkpoint(tmp_path / "run", 12), expected, atol=1e-6, rtol=0)
+
+
+# --- row 44: what the device cannot do
+
+
+def test_a_precision_that_the_device_lacks_is_refused(recipe, train_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_computes_bf16", lambda device: False)
+    code, output = train_here("--config", recipe(train={**SHORT, "precision": "bf16"}))
+    assert code == 2
+    assert "does not compute in bf16; set train.precision fp32" in output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,311 @@
+"""What a config can turn on for memory, speed and health: each against the plain run."""
+
+import json
+import math
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import assert_equal, read_checkpoint, refused, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iwin_dit import budget
+from iwin_dit.config import load_config
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.runtime import checkpoint
+from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.training import loop, memory, reports
+from iwin_dit.training.posthoc import power_decay, power_gamma, reconstruct
+
+SHORT = {"max_steps": 12, "save_every_steps": 6, "log_every_steps": 4}
+
+
+def read_log(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def trained(train_here, *arguments):
+    code, output = train_here(*arguments)
+    assert code == 0, output
+    return output
+
+
+# --- averages
+
+
+def test_averages_are_those_of_the_weights_at_each_step(recipe, train_here, tmp_path, monkeypatch):
+    """Every average against its definition, from the weights of each step; what a kill interrupts goes on."""
+    config = recipe(
+        train=SHORT,
+        ema={"decays": [0.9, 0.5], "power_stds": [0.1, 0.2], "snapshot_every_steps": 4, "on_cpu": True},
+    )
+    weights = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        real(self, *arguments)
+        weights.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    trained(train_here, "--config", config)
+    final = read_checkpoint(tmp_path / "run", 12)
+    names = {f"{name}.safetensors" for name in ("ema", "ema_0.5", "ema_std_0.1", "ema_std_0.2")}
+    written = {path.name for path in (tmp_path / "run" / "checkpoints" / "step-00000012").iterdir()}
+    assert names < written
+
+    key = "blocks.0.mlp.down.weight"
+    place = next(i for i, w in enumerate(weights[-1]) if torch.equal(w, final["model"][key]))
+    start = trained_start(recipe)[key]
+    for name, decay in (
+        ("ema", lambda t: 0.9),
+        ("ema_0.5", lambda t: 0.5),
+        ("ema_std_0.1", lambda t: power_decay(t, power_gamma(0.1))),
+        ("ema_std_0.2", lambda t: power_decay(t, power_gamma(0.2))),
+    ):
+        expected = start.double()
+        for t, at_step in enumerate(weights, 1):
+            expected = decay(t) * expected + (1 - decay(t)) * at_step[place].double()
+        torch.testing.assert_close(final[name][key].double(), expected, atol=1e-6, rtol=0)
+
+    snapshots = tmp_path / "run" / "snapshots"
+    assert [checkpoint.step_of(path) for path in checkpoint.step_directories(snapshots)] == [4, 8, 12]
+    again = reconstruct(snapshots, 0.1)
+    torch.testing.assert_close(again[key], final["ema_std_0.1"][key], atol=1e-5, rtol=0)
+    run(
+        *("sample.py", "--checkpoint", tmp_path / "run", "--ema-std", 0.15, "--class", 0, "--steps", 2),
+        *("--num-images", 1, "--out", tmp_path / "grid.png"),
+    )
+    assert json.loads((tmp_path / "grid.json").read_text())["ema_std"] == 0.15
+    error = refused("sample.py", "--checkpoint", tmp_path / "run", "--ema-std", 0.4, "--class", 0)
+    assert "found the relative standard deviation 0.4" in error
+
+    # a run that goes on from step 6 makes the snapshots of steps 8 and 12 again, the same
+    removed = tmp_path / "run" / "checkpoints" / "step-00000012"
+    removed.rename(tmp_path / "last")
+    trained(train_here, "--config", config)
+    assert_equal(read_checkpoint(tmp_path / "run", 12), final)
+    assert [checkpoint.step_of(path) for path in checkpoint.step_directories(snapshots)] == [4, 8, 12]
+
+
+def trained_start(recipe):
+    from iwin_dit.build import build_model
+
+    return build_model(load_config(recipe("start.yaml"))).state_dict()
+
+
+# --- memory
+
+
+def test_levers_change_nothing_but_memory(recipe, train_here, tmp_path):
+    config = recipe(train=SHORT)
+    trained(train_here, "--config", config, "--output_dir", tmp_path / "plain")
+    plain = read_checkpoint(tmp_path / "plain", 12)
+    for name, arguments, exact in (
+        ("all", ("--train.gradient_checkpointing", 1), True),
+        ("second", ("--train.gradient_checkpointing", 2), True),
+        ("cpu", ("--ema.on_cpu", "true"), True),
+        ("math", ("--train.attention_backend", "math"), False),
+        ("micro", ("--train.micro_batch", 2), False),
+    ):
+        trained(train_here, "--config", config, "--output_dir", tmp_path / name, *arguments)
+        tolerance = {} if exact else {"atol": 2e-5, "rtol": 0}
+        assert_equal(read_checkpoint(tmp_path / name, 12), plain, **tolerance)
+
+
+def test_the_micro_batch_that_fits_is_found(recipe, train_here, tmp_path, monkeypatch):
+    """A loss that runs out of memory above three images: of 8, micro-batches of 2 are taken."""
+    real = FlowMatching.loss
+    tried = []
+
+    def loss(self, model, x0, *arguments):
+        tried.append(len(x0))
+        if len(x0) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(self, model, x0, *arguments)
+
+    monkeypatch.setattr(FlowMatching, "loss", loss)
+    output = trained(train_here, "--config", recipe(train={**SHORT, "micro_batch": "auto"}))
+    assert "micro-batches of 2 images, 4 to a step" in output
+    assert tried[:3] == [8, 4, 2]
+    assert set(tried[3:]) == {2}
+    assert len(tried[3:]) == 12 * 4
+
+    def never(images):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(ConfigError, match="not even one image fits"):
+        memory.largest_that_fits(never, 6)
+    with pytest.raises(RuntimeError, match="another"):
+        memory.largest_that_fits(lambda images: (_ for _ in ()).throw(RuntimeError("another")), 6)
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+def test_the_memory_of_activations_is_counted(recipe, checkpointing):
+    """What the budget computes without memory, against what autograd really keeps, tensor by tensor."""
+    from iwin_dit.build import build_model, build_objective
+
+    config = load_config(recipe(train={"gradient_checkpointing": checkpointing}, model={"depth": 4}))
+    model = build_model(config)
+    for parameter in model.parameters():  # zeros at the start would be saved all the same
+        assert parameter.requires_grad
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+        model.checkpoint_every = checkpointing
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    shape = (8, 4, 8, 8)
+    x, noise, u = torch.randn(shape), torch.randn(shape), torch.rand(8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        build_objective(config).loss(model, x, torch.zeros(8, dtype=torch.long), noise, u)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    computed = budget.memory(config).activations
+    if checkpointing:
+        saved = budget.activations(config)
+        computed -= 8 * saved.block  # of the one that is computed again, in the backward pass
+    assert computed == pytest.approx(measured, rel=0.1)
+
+
+def test_the_budget_of_the_authors_model():
+    """The parts that are arithmetic: 712,475,552 parameters of four bytes."""
+    config = load_config(budget.Path(__file__).parent.parent / "configs" / "iwin_xl_1_imagenet256.yaml")
+    found = budget.memory(config, num_processes=8)
+    assert found.weights == found.gradients == found.ema == 4 * 712_475_552
+    assert found.optimizer == 8 * 712_475_552
+    assert budget.checkpoint_bytes(config) == 16 * 712_475_552
+    assert budget.disk_bytes(config) == 16 * 712_475_552 * 3 + 4 * 712_475_552
+    assert budget.training_flops(config) == pytest.approx(6 * budget.multiply_adds(meta(config)))
+
+
+def meta(config):
+    from iwin_dit.build import build_model
+
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def test_a_run_that_cannot_fit_is_refused(recipe, train_here, tmp_path, monkeypatch):
+    config = recipe()
+    monkeypatch.setattr("iwin_dit.runtime.files.free_bytes", lambda path: 1000)
+    code, output = train_here("--config", config, "--dry-run")
+    assert code == 2
+    assert "disk " in output
+    assert "the run writes" in output
+    assert "1,000.0 B are free; lower train.keep_checkpoints" in output
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(budget, "device_bytes", lambda: ("a small card", 1 << 20))
+    with pytest.raises(ConfigError, match=r"a small card has 1\.0 MiB; lower train\.micro_batch"):
+        budget.check(load_config(config))
+
+
+# --- speed
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_the_device_only_for_the_log(recipe, train_here, tmp_path, monkeypatch):
+    """As on a GPU, where reports are read a step later: none between two lines of the log."""
+    monkeypatch.setattr(loop, "Reports", lambda accelerator: reports.Reports(accelerator, deferred=True))
+    reads, at_step = Reads(), []
+    real = reports.Reports.post
+
+    def post(self, step, numbers):
+        at_step.append(reads.count)
+        return real(self, step, numbers)
+
+    monkeypatch.setattr(reports.Reports, "post", post)
+    with reads:
+        train = {**SHORT, "log_every_steps": 6, "save_every_steps": 12, "num_workers": 1}
+        trained(train_here, "--config", recipe(train=train))
+    assert [b - a for a, b in pairwise(at_step[:6])] == [0] * 5
+    assert [record["step"] for record in read_log(tmp_path / "run")] == [6, 12]
+
+
+def test_speed_and_size_are_in_the_log(recipe, train_here, tmp_path):
+    config = recipe(train={**SHORT, "health_every_steps": 8})
+    trained(train_here, "--config", config)
+    first, second, last = read_log(tmp_path / "run")
+    flops = budget.training_flops(load_config(config))
+    for record in (first, second, last):
+        expected = record["images_per_second"] * flops / 1e12
+        assert record["tflops_per_device"] == pytest.approx(expected, rel=0.02)
+        assert "mfu" not in record, "a CPU has no peak"
+    assert "weight_rms" not in first
+    assert len(second["activation_rms"]) == len(second["weight_rms"]) == 2
+    assert all(math.isfinite(x) and x > 0 for x in second["activation_rms"] + second["weight_rms"])
+    with pytest.raises(ConfigError, match=r"no multiple of train\.log_every_steps"):
+        load_config(recipe(train={**SHORT, "health_every_steps": 7}))
+
+
+# --- health
+
+
+def test_a_spike_goes_back_and_on_with_other_data(recipe, train_here, tmp_path, monkeypatch):
+    """The loss is a hundred times as large in step 17: back to step 12, and its data are not seen again."""
+    real, seen, calls = FlowMatching.loss, [], []
+
+    def loss(self, model, x0, labels, noise, u):
+        calls.append(0)
+        seen.append(float(u[0]))
+        return real(self, model, x0, labels, noise, u) * (100 if len(calls) == 17 else 1)
+
+    monkeypatch.setattr(FlowMatching, "loss", loss)
+    short = {"max_steps": 24, "save_every_steps": 12, "log_every_steps": 2}
+    output = trained(train_here, "--config", recipe(train={**short, "spike_factor": 5.0}))
+    assert "loss spike at step 18: back to step 12, and on with other data" in output
+    assert len(set(seen)) == len(seen) == 18 + 12, "no data twice"
+    assert [record["step"] for record in read_log(tmp_path / "run")] == list(range(2, 25, 2))
+    state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-00000024")
+    assert state == {"step": 24, "data_offset": 6}
+
+
+def test_a_spike_that_comes_back_stops_the_run(recipe, train_here, tmp_path, monkeypatch):
+    real, calls = FlowMatching.loss, []
+
+    def loss(*arguments):
+        calls.append(0)
+        return real(*arguments) * (100 if len(calls) > 15 else 1)
+
+    monkeypatch.setattr(FlowMatching, "loss", loss)
+    short = {"max_steps": 40, "save_every_steps": 12, "log_every_steps": 2}
+    code, output = train_here("--config", recipe(train={**short, "spike_factor": 5.0}))
+    assert code == 4
+    assert output.count("back to step 12, and on with other data") == 3
+    assert "after 3 times going back to step 12; lower optimizer.learning_rate" in output
+
+
+# --- trackers
+
+
+def test_trackers_hold_the_log_and_the_samples(recipe, train_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = recipe(train={**SHORT, "sample_every_steps": 12, "trackers": ["tensorboard", "wandb"]})
+    trained(train_here, "--config", config)
+    assert os.environ["WANDB_MODE"] == "offline"
+    root = tmp_path / "run" / "trackers"
+    events = EventAccumulator(str(root / "iwin-dit")).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    for (step, value), record in zip(logged, read_log(tmp_path / "run"), strict=True):
+        assert (step, value) == (record["step"], pytest.approx(record["loss"]))
+    assert [event.step for event in events.Images("samples")] == [12]
+    assert list(root.rglob("*.wandb"))
