@@ -20,6 +20,7 @@ from iwin_dit.config_rules import local_batch
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.files import in_units
 
 
 class Memory(NamedTuple):
@@ -158,7 +159,7 @@ def check(config: Config) -> None:
     needed = memory(config, int(os.environ.get("WORLD_SIZE", "1")))
     if torch.cuda.is_available() and needed.total > there:
         raise ConfigError(
-            f"the run takes {readable(needed.total)} of memory, {name} has {readable(there)}; lower "
+            f"the run takes {in_units(needed.total)} of memory, {name} has {in_units(there)}; lower "
             "train.micro_batch, or set train.gradient_checkpointing 1, ema.on_cpu true or "
             "train.sharding fsdp2"
         )
@@ -167,14 +168,7 @@ def check(config: Config) -> None:
     free = files.free_bytes(root)
     if disk_bytes(config) - has > free:
         raise ConfigError(
-            f"the run writes {readable(disk_bytes(config))} to {config.output_dir}, where "
-            f"{readable(free)} are free; lower train.keep_checkpoints, raise ema.snapshot_every_steps, or take another disk"
+            f"the run writes {in_units(disk_bytes(config))} to {config.output_dir}, where "
+            f"{in_units(free)} are free; lower train.keep_checkpoints, raise ema.snapshot_every_steps, "
+            "or take another disk"
         )
-
-
-def readable(count: float) -> str:
-    """Bytes in the largest unit that gives a number above 1."""
-    unit = 0
-    while count >= 1024 and unit < 4:
-        count, unit = count / 1024, unit + 1
-    return f"{count:,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -29,6 +29,7 @@ from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import draw_grid, sample_classes
+from iwin_dit.pipelines.trust import check_pipeline_folder
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
@@ -145,10 +146,16 @@ def build_loader(
             batch_sampler=sampler,
             num_workers=workers,
             timeout=config.train.worker_timeout_seconds if workers else 0,
+            worker_init_fn=_leave_group,
             pin_memory=accelerator.device.type == "cuda",
         )
 
     return loader
+
+
+def _leave_group(worker: int) -> None:
+    """A signal to the group, of Ctrl-C or of a launcher, is for the trainer alone: its workers are needed."""
+    os.setpgid(0, 0)
 
 
 def build_state(config: Config, accelerator: Accelerator) -> State:
@@ -324,7 +331,7 @@ def load_pipeline(
     elif ema_std is not None:
         raise CheckpointError(f"{source} is no run with snapshots; --ema-std takes a folder below runs/")
     elif path.exists():
-        _check_pipeline_folder(path)
+        check_pipeline_folder(path)
         pipeline = _from_pretrained(source, "is a damaged pipeline")
     elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
         pipeline = _from_pretrained(source, "is neither a folder here nor a pipeline on the hub")
@@ -344,7 +351,7 @@ def load_pipeline(
 
 def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
     try:
-        return IwinDiTPipeline.from_pretrained(source)
+        return IwinDiTPipeline.from_pretrained(source, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
 
@@ -359,24 +366,12 @@ def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
     if exported.is_file() and (
         newest is None or json.loads(exported.read_text())["step"] >= checkpoint.step_of(newest)
     ):
+        check_pipeline_folder(run / "pipeline")
         return _from_pretrained(run / "pipeline", "is a damaged pipeline")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
     config = load_config(run / "config.yaml")
     with torch.device("meta"):
         expected = build_model(config).state_dict()
-    weights = checkpoint.read_tensors(newest, "ema", like=expected)
+    weights = checkpoint.read_tensors(newest, "ema", like=expected, any_precision=True)
     return build_pipeline(config, model_of(config, weights), build_dataset(config))
-
-
-def _check_pipeline_folder(path: Path) -> None:
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
-    try:
-        name = json.loads(index.read_bytes())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not the index of a pipeline: {error!r}") from error
-    name = name[-1] if isinstance(name, list) else name
-    if name != IwinDiTPipeline.__name__:
-        raise CheckpointError(f"{path} holds a {name}, expected an {IwinDiTPipeline.__name__}")

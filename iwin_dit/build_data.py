@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from iwin_dit.config import Config
+from iwin_dit.config import Config, load_yaml
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits
 from iwin_dit.data.codec import encode, load_vae, normalize, vae_statistics, weights_sha256
@@ -120,7 +119,9 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         return load_official(path)
     except Exception as error:  # torch.load and safetensors raise many kinds for what they do not accept
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path} cannot be read as a file of tensors: {reason}") from None
+        raise DataError(
+            f"{path} cannot be read as tensors, of safetensors or torch.save without other objects: {reason}"
+        ) from None
 
 
 def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
@@ -134,7 +135,7 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
         name = _download(VA_VAE_REPOSITORY, f"{VA_VAE_REPOSITORY.partition('/')[2]}.pt")
     if not Path(name).is_file():
         return load_vae(name)
-    config = VA_VAE if ldm_config is None else yaml.safe_load(ldm_config.read_text())
+    config = VA_VAE if ldm_config is None else load_yaml(ldm_config)
     try:
         return from_ldm_vae(_read_tensors(Path(name)), config).eval().requires_grad_(False)
     except ValueError as error:

@@ -36,7 +36,7 @@ def describe_run(config: Config) -> str:
         epoch = f"unknown: {error}"
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     needed = budget.memory(config, num_processes)
-    size = budget.readable
+    size = files.in_units
     parts = ", ".join(f"{name} {size(count)}" for name, count in needed._asdict().items())
     free = files.free_bytes(Path(config.output_dir))
     device, there = budget.device_bytes()

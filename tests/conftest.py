@@ -1,5 +1,6 @@
 """Real classes at toy size, shared by the tests."""
 
+import contextlib
 import gc
 import json
 import os
@@ -117,7 +118,7 @@ def recipe(latents_folder, tmp_path):
     return write
 
 
-def start(*arguments, cwd=ROOT, launcher=(), **environment):
+def start(*arguments, cwd=ROOT, launcher=(), start_new_session=False, **environment):
     command = [*(launcher or (sys.executable,)), *map(str, arguments)]
     return subprocess.Popen(
         command,
@@ -125,6 +126,7 @@ def start(*arguments, cwd=ROOT, launcher=(), **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
     )
 
@@ -145,7 +147,8 @@ def train_here(monkeypatch, capfd):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             AcceleratorState._reset_state(reset_partial_state=True)
-            gc.collect()  # the run's lock
+            with contextlib.suppress(RuntimeError):  # of a worker that a test has killed
+                gc.collect()  # the run's lock
         return code, "".join(capfd.readouterr())
 
     return call

@@ -51,27 +51,6 @@ def test_imports_point_down(path):
             pytest.fail(f"{path} imports {module}")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_nothing_that_is_read_can_run_code(path):
-    allowed = {"torch.load"} if path.relative_to(PACKAGE).parts[0] == "convert" else set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            assert name in allowed or name not in (
-                "torch.load",
-                "torch.save",
-                "eval",
-                "exec",
-                "yaml.unsafe_load",
-            ), name
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert given.get("shell") != "True"
-            assert given.get("allow_pickle") != "True"
-            if name == "torch.load":
-                assert given["weights_only"] == "True"
-    assert "pickle" not in set(imports(path))
-
-
 def test_files_are_one_idea():
     for path in [*FILES, *ROOT.glob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path

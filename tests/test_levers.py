@@ -199,7 +199,7 @@ def test_a_run_that_cannot_fit_is_refused(recipe, train_here, tmp_path, monkeypa
     assert code == 2
     assert "disk " in output
     assert "the run writes" in output
-    assert "1,000.0 B are free; lower train.keep_checkpoints" in output
+    assert "1,000 bytes are free; lower train.keep_checkpoints" in output
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(budget, "device_bytes", lambda: ("a small card", 1 << 20))

@@ -13,11 +13,6 @@ from conftest import assert_equal, kill_after, logged_steps, read_checkpoint, re
 from iwin_dit.training.ema import make_ema, update_ema
 from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state
 
-TWO_PROCESSES = (
-    *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-)
-
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
     """kill -9 after step 30 of 60, the same command again: weights, EMA and optimiser are the same bits."""

@@ -170,8 +170,20 @@ class LatentDataset(Dataset):
 
     @cached_property
     def labels(self) -> Tensor:
-        """All labels, ``(N,)`` int64."""
-        return torch.cat([shard.all("labels").long() for shard in self.shards])
+        """All labels, ``(N,)`` int64.
+
+        Raises:
+            DataError: where one is of no class.
+        """
+        labels = torch.cat([shard.all("labels").long() for shard in self.shards])
+        wrong = ((labels < 0) | (labels >= len(self.class_names))).nonzero().flatten()
+        if len(wrong):
+            i = int(wrong[0])
+            raise DataError(
+                f"image {i} of {self.directory} has label {int(labels[i])}, expected 0 to "
+                f"{len(self.class_names) - 1}; extract again, or mend class_names in index.json"
+            )
+        return labels
 
     def read(self, indices: Sequence[int], mirrored: bool = False) -> Tensor:
         """Normalised latents, or mirrored ones, of these images: ``(B, C, h, w)`` float32."""

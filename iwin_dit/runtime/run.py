@@ -113,7 +113,7 @@ class RunDirectory:
             files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         for snapshot in step_directories(self.snapshots):
             if step_of(snapshot) > step:
-                files.remove_tree(snapshot)
+                files.remove_tree(files.set_aside(snapshot))
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line to ``log.jsonl``."""

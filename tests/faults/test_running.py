@@ -169,6 +169,19 @@ def test_a_signal_at_start_ends_without_a_checkpoint(recipe, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_signal_to_the_group_leaves_the_workers_alone(recipe, tmp_path):
+    """As of Ctrl-C on a terminal, and as launchers send it: to all processes of the group."""
+    config = recipe(train={**SHORT, "max_steps": 100_000, "num_workers": 2})
+    process = start("train_dit.py", "--config", config, start_new_session=True)
+    while max(logged_steps(tmp_path / "run"), default=0) < 8:
+        assert process.poll() is None, process.communicate()[1]
+    os.killpg(process.pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    step = int(stdout.split("stopped at step ")[1].split()[0])
+    assert steps_on_disk(tmp_path / "run")[-1] == step
+
+
 def test_a_second_signal_stops_at_once(recipe, tmp_path):
     slow = "\n".join(
         (

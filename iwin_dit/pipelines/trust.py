@@ -1,0 +1,264 @@
+"""What a pipeline folder may hold, checked before diffusers reads it.
+
+diffusers imports the classes that ``model_index.json`` names from any installed package, allocates what a
+config asks for, reads pickles where there are no safetensors, and takes weights that are incomplete or NaN.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from iwin_dit.data.codec import VAES
+from iwin_dit.diffusion.ddpm import DDPM
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.runtime import files
+from iwin_dit.runtime.checkpoint import listed
+from iwin_dit.runtime.errors import CheckpointError
+
+MODEL, PIPELINE = IwinDiTTransformer2DModel.__name__, IwinDiTPipeline.__name__
+SCHEDULERS = sorted(
+    {type(kind.scheduler(name)).__name__ for kind in (FlowMatching(), DDPM()) for name in kind.samplers}
+)
+COMPONENTS = {  # the package and the classes that each may name
+    "transformer": ("iwin_dit", [MODEL]),
+    "vae": ("diffusers", list(VAES)),
+    "scheduler": ("diffusers", SCHEDULERS),
+}
+SETTINGS = ("_class_name", "_diffusers_version", "_name_or_path", "id2label", "latents_mean", "latents_std")
+
+# The largest of every number that decides how much is built or allocated.
+MAX_JSON = 16 << 20  # bytes; an index of weights has a hundred for each tensor
+MAX_WIDTH = 65_536
+MAX_NUMBER = 1e30
+SIZES = {
+    "num_layers": 1_000,
+    "num_attention_heads": MAX_WIDTH,
+    "attention_head_dim": MAX_WIDTH,
+    "num_classes": 10_000_000,
+    "in_channels": 65_536,
+    "out_channels": 65_536,
+    "patch_size": 1_024,
+    "sample_size": 65_536,
+    "mlp_ratio": 64,
+}
+MIXER_SIZES = {"window_size": 65_536, "kernel_size": 1_023}
+MAX_VAE_LAYERS, MAX_VAE_NUMBER = 64, 65_536
+MAX_TIMESTEPS = 1_000_000
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx")
+FLOATS = ("F64", "F32", "F16", "BF16")
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def check_pipeline_folder(path: Path) -> None:
+    """Refuses a pipeline folder that is not one of ours, is damaged, or would build more than its files hold.
+
+    ``model_index.json`` may name our classes and a few of diffusers; sizes in configs are bounded before
+    anything is built; weights are safetensors, fit their config and are finite. All weights are read once.
+
+    Raises:
+        CheckpointError: saying in which file what was found, and what is accepted.
+    """
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
+    vae = _check_index(path, index)
+    _check_transformer(path / "transformer" / "config.json")
+    _check_vae(path / "vae" / "config.json", vae)
+    _check_scheduler(path / "scheduler" / "scheduler_config.json")
+    _check_weights(path / "transformer", IwinDiTTransformer2DModel)
+    _check_weights(path / "vae", VAES[vae])
+
+
+def _check_index(path: Path, index: Path) -> str:
+    """Returns the class of the VAE."""
+    try:
+        content = files.read_json(index, MAX_JSON)
+        name = content["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not the index of a pipeline: {error!r}") from error
+    name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
+    if name != PIPELINE:
+        raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {PIPELINE}")
+    unknown = sorted(set(content) - {*COMPONENTS, *SETTINGS})
+    if unknown:
+        raise CheckpointError(
+            f"{index} names {listed(unknown)!r:.300}, expected the components {', '.join(COMPONENTS)} alone; "
+            "take a pipeline that this package has exported"
+        )
+    for component, (library, classes) in COMPONENTS.items():
+        found = content.get(component)
+        if found not in [[library, name] for name in classes]:
+            raise _unexpected(index, component, found, f"{library}'s {' or '.join(classes)}")
+    names = content.get("id2label")
+    if names is not None and not (
+        isinstance(names, dict)
+        and all(re.fullmatch("[0-9]{1,9}", key) and isinstance(name, str) for key, name in names.items())
+    ):
+        raise _unexpected(index, "id2label", names, "names by the number of the class")
+    for key in ("latents_mean", "latents_std"):
+        values = content.get(key)
+        if values is not None and not (isinstance(values, list) and all(map(_is_number, values))):
+            raise _unexpected(index, key, values, "a finite number for each channel")
+    return content["vae"][1]
+
+
+def _check_transformer(path: Path) -> None:
+    config = _read_config(path, MODEL)
+    parameters = inspect.signature(IwinDiTTransformer2DModel).parameters
+    unknown = sorted(key for key in config if key not in parameters and not key.startswith("_"))
+    if unknown:
+        raise CheckpointError(
+            f"{path} has {listed(unknown)!r:.300}, which this version does not know; "
+            "it was made by a newer version of iwin-dit, or by something else"
+        )
+    config = {key: parameter.default for key, parameter in parameters.items()} | config
+    mixer = config["mixer"] or {}
+    if not isinstance(mixer, dict):
+        raise _unexpected(path, "mixer", mixer, "keys and values")
+    for key, most in SIZES.items():
+        if not (config[key] is None and key == "out_channels"):  # as many as in_channels
+            _check_size(path, key, config[key], most)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    _check_size(path, "num_attention_heads x attention_head_dim", width, MAX_WIDTH)
+    for key, most in MIXER_SIZES.items():
+        if mixer.get(key, "auto") != "auto":
+            _check_size(path, key, mixer[key], most)
+    for key, value in config.items():
+        if not all(map(_is_number, _numbers(value))):
+            raise _unexpected(path, key, value, "finite numbers")
+
+
+def _check_size(path: Path, key: str, value: Any, most: int) -> None:
+    """Numbers from 1, or above 0 for a ratio, to ``most``; sides may be two."""
+    values = value if isinstance(value, list) and key in ("sample_size", "window_size") else [value]
+    kinds, least = ((int, float), 0) if key == "mlp_ratio" else ((int,), 1)
+    if not (
+        1 <= len(values) <= 2
+        and all(type(number) in kinds and least <= number <= most and number > 0 for number in values)
+    ):
+        kind = "a number above 0," if key == "mlp_ratio" else "a whole number from 1,"
+        raise _unexpected(path, key, value, f"{kind} at most {most:,}")
+
+
+def _check_vae(path: Path, name: str) -> None:
+    config = _read_config(path, name)
+    if "quantization_config" in config:
+        raise _unexpected(path, "quantization_config", config["quantization_config"], "plain weights")
+    for key, value in config.items():
+        most = MAX_VAE_LAYERS if "layers" in key else MAX_VAE_NUMBER
+        if not all(_is_number(number) and abs(number) <= most for number in _numbers(value)):
+            raise _unexpected(path, key, value, f"numbers up to {most:,}")
+        if "block" in key and isinstance(value, list) and len(value) > MAX_VAE_LAYERS:
+            raise _unexpected(path, key, value, f"at most {MAX_VAE_LAYERS}")
+
+
+def _check_scheduler(path: Path) -> None:
+    steps = _read_json(path).get("num_train_timesteps", 1)
+    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
+        raise _unexpected(path, "num_train_timesteps", steps, f"a whole number from 1 to {MAX_TIMESTEPS:,}")
+
+
+def _check_weights(folder: Path, kind: type) -> None:
+    """Compares names and shapes with those of a model on the meta device, which takes no memory."""
+    config = _read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            expected = {name: list(t.shape) for name, t in kind.from_config(config).state_dict().items()}
+    except Exception as error:  # whatever a stranger's numbers lead a constructor to
+        raise _damaged(folder, f"{folder / 'config.json'} makes no model: {error!s:.300}") from error
+    found, not_finite = {}, []
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  it is no dictionary
+                    header, ours = weights.get_slice(name), _current(name)
+                    found[ours] = header.get_shape()
+                    if header.get_dtype() not in FLOATS:
+                        raise _damaged(folder, f"{file} is {header.get_dtype()} at {name}, expected floats")
+                    if found[ours] == expected.get(ours):
+                        values = weights.get_tensor(name)
+                        not_finite += [] if torch.isfinite(values).all() else [name]
+        except (OSError, SafetensorError) as error:
+            raise _damaged(folder, f"{file} cannot be read as safetensors: {error}") from error
+    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if wrong:
+        raise _damaged(folder, f"the weights do not fit {folder / 'config.json'} at {listed(wrong)}")
+    if not_finite:
+        raise _damaged(folder, f"the weights in {folder} are not finite at {listed(not_finite)}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        names = _read_json(index).get("weight_map")
+        names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+        if not names or not all(map(WEIGHTS_NAME.fullmatch, names)):
+            raise _unexpected(index, "weight_map", names, "plain names of .safetensors files")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS)
+    raise _damaged(
+        folder,
+        f"{folder} has {listed(others) or 'no weights'}, expected {WEIGHTS}: only .safetensors are accepted, "
+        "since other formats can run code",
+    )
+
+
+def _current(name: str) -> str:
+    """The name that diffusers gives the attention of autoencoders now; it renames when it loads, too."""
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _read_config(path: Path, kind: str) -> dict[str, Any]:
+    config = _read_json(path)
+    if config.get("_class_name") != kind:
+        raise _unexpected(path, "_class_name", config.get("_class_name"), repr(kind))
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = files.read_json(path, MAX_JSON)
+    except (OSError, ValueError) as error:
+        raise _damaged(path.parent, f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise _damaged(path.parent, f"{path} holds a {type(content).__name__}, expected keys and values")
+    return content
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Those in a value of a config, however deep."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, list | dict):
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int | float):
+            yield value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= MAX_NUMBER  # false for NaN and infinity
+
+
+def _unexpected(path: Path, key: str, found: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"{path} has {key} {found!r:.200}, expected {expected}")
+
+
+def _damaged(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{folder.parent} is a damaged pipeline: {reason}")
