@@ -308,3 +308,13 @@ def test_extract_train_and_sample(recipe, tmp_path, made):
     (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0"}))
     error = refused("train_dit.py", "--config", config, "--data.path", other, "--train.max_steps", 4)
     assert "was begun on other data (vae_sha256" in error
+
+
+@pytest.mark.slow
+def test_pictures_become_samples_with_the_architecture_of_stable_diffusion(tmp_path):
+    """The benchmark, on few pictures: drawn, extracted, trained on, sampled, by the scripts themselves."""
+    stdout, _ = run("benchmarks/own_images.py", "--images", 24, "--size", 64, "--folder", tmp_path)
+    assert "in the autoencoder" in stdout
+    assert "trained to step 20" in stdout
+    assert "8 images in" in stdout
+    assert len(LatentDataset(tmp_path / "24_64px" / "latents")) == 24

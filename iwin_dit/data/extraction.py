@@ -130,7 +130,9 @@ def extract(
             files.publish(out / f".tmp-{LOCAL_VAE}", out / LOCAL_VAE)
     wait()
     mine = [number for number in numbers[process::num_processes] if _entry(out, number) is None]
-    vae.to(dtype=getattr(torch, settings.precision), memory_format=torch.channels_last)
+    vae.to(memory_format=torch.channels_last)
+    if vae.dtype != (dtype := getattr(torch, settings.precision)):
+        vae.to(dtype=dtype)
     for number, shard, bad in _encode_shards(source, vae, settings, mine, num_workers, main=process == 0):
         _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images)
         entry = write_shard(out, number, shard) if len(shard.labels) else {"count": 0}

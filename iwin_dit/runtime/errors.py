@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, over a limit
 
 
 class UserError(Exception):
@@ -57,9 +60,17 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as in `| head`
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(
+            f"error: {error.strerror}: {error.filename or 'a file'}; make room, and run it again",
+            file=sys.stderr,
+        )
+        sys.exit(DiskError.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -121,9 +121,9 @@ def train(
                         tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches)
                     )
                     with synchronize(accelerator, state.model, model, now=micro == micro_batches - 1):
-                        losses_of = objective.loss(model, encode(x0), labels, noise, u)  # (B,)
-                        share = losses_of.sum() / options.batch_images  # of the mean over the global batch
-                        accelerator.backward(share * accelerator.num_processes)  # which are averaged
+                        per_image = objective.loss(model, encode(x0), labels, noise, u)  # (B,)
+                        share = per_image.sum() / options.batch_images  # of the mean over the global batch
+                        accelerator.backward(share * accelerator.num_processes)  # gradients are averaged
                     loss += share.detach()
             norm = full(nn.utils.clip_grad_norm_(state.model.parameters(), optim.max_grad_norm)).detach()
             numbers = reports.combine(loss, norm, bool(stop))

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_equal, kill_after, logged_steps, read_checkpoint, start
+from PIL import Image
 
 from iwin_dit import build
 from iwin_dit.data.latents import LatentDataset
@@ -76,6 +77,18 @@ def test_a_log_that_cannot_be_written_stops_after_a_checkpoint(recipe, train_her
     assert "the log cannot be written" in output
     assert "Traceback" not in output
     assert steps_on_disk(tmp_path / "run")[-1] == 8
+
+
+def test_a_disk_that_is_full_while_drawing_is_one_line(recipe, train_here, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, output = train_here("--config", recipe(train={**SHORT, "sample_every_steps": 6}))
+    assert code == 3
+    assert "error: No space left on device: x.png; make room" in output
+    assert "Traceback" not in output
+    assert steps_on_disk(tmp_path / "run") == [5]
 
 
 # --- row 9: the output cannot be written
