@@ -1,6 +1,7 @@
 """Real classes at toy size, shared by the tests."""
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_fidelity.feature_extractor_inceptionv3 as theirs
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
@@ -81,6 +83,20 @@ def latents_folder(tmp_path_factory):
     return root / "latents"
 
 
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Inception's architecture with random weights, saved as torch-fidelity's file is."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: {})
+    patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
+    torch.manual_seed(0)
+    network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    patch.undo()
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
 @pytest.fixture
 def recipe(latents_folder, tmp_path):
     """``recipe(**overrides)`` writes a config that runs in seconds; ``train={...}`` updates a section."""
@@ -132,15 +148,15 @@ def start(*arguments, cwd=ROOT, launcher=(), start_new_session=False, **environm
 
 
 @pytest.fixture
-def train_here(monkeypatch, capfd):
-    """``train_here(*arguments) -> (exit code, output)``: train_dit.py in this process, to be patched."""
+def script_here(monkeypatch, capfd):
+    """``script_here(script, *arguments) -> (exit code, output)``: in this process, to be patched."""
 
-    def call(*arguments):
+    def call(script, *arguments):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        monkeypatch.setattr(sys, "argv", ["train_dit.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capfd.readouterr()
         try:
-            runpy.run_path(str(ROOT / "train_dit.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as ended:
             code = ended.code
         finally:
@@ -152,6 +168,12 @@ def train_here(monkeypatch, capfd):
         return code, "".join(capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def train_here(script_here):
+    """``train_here(*arguments)``: train_dit.py, as :func:`script_here`."""
+    return functools.partial(script_here, "train_dit.py")
 
 
 def read_checkpoint(directory, step):

@@ -1,0 +1,42 @@
+"""Evaluations over the values of one option, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iwin_dit.runtime.errors import ConfigError
+
+
+def values_of(sweep: str, kinds: Mapping[str, Callable[[str], Any]]) -> tuple[str, list[Any]]:
+    """``guidance_scale=1,1.5`` as its key and values.
+
+    Raises:
+        ConfigError: for another key, or a value that is no number.
+    """
+    key, _, text = sweep.partition("=")
+    try:
+        return key, [kinds[key](value) for value in text.split(",")]
+    except (KeyError, ValueError):
+        expected = " or ".join(f"{name}=V1,V2" for name in kinds)
+        raise ConfigError(f"--sweep is {sweep!r}, expected {expected} with numbers") from None
+
+
+def draw_sweep(key: str, values: Sequence[float], figures: Sequence[Mapping[str, float]], path: Path) -> None:
+    """A curve for each metric over the values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in figures[0] if not name.endswith("_std")]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False
+    )
+    for panel, name in zip(axes[0], names, strict=True):
+        panel.plot(values, [row[name] for row in figures], marker="o")
+        panel.set(xlabel=key.replace("_", " "), title=name)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
