@@ -75,6 +75,9 @@ def test_mistakes_are_one_line(pipeline_folder, tmp_path):
     assert "unknown class name 'digt 3'; nearest names: digit 3" in refused(*base, "--class", "digt 3")
     error = refused("sample.py", "--class", 1, "--checkpoint", tmp_path / "missing")
     assert "missing does not exist; expected a run, a pipeline folder, or a hub id" in error
+    if not torch.cuda.is_available():
+        error = refused(*base, "--class", 1, "--device", "cuda")
+        assert "the device cuda cannot be used" in error
     assert not (tmp_path / "x.png").exists()
 
 
