@@ -160,8 +160,8 @@ def check(config: Config) -> None:
     if torch.cuda.is_available() and needed.total > there:
         raise ConfigError(
             f"the run takes {in_units(needed.total)} of memory, {name} has {in_units(there)}; lower "
-            "train.micro_batch, or set train.gradient_checkpointing 1, ema.on_cpu true or "
-            "train.sharding fsdp2"
+            "train.micro_batch, or set train.gradient_checkpointing 1, and ema.on_cpu "
+            "true or train.sharding fsdp2"
         )
     root = Path(config.output_dir).absolute()
     has = sum(file.stat().st_size for file in root.rglob("*.safetensors")) if root.exists() else 0

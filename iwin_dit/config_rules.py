@@ -29,6 +29,11 @@ def check(config: Config) -> None:
             "train.micro_batch auto tries sizes on each process by itself, which a model that is split over "
             "the processes cannot; give a number"
         )
+    if config.ema.on_cpu and config.train.sharding != "none":
+        raise ConfigError(
+            "ema.on_cpu and train.sharding fsdp2 exclude each other: split over the processes, the averages "
+            "are small; set ema.on_cpu false"
+        )
     if config.train.spike_factor is not None and config.train.spike_factor <= 1:
         raise ConfigError(f"train.spike_factor is {config.train.spike_factor}, expected above 1, such as 3")
     if config.train.health_every_steps % config.train.log_every_steps:

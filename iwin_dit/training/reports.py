@@ -37,16 +37,17 @@ class Report(NamedTuple):
 class Reports:
     """Carries a few numbers per step from all processes to the host.
 
-    On a CPU they are there at once. On a GPU they travel while the next step is computed, and are read one
-    step later: the device never waits. Until then ``found_inf`` has kept a bad step from changing anything.
+    On a CPU they are there at once. On a CUDA device they travel while the next step is computed, and are
+    read one step later: the device never waits. Meanwhile ``found_inf`` keeps a bad step from changing
+    anything.
 
     Args:
-        deferred: read one step later. Default: on everything but a CPU.
+        deferred: read one step later. Default: on CUDA devices.
     """
 
     def __init__(self, accelerator: Accelerator, deferred: bool | None = None):
         self.accelerator = accelerator
-        self.deferred = accelerator.device.type != "cpu" if deferred is None else deferred
+        self.deferred = accelerator.device.type == "cuda" if deferred is None else deferred
         self._waiting: list[tuple[int, Tensor, Any]] = []
 
     def combine(self, loss: Tensor, norm: Tensor, stop: bool) -> Tensor:
@@ -65,7 +66,7 @@ class Reports:
 
     def post(self, step: int, numbers: Tensor) -> list[Report]:
         """Sends off what :meth:`combine` made; returns what has arrived, oldest first."""
-        host = numbers.to("cpu", non_blocking=True)
+        host = numbers.to("cpu", non_blocking=self.deferred)
         event = None
         if numbers.device.type == "cuda":
             event = torch.cuda.Event()
