@@ -49,12 +49,17 @@ def worker_errors() -> Iterator[None]:
     Raises:
         WorkerError: naming the process.
     """
+    killed = "it was killed, often for memory: lower train.num_workers"
     try:
         yield
+    except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:  # while it sent a batch
+        raise WorkerError(
+            f"a DataLoader worker is gone; {killed}; run the same command again to go on"
+        ) from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker (pid" in text:
-            advice = "it was killed, often for memory: lower train.num_workers"
+            advice = killed
         elif "DataLoader timed out" in text:
             advice = "the disk hangs, or is too slow: look at it, or raise train.worker_timeout_seconds"
         else:
@@ -156,7 +161,9 @@ def train(
                 except OSError as error:
                     save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
                     raise DiskError(f"the log cannot be written ({error}); stopped at step {step}") from None
-                bar.set_postfix(loss=record["loss"], images_s=round(record["images_per_second"]))
+                bar.set_postfix(
+                    loss=record["loss"], images_s=round(record["images_per_second"]), refresh=False
+                )
                 if saved and is_spike(record["loss"], losses, options.spike_factor):
                     step, offset = roll_back(accelerator, run, state, Progress(step, offset), rollbacks)
                     losses = logged_losses(accelerator, run)

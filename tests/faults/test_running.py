@@ -306,7 +306,7 @@ def test_steps_that_are_not_finite_can_be_skipped(recipe, train_here, tmp_path, 
     [
         (
             lambda: os._exit(1),
-            r"DataLoader worker \(pid.*\d+\) exited unexpectedly.*lower train.num_workers",
+            r"DataLoader worker (\(pid.*\d+\) exited unexpectedly|is gone).*lower train.num_workers",
         ),
         (lambda: time.sleep(60), "DataLoader timed out after 1 seconds.*raise train.worker_timeout_seconds"),
     ],
