@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 
 from iwin_dit.data.codec import encode
 from iwin_dit.data.latents import Shard, write_latents
+from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.pipelines.image import IwinDiTPipeline
 
 ROOT = Path(__file__).parent.parent
 NUM_IMAGES, NUM_CLASSES = 60, 3
@@ -62,6 +64,18 @@ def make_model(**options):
         mixer={"window_size": 4},
     )
     return give_zeros_noise(IwinDiTTransformer2DModel(**(defaults | options))).eval()
+
+
+def make_pipeline():
+    """It draws images of 16 x 16 pixels of three classes."""
+    return IwinDiTPipeline(
+        make_model(prediction_type="flow_prediction"),
+        make_vae(),
+        FlowMatching().scheduler(),
+        id2label={0: "shark", 1: "dog", 2: "umbrella"},
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model, make_vae, run, start
+from conftest import make_pipeline, run, start
 from PIL import Image
 
-from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.pipelines.export import export_pipeline
-from iwin_dit.pipelines.image import IwinDiTPipeline
 
 COUNT = 12
 TWO_PROCESSES = (
@@ -36,14 +34,7 @@ def sets(tmp_path_factory):
         for i in range(COUNT):
             pixels = rng.integers(low, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    pipeline = IwinDiTPipeline(
-        make_model(prediction_type="flow_prediction"),
-        make_vae(),
-        FlowMatching().scheduler(),
-        id2label={0: "shark", 1: "dog", 2: "umbrella"},
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    pipeline = make_pipeline()
     export_pipeline(pipeline, root / "pipeline", {})
     return root
 

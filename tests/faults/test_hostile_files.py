@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_vae
+from conftest import ROOT, make_pipeline, make_vae
 from safetensors.torch import load_file, save_file
 
 from iwin_dit import IwinDiTPipeline
@@ -265,14 +265,7 @@ def test_32_yaml_makes_no_objects(tmp_path, marker, text):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    pipeline = IwinDiTPipeline(
-        make_model(prediction_type="flow_prediction"),
-        make_vae(),
-        FlowMatching().scheduler(),
-        id2label={0: "shark", 1: "dog", 2: "umbrella"},
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    pipeline = make_pipeline()
     folder = tmp_path_factory.mktemp("exported") / "pipeline"
     export_pipeline(pipeline, folder, {"step": 1})
     return folder

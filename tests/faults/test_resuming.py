@@ -4,13 +4,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, make_model, make_vae
+from conftest import NUM_CLASSES, make_pipeline
 from safetensors.torch import load_file
 
 from iwin_dit.config_schema import MAY_CHANGE, Config
 from iwin_dit.data.latents import LatentDataset, Shard, write_latents
-from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, flatten
 
@@ -68,14 +66,7 @@ def test_26_labels_out_of_range_are_refused_where_they_are_read(latents_folder, 
 
 
 def test_26_labels_out_of_range_are_refused_by_the_pipeline():
-    pipeline = IwinDiTPipeline(
-        make_model(prediction_type="flow_prediction"),
-        make_vae(),
-        FlowMatching().scheduler(),
-        id2label={0: "shark", 1: "dog", 2: "umbrella"},
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    pipeline = make_pipeline()
     for label in (1000, -1):
         with pytest.raises(ValueError, match=rf"{label}.*0.*2"):
             pipeline([label], num_inference_steps=1)
