@@ -14,12 +14,12 @@ MAY_IMPORT = {  # of ours
     "runtime": {"runtime"},
     "data": {"data", "runtime"},
     "training": {"training", "runtime"},
-    "convert": {"convert", "models", "layers"},
+    "convert": {"convert", "models", "layers", "runtime"},
     "pipelines": {"pipelines", "models", "diffusion", "data", "runtime"},
 }
 THIRD_PARTY = {
     "layers": {"torch", "einops"},
-    "models": {"torch", "diffusers"},
+    "models": {"torch", "diffusers", "timm"},
     "config": {"yaml", "jsonargparse"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,7 +3,15 @@
 The config is the official constructor's arguments.
 """
 
+from iwin_dit.convert.iwin_transformer import from_iwin_transformer
 from iwin_dit.convert.ldm_vae import from_ldm_vae
 from iwin_dit.convert.transformers import from_dit, from_flashdit, from_lightningdit, load_official
 
-__all__ = ["from_dit", "from_flashdit", "from_ldm_vae", "from_lightningdit", "load_official"]
+__all__ = [
+    "from_dit",
+    "from_flashdit",
+    "from_iwin_transformer",
+    "from_ldm_vae",
+    "from_lightningdit",
+    "load_official",
+]

@@ -1,1 +1,3 @@
-"""Networks on the layers: the diffusion transformer."""
+"""Networks on the layers: the diffusion transformer, and the Iwin Transformer under its names in timm."""
+
+from iwin_dit.models import iwin_transformer as _registered  # noqa: F401

@@ -1,0 +1,146 @@
+"""Official file in, safetensors out: ``python -m iwin_dit.convert dit DiT-XL-2.pt out --config dit.json``.
+
+The folder that is written holds ``config.json`` and the weights: as diffusers' ``from_pretrained`` reads
+them, or, for an Iwin Transformer of images, ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError, DataError, run_script
+
+KINDS = {
+    "dit": "from_dit",
+    "lightningdit": "from_lightningdit",
+    "flashdit": "from_flashdit",
+    "ldm_vae": "from_ldm_vae",
+    "iwin_transformer": "from_iwin_transformer",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m iwin_dit.convert", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("kind", choices=KINDS, help="the official model")
+    parser.add_argument("file", type=Path, help="its .pt, .pth, .ckpt or .safetensors")
+    parser.add_argument("folder", type=Path, help="the folder to write, which must not exist")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help="JSON or YAML of the official constructor's arguments; or an Iwin Transformer's name in timm",
+    )
+    return parser.parse_args()
+
+
+def read_config(source: str, kind: str) -> dict[str, Any]:
+    """The official constructor's arguments, from a file or by the name of a published model."""
+    import yaml
+
+    from iwin_dit.models.iwin_transformer import VARIANTS
+
+    if kind == "iwin_transformer" and source in VARIANTS:
+        return {name: VARIANTS[source][0][name] for name in ("img_size", "window_size", "num_heads")}
+    path = Path(source)
+    if not path.is_file():
+        names = f", nor is it one of {', '.join(VARIANTS)}" if kind == "iwin_transformer" else ""
+        raise ConfigError(f"--config {source} is not a file{names}")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON or YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds {type(config).__name__}, expected arguments by name")
+    return config
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """An official file, without running any code in it."""
+    from iwin_dit.convert import load_official
+
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    try:
+        tensors = load_official(path)
+    except Exception as error:  # torch.load and safetensors raise many kinds for what they do not accept
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} cannot be read as tensors, of safetensors or torch.save: {reason}") from None
+    if not isinstance(tensors, Mapping):
+        raise DataError(f"{path} holds {type(tensors).__name__}, expected tensors by name")
+    return tensors
+
+
+def save(model: Any, folder: Path) -> None:
+    """``config.json`` and safetensors, in a folder that is complete or absent."""
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(temporary)
+    else:
+        weights = getattr(model, "model", model).state_dict()  # features_only wraps the model of the weights
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(weights, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(backbone_config(model), indent=2) + "\n")
+    files.publish(temporary, folder)
+
+
+def backbone_config(model: Any) -> dict[str, Any]:
+    """What rebuilds a backbone: timm's ``config.json``, or that of a class that timm does not know."""
+    from iwin_dit.models.backbone_3d import IwinTransformer3D
+    from iwin_dit.models.iwin_transformer import VARIANTS
+
+    arguments = model._model_args
+    if isinstance(model, IwinTransformer3D):
+        return {"architecture": "IwinTransformer3D", "model_args": arguments}
+    told = ("img_size", "depths", "num_heads", "embed_dim")  # a name sets defaults; the arguments decide
+
+    def in_common(name: str) -> int:
+        return sum(VARIANTS[name][0][key] in (arguments[key], _tuple(arguments[key])) for key in told)
+
+    name = max(VARIANTS, key=in_common)
+    classes = arguments.get("num_classes", 1000)
+    return {
+        "architecture": name,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": VARIANTS[name][1] | {"num_classes": classes},
+    }
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.folder.exists():
+        raise ConfigError(f"{arguments.folder} exists; name a new folder, or remove it")
+    if not files.can_write(arguments.folder):
+        raise ConfigError(f"{arguments.folder} cannot be written; take a path in a folder that is yours")
+    config = read_config(arguments.config, arguments.kind)
+    tensors = read_tensors(arguments.file)
+
+    from iwin_dit import convert
+
+    try:
+        model = getattr(convert, KINDS[arguments.kind])(tensors, config)
+    except ValueError as error:
+        raise DataError(f"{arguments.file}: {error}") from None
+    save(model, arguments.folder)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{arguments.folder}: {type(model).__name__}, {count:,} parameters")
+
+
+if __name__ == "__main__":
+    run_script(main)

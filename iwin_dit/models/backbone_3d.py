@@ -1,0 +1,97 @@
+"""The Iwin Transformer for clips: windows span all frames and interleave in space (arXiv 2507.18405).
+
+Legend: B batch, C channels of the clip, T frames of the grid, D width of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from iwin_dit.layers.mixers import DepthwiseConvolution
+from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.models.backbone import IwinTransformer
+from iwin_dit.models.stages import Downsample
+
+ALL_FRAMES = 2**31 - 1  # a window is never longer than the clip
+
+
+class FrameDownsample(Downsample):
+    """:class:`Downsample` of each frame: ``(B, T, H, W, D) -> (B, T, ceil(H/2), ceil(W/2), D')``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class FrameConvolution(DepthwiseConvolution):
+    """A 2-D depthwise convolution of each frame: ``(B, T, H, W, D) -> (B, T, H, W, D)``."""
+
+    def __init__(self, width: int, kernel_size: int):
+        super().__init__(width, kernel_size, rank=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class IwinTransformer3D(IwinTransformer):
+    """The Iwin Transformer on clips ``(B, C, T, H, W)``, of any size.
+
+    It gives features ``(B, D, T, H, W)`` after the last norm, or logits where it has pooling and a
+    classifier. A learned embedding tells the frames apart.
+
+    Args:
+        img_size: (frames, height, width) of the clips that the model is made for.
+        patch_size: frames, rows and columns of a token.
+        num_classes: classes; 0 leaves the classifier out, and needs no pooling.
+        global_pool: pooling over space and time, such as ``avg``.
+        window_size: rows and columns of a window, as in two dimensions; it spans all frames.
+        pos_embed: whether there is an embedding per frame.
+        options: further arguments of :class:`~iwin_dit.models.backbone.IwinTransformer`.
+    """
+
+    rank = 3
+
+    def __init__(
+        self,
+        img_size: Sequence[int] = (32, 224, 224),
+        patch_size: Sequence[int] = (2, 4, 4),
+        num_classes: int = 0,
+        global_pool: str = "",
+        window_size: int | Sequence[Any] = 7,
+        pos_embed: bool = True,
+        **options: Any,
+    ):
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            window_size=window_size,
+            pos_embed=pos_embed,
+            **options,
+        )
+
+    def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
+        """Windows over all frames, and a convolution per frame."""
+        size = spec.mixer.window_size
+        window = [ALL_FRAMES, *(size if isinstance(size, list) else [size] * 2)]
+        spec = replace(spec, mixer=replace(spec.mixer, window_size=window))
+        mixer = super().make_mixer(spec, grid, clip_window)
+        if mixer.convolution is not None:
+            mixer.convolution = FrameConvolution(spec.width, spec.mixer.kernel_size)
+        return mixer
+
+    def make_downsample(self, width: int, out_width: int) -> nn.Module:
+        return FrameDownsample(width, out_width)
+
+    def position_axes(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        return grid[0], 1, 1
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``(B, T, H, W, D)`` to logits, or to features ``(B, D, T, H, W)`` where there is no pooling."""
+        if not self.global_pool:
+            return x.movedim(-1, 1)
+        return super().forward_head(x.flatten(1, 2), pre_logits)

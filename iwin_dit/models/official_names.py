@@ -1,0 +1,105 @@
+"""Names and layouts of the Iwin authors' hierarchical models, beside ours.
+
+Theirs downsample at the end of a stage, ours (as timm's) at the start of the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict")  # EMA first
+PREFIX = re.compile(r"^(?:module\.)+")
+BACKBONE = "backbone."
+
+# Parts of our names and of theirs, replaced in this order.
+NAMES = {
+    ".mixer.attention.": ".attn.",
+    ".mixer.convolution.conv.": ".dwconv.depthwise.",
+    "head.fc.": "head.",
+}
+POSITIONS = {2: "absolute_pos_embed", 3: "time_embed"}  # by the rank of the grid
+
+
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's tensors by their plain names.
+
+    Training checkpoints hold ``model``, ``state_dict`` or an EMA, with names prefixed ``module.``; those of
+    segmentors, detectors and recognisers have heads of their own beside ``backbone.``, which are left out.
+    """
+    for key in WRAPPERS:
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    weights = {PREFIX.sub("", name): tensor for name, tensor in state_dict.items()}
+    inner = {name: tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
+    return {name.removeprefix(BACKBONE): tensor for name, tensor in (inner or weights).items()}
+
+
+def is_official(names: Iterable[str]) -> bool:
+    """Whether these are the authors' names."""
+    return any(".attn.qkv." in name for name in names)
+
+
+def official_name(name: str, rank: int = 2) -> str:
+    """The authors' name of a parameter of ours; the rank is that of the grid."""
+    if name == "pos_embed":
+        return POSITIONS[rank]
+    name = re.sub(r"^layers\.(\d+)\.down", lambda match: f"layers.{int(match[1]) - 1}.down", name)
+    name = re.sub(r"^feature_norms\.(\d+)", r"norm\1", name)
+    for ours, official in NAMES.items():
+        name = name.replace(ours, official)
+    return name
+
+
+def serves_later_stages(name: str, last: int) -> bool:
+    """Whether a tensor, by its official name, has no part in the maps of the stages up to the last one."""
+    match = re.match(r"layers\.(\d+)\.(\w+)", name)
+    return match is not None and (
+        int(match[1]) > last or (int(match[1]) == last and match[2] == "downsample")
+    )
+
+
+def to_our_layout(positions: Tensor, shape: torch.Size) -> Tensor:
+    """Positions with their channels last, ``(1, *grid, D)``; theirs are ``(1, N, D)`` or ``(1, D, *grid)``.
+
+    Where they hold another number of values, the shapes still differ.
+    """
+    positions = positions.movedim(1, -1) if positions.ndim > 3 else positions
+    return positions.reshape(shape) if positions.numel() == shape.numel() else positions
+
+
+def to_our_names(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Official tensors under our names and in our layout; names that have no place keep theirs.
+
+    Projections without a bias get zeros.
+    """
+    expected = {official_name(name, rank): name for name in ours}
+    renamed = {expected.get(name, name): tensor for name, tensor in weights.items()}
+    for name, like in ours.items():
+        if name == "pos_embed" and name in renamed:
+            renamed[name] = to_our_layout(renamed[name], like.shape)
+        elif name not in renamed and name.endswith(".qkv.bias"):
+            renamed[name] = torch.zeros(like.shape)
+    return renamed
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of an official checkpoint, or of one of ours, under the names of this ``IwinTransformer``.
+
+    A model for large images has convolutions in a stage where one for smaller images has a single window.
+    Such a stage gets zeros, which leaves what the weights compute as it is.
+    """
+    weights, ours = unwrap(state_dict), dict(model.state_dict())
+    if is_official(weights):
+        weights = to_our_names(weights, ours, model.rank)
+    stages = {name.split(".")[1] for name in weights if ".mixer.convolution." in name}
+    return weights | {
+        name: torch.zeros(like.shape)
+        for name, like in ours.items()
+        if ".mixer.convolution." in name and name.split(".")[1] not in stages
+    }
