@@ -41,12 +41,12 @@ def main() -> None:
 
     import torch
 
-    from iwin_dit import build
+    from iwin_dit.build_pipeline import load_pipeline, newest_run
     from iwin_dit.pipelines.sampling import sample_classes, write_grid, write_samples
 
-    checkpoint = arguments.checkpoint or str(build.newest_run())
+    checkpoint = arguments.checkpoint or str(newest_run())
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = build.load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), arguments.ema_std)
+    pipeline = load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), arguments.ema_std)
     height, width = arguments.size or (None, None)
     options = dict(
         num_inference_steps=arguments.steps,

@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def train(config: Config) -> int:
-    from iwin_dit import build, build_data
+    from iwin_dit import build, build_data, build_pipeline
     from iwin_dit.budget import training_flops
     from iwin_dit.pipelines.export import export_pipeline
     from iwin_dit.report import draw_loss_curve
@@ -40,14 +40,13 @@ def train(config: Config) -> int:
     accelerator = build.build_accelerator(config)
     main_process = accelerator.is_main_process
     dataset = build_data.build_dataset(config, accelerator)
-    run = build.build_run(config, dataset) if main_process else None
+    run = build.build_run(config, dataset.identity) if main_process else None
     build.start_trackers(config, accelerator)
-    state = build.build_state(config, accelerator)
-    objective = build.build_objective(config)
-    encode = build_data.build_encoder(dataset, accelerator)
-    micro_batch = build.find_micro_batch(config, accelerator, state, objective, dataset)
-    loader = build.build_loader(config, dataset, accelerator, micro_batch)
-    preview = build.build_preview(config, dataset, run, accelerator)
+    state = build.build_state(config, accelerator, build.build_denoiser(config))
+    loss, random_batch = build.build_loss(config, dataset, accelerator)
+    micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
+    loader = build.build_loader(config, build.build_examples(config, dataset), accelerator, micro_batch)
+    preview = build_pipeline.build_preview(config, dataset, run, accelerator)
 
     with build.attention_backend(config):
         step = loop.train(
@@ -55,11 +54,11 @@ def train(config: Config) -> int:
             accelerator,
             run,
             state,
-            objective,
-            encode,
+            loss,
             loader,
             config.train.batch_images // (micro_batch * accelerator.num_processes),
             preview,
+            lambda step, stop: None,
             training_flops(config),
         )
 
@@ -70,7 +69,7 @@ def train(config: Config) -> int:
             print(f"stopped at step {step} with a checkpoint; run the same command again to go on")
         return 143
     if main_process:
-        pipeline = build.build_pipeline(config, build.model_of(config, averaged), dataset)
+        pipeline = build_pipeline.build_pipeline(config, build_pipeline.model_of(config, averaged), dataset)
         export_pipeline(pipeline, run.pipeline, {"step": step, "config": config.to_dict()})
         draw_loss_curve(run)
         if step > config.train.max_steps:

@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from iwin_dit.build_data import build_dataset, load_autoencoder
-from iwin_dit.config import Config, load_config
+from iwin_dit.build_data import build_encoder
+from iwin_dit.config import Config
 from iwin_dit.config_rules import local_batch
 from iwin_dit.config_schema import MAY_CHANGE
 from iwin_dit.data.examples import Data, StepSampler, TrainingExamples
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.pipelines.image import IwinDiTPipeline
-from iwin_dit.pipelines.sampling import draw_grid, sample_classes
-from iwin_dit.pipelines.trust import check_pipeline_folder
-from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
-from iwin_dit.runtime.errors import CheckpointError, ConfigError
+from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.ema import decay_rules, make_ema
 from iwin_dit.training.memory import largest_that_fits
-from iwin_dit.training.optimizer import build_adamw
-from iwin_dit.training.posthoc import reconstruct
-from iwin_dit.training.sharding import shard
+from iwin_dit.training.optimizer import build_adamw, parameter_groups
+from iwin_dit.training.sharding import blocks_of, shard
 from iwin_dit.training.state import State
 
 ATTENTION_BACKENDS = {
@@ -51,7 +43,7 @@ ATTENTION_BACKENDS = {
 }
 
 
-def build_accelerator(config: Config) -> Accelerator:
+def build_accelerator(config: Any) -> Accelerator:
     """Processes, device and precision; notices a launch that silently became a single process.
 
     Raises:
@@ -123,14 +115,18 @@ def build_objective(config: Config) -> FlowMatching | DDPM:
     return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
 
 
-def build_loader(
-    config: Config, dataset: Data, accelerator: Accelerator, micro_batch: int
-) -> Callable[[int], DataLoader]:
-    """``loader(step)``, which reads this process's micro-batches from that step on."""
+def build_examples(config: Config, dataset: Data) -> TrainingExamples:
+    """What training sees at each position."""
     null_label = config.model.num_classes if config.model.label_dropout else None
-    examples = TrainingExamples(
+    return TrainingExamples(
         dataset, config.seed, config.data.random_flip, config.model.label_dropout, null_label
     )
+
+
+def build_loader(
+    config: Any, examples: Dataset, accelerator: Accelerator, micro_batch: int
+) -> Callable[[int], DataLoader]:
+    """``loader(step)``, which reads this process's micro-batches from that step on."""
 
     def loader(step: int) -> DataLoader:
         sampler = StepSampler(
@@ -146,24 +142,36 @@ def build_loader(
             batch_sampler=sampler,
             num_workers=workers,
             timeout=config.train.worker_timeout_seconds if workers else 0,
-            worker_init_fn=_leave_group,
+            worker_init_fn=leave_group,
             pin_memory=accelerator.device.type == "cuda",
         )
 
     return loader
 
 
-def _leave_group(worker: int) -> None:
+def leave_group(worker: int) -> None:
     """A signal to the group, of Ctrl-C or of a launcher, is for the trainer alone: its workers are needed."""
     os.setpgid(0, 0)
 
 
-def build_state(config: Config, accelerator: Accelerator) -> State:
-    """Model, EMAs and optimiser on the accelerator's device, split over the processes where asked for."""
-    model = build_model(config).to(accelerator.device)
+def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
+    """The network as it is trained: :func:`build_model` with gradient checkpointing where asked for."""
+    model = build_model(config)
     if every := config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
         model.checkpoint_every = every
+    return model
+
+
+def build_state(
+    config: Any, accelerator: Accelerator, model: nn.Module, groups: Any = parameter_groups
+) -> State:
+    """Model, EMAs and optimiser on the accelerator's device, split over the processes where asked for.
+
+    Args:
+        groups: ``groups(model, weight_decay)``, the parameters as AdamW takes them.
+    """
+    model = model.to(accelerator.device)
     emas = {name: make_ema(model) for name in decay_rules(config.ema.decays, config.ema.power_stds)}
     if config.ema.on_cpu:
         emas = {name: ema.cpu() for name, ema in emas.items()}
@@ -172,17 +180,25 @@ def build_state(config: Config, accelerator: Accelerator) -> State:
             device = next(module.parameters()).device.type
             shard(module, device, accelerator.num_processes)
     if config.train.compile:
-        for block in model.blocks:
+        for block in blocks_of(model):
             block.compile()
     optim = config.optimizer
-    adamw = build_adamw(model, optim.learning_rate, optim.betas, optim.eps, optim.weight_decay)
+    adamw = build_adamw(groups(model, optim.weight_decay), optim.learning_rate, optim.betas, optim.eps)
     return State(model, emas, adamw)
 
 
 def find_micro_batch(
-    config: Config, accelerator: Accelerator, state: State, objective: FlowMatching | DDPM, dataset: Data
+    config: Any,
+    accelerator: Accelerator,
+    state: State,
+    loss: Callable[..., Tensor],
+    batch: Callable[[int], Sequence[Tensor]],
 ) -> int:
     """Images of one forward pass on one process: the config's, or the most that fit into memory.
+
+    Args:
+        loss: as the training loop takes it.
+        batch: ``batch(images)``, random tensors as the loader gives them.
 
     Raises:
         ConfigError: where they do not divide the batch, or not even one image fits.
@@ -190,14 +206,11 @@ def find_micro_batch(
     local, micro_batch = local_batch(config.train, accelerator.num_processes)
     if config.train.micro_batch != "auto":
         return micro_batch
-    shape = dataset.latent_shape
 
     def attempt(images: int) -> None:
-        latents = torch.randn(images, *shape, device=accelerator.device)
-        labels = torch.zeros(images, dtype=torch.long, device=accelerator.device)
-        u = torch.rand(images, device=accelerator.device)
+        tensors = [tensor.to(accelerator.device) for tensor in batch(images)]
         with accelerator.autocast():
-            losses = objective.loss(state.model, latents, labels, torch.randn_like(latents), u)
+            losses = loss(state.model, *tensors)
         losses.sum().backward()
 
     with torch.random.fork_rng():
@@ -209,18 +222,40 @@ def find_micro_batch(
     return fitting
 
 
-def attention_backend(config: Config) -> contextlib.AbstractContextManager:
+def build_loss(
+    config: Config, dataset: Data, accelerator: Accelerator
+) -> tuple[Callable[..., Tensor], Callable[[int], Sequence[Tensor]]]:
+    """The loss of a batch of the loader, and a maker of such batches of random numbers."""
+    objective = build_objective(config)
+    encode = build_encoder(dataset, accelerator)
+
+    def loss(model: Any, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        return objective.loss(model, encode(x0), labels, noise, u)
+
+    def batch(images: int) -> Sequence[Tensor]:
+        (x0, _), shape = dataset[0], dataset.latent_shape
+        labels = torch.zeros(images, dtype=torch.long)
+        return x0.expand(images, *x0.shape), labels, torch.randn(images, *shape), torch.rand(images)
+
+    return loss, batch
+
+
+def attention_backend(config: Any) -> contextlib.AbstractContextManager:
     """The context in which attention takes the kernel of the config."""
     name = config.train.attention_backend
     return contextlib.nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name])
 
 
-def build_run(config: Config, dataset: Data) -> RunDirectory:
-    """The run directory, locked."""
-    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, dataset.identity)
+def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
+    """The run directory, locked.
+
+    Args:
+        identity: what makes the data the same to a run that is resumed.
+    """
+    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, identity)
 
 
-def start_trackers(config: Config, accelerator: Accelerator) -> None:
+def start_trackers(config: Any, accelerator: Accelerator) -> None:
     """Opens the trackers of the config, on the main process."""
     if config.train.trackers:
         values = {key: str(value) for key, value in flatten(config.to_dict()).items()}
@@ -228,150 +263,3 @@ def start_trackers(config: Config, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
         accelerator.init_trackers("iwin-dit", values, init_kwargs={"wandb": {"dir": str(folder)}})
-
-
-def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPipeline:
-    """The pipeline that samples this model: the VAE of its data, the scheduler of its objective."""
-    return IwinDiTPipeline(
-        transformer=model,
-        vae=load_autoencoder(dataset.vae_path).to(next(model.parameters()).device),
-        scheduler=build_objective(config).scheduler(config.sample.sampler),
-        id2label=dict(enumerate(dataset.class_names)),
-        latents_mean=dataset.mean,
-        latents_std=dataset.std,
-    )
-
-
-def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
-    """The network with these very tensors as its weights."""
-    with torch.device("meta"):
-        model = build_model(config)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def build_preview(
-    config: Config, dataset: Data, run: RunDirectory | None, accelerator: Accelerator
-) -> Callable[[dict[str, Tensor], int, Any], None]:
-    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``, and gives it to the trackers.
-
-    The first ten classes with fixed seeds; nothing is written once ``stop`` is true.
-    """
-
-    def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
-        weights = {name: tensor.to(accelerator.device) for name, tensor in ema.items()}
-        pipeline = build_pipeline(config, model_of(config, weights), dataset)
-        pipeline.set_progress_bar_config(disable=True)
-        labels = range(min(10, config.model.num_classes))
-        samples = []
-        for sample in sample_classes(
-            pipeline,
-            labels,
-            config.sample.num_per_class,
-            config.seed,
-            batch_size=40,
-            **sampling_options(config),
-        ):
-            if stop:
-                return
-            samples.append(sample)
-        grid = draw_grid(samples, pipeline.id2label)
-        grid.save(run.samples / f"step-{step:08d}.png")
-        for tracker in accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
-
-    return preview
-
-
-def sampling_options(config: Config) -> dict[str, Any]:
-    """The pipeline's arguments that the config fixes."""
-    sample = config.sample
-    return dict(
-        num_inference_steps=sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale,
-        guidance_interval=sample.guidance_interval,
-        guidance_channels=sample.guidance_channels,
-    )
-
-
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The run that wrote a checkpoint last.
-
-    Raises:
-        CheckpointError: where there is none.
-    """
-    runs = [path.parent for path in root.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
-    if not runs:
-        raise CheckpointError(
-            f"there is no run in {root}/; train one (accelerate launch train_dit.py) or give --checkpoint"
-        )
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
-
-
-def load_pipeline(
-    source: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    ema_std: float | None = None,
-) -> IwinDiTPipeline:
-    """A pipeline from a run, a pipeline folder or the hub, ready to sample without a bar of its own.
-
-    A run is sampled from the EMA of its newest checkpoint: from the exported pipeline where that is as new.
-    With ``ema_std``, from the average of that relative standard deviation, reconstructed from its snapshots.
-
-    Raises:
-        CheckpointError: where the source does not exist, is damaged or is not ours.
-        ConfigError: where the device is not there.
-    """
-    path = Path(source)
-    disable_progress_bar()  # of loading: seconds at most
-    if (path / "config.yaml").is_file():
-        pipeline = _load_run(path, ema_std)
-    elif ema_std is not None:
-        raise CheckpointError(f"{source} is no run with snapshots; --ema-std takes a folder below runs/")
-    elif path.exists():
-        check_pipeline_folder(path)
-        pipeline = _from_pretrained(source, "is a damaged pipeline")
-    elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
-        pipeline = _from_pretrained(source, "is neither a folder here nor a pipeline on the hub")
-    else:
-        raise CheckpointError(
-            f"{source} does not exist; expected a run, a pipeline folder, or a hub id such as user/model"
-        )
-    try:
-        pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    if dtype != torch.float32:
-        pipeline.to(dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
-    try:
-        return IwinDiTPipeline.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
-
-
-def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
-    if ema_std is not None:
-        config = load_config(run / "config.yaml")
-        weights = reconstruct(run / "snapshots", ema_std)
-        return build_pipeline(config, model_of(config, weights), build_dataset(config))
-    newest = checkpoint.newest(run / "checkpoints")
-    exported = run / "pipeline" / "recipe.json"
-    if exported.is_file() and (
-        newest is None or json.loads(exported.read_text())["step"] >= checkpoint.step_of(newest)
-    ):
-        check_pipeline_folder(run / "pipeline")
-        return _from_pretrained(run / "pipeline", "is a damaged pipeline")
-    if newest is None:
-        raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
-    config = load_config(run / "config.yaml")
-    with torch.device("meta"):
-        expected = build_model(config).state_dict()
-    weights = checkpoint.read_tensors(newest, "ema", like=expected, any_precision=True)
-    return build_pipeline(config, model_of(config, weights), build_dataset(config))

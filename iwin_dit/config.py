@@ -11,32 +11,34 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from iwin_dit.config_rules import check
 from iwin_dit.config_schema import Config
 from iwin_dit.runtime.errors import ConfigError
 
+T = TypeVar("T")  # Config, or ClassifierConfig
 
-def parse_arguments(arguments: Sequence[str], default: Path) -> tuple[Config, bool]:
+
+def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Config) -> tuple[T, bool]:
     """The checked config, and whether ``--dry-run`` was asked for.
 
     Args:
         arguments: ``--config FILE``, ``--dry-run`` and overrides such as ``--train.max_steps 100``.
         default: the recipe when no ``--config`` is given.
+        kind: the dataclass of the recipe.
 
     Raises:
         ConfigError: naming the key, what was found, what was expected and the nearest name.
     """
-    parser = _parser()
+    parser = _parser(kind)
     arguments = list(arguments)
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = ["--config", str(default), *arguments]
     for file in _config_files(arguments):
-        check_keys(load_yaml(file), Config, str(file))
+        check_keys(load_yaml(file), kind, str(file))
     parsed = _parse(parser, arguments)
     dry_run = parsed.pop("dry_run")
     parsed.pop("config")
@@ -44,14 +46,14 @@ def parse_arguments(arguments: Sequence[str], default: Path) -> tuple[Config, bo
         built = parser.instantiate(parsed)
     except ValueError as error:  # a spec that contradicts itself says so when it is made
         raise ConfigError(f"model: {error}") from None
-    config = Config(**{f.name: built[f.name] for f in fields(Config)})
-    check(config)
+    config = kind(**{f.name: built[f.name] for f in fields(kind)})
+    config.check()
     return config, dry_run
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, kind: type[T] = Config) -> T:
     """A checked config from a file."""
-    return parse_arguments(["--config", str(path)], path)[0]
+    return parse_arguments(["--config", str(path)], path, kind)[0]
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -110,16 +112,15 @@ def _some(kind: type) -> str:
     return ", ".join(f.name for f in fields(kind)[:3])
 
 
-def _parser() -> ArgumentParser:
+def _parser(kind: type) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="train_dit.py",
-        description="Trains a class-conditional diffusion transformer. Without arguments: the quickstart.",
+        description="Trains on the recipe of --config. Without arguments: the quickstart.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a recipe from configs/ or your own")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
-    parser.add_class_arguments(Config, None)
+    parser.add_class_arguments(kind, None)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
@@ -19,11 +19,27 @@ SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim
 def check(config: Config) -> None:
     """All rules. Raises ConfigError."""
     _check_shape(config.model)
-    _check_ranges(config)
+    check_ranges(config, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
     _check_block(config.model)
     _check_sampling(config)
     _check_data(config.data)
-    _check_ema(config.ema)
+    check_ema(config.ema)
+    check_train(config)
+    if config.train.evaluate_every_steps and config.evaluation.reference is None:
+        raise ConfigError(
+            f"train.evaluate_every_steps is {config.train.evaluate_every_steps}, but evaluation.reference is "
+            "not set: give a folder of real images, or an .npz of them or of their statistics"
+        )
+    if config.objective.name == "ddpm":
+        for f in fields(config.objective)[1:]:
+            if getattr(config.objective, f.name) != f.default:
+                raise ConfigError(
+                    f"objective.{f.name} has no meaning for ddpm; remove it, or take flow_matching"
+                )
+
+
+def check_train(config: Any) -> None:
+    """The rules of ``train`` that all trainers have."""
     if config.train.micro_batch == "auto" and config.train.sharding != "none":
         raise ConfigError(
             "train.micro_batch auto tries sizes on each process by itself, which a model that is split over "
@@ -41,12 +57,6 @@ def check(config: Config) -> None:
             f"train.health_every_steps {config.train.health_every_steps} is no multiple of "
             f"train.log_every_steps {config.train.log_every_steps}, in whose lines it is written; take one"
         )
-    if config.objective.name == "ddpm":
-        for f in fields(config.objective)[1:]:
-            if getattr(config.objective, f.name) != f.default:
-                raise ConfigError(
-                    f"objective.{f.name} has no meaning for ddpm; remove it, or take flow_matching"
-                )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -71,7 +81,8 @@ def _check_data(data: DataConfig) -> None:
 MAX_POWER_STD = 12**-0.5  # of a flat average
 
 
-def _check_ema(ema: EmaConfig) -> None:
+def check_ema(ema: EmaConfig) -> None:
+    """The averages: ranges, and no number twice."""
     if not ema.decays:
         raise ConfigError("ema.decays is empty; the first is what sampling uses, such as [0.9999]")
     for key, low, high in (("decays", 0.0, 1.0), ("power_stds", 0.0, MAX_POWER_STD)):
@@ -153,36 +164,47 @@ def _check_shape(model: ModelConfig) -> None:
             )
 
 
+TRAIN_ABOVE_ZERO = (
+    "max_steps",
+    "batch_images",
+    "micro_batch",
+    "worker_timeout_seconds",
+    "max_skipped_steps",
+    "log_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+)
+TRAIN_ZERO_OR_MORE = (
+    "sample_every_steps",
+    "evaluate_every_steps",
+    "health_every_steps",
+    "gradient_checkpointing",
+    "num_workers",
+)
+Keys = dict[str, tuple[str, ...]]
 ABOVE_ZERO = {
     "model": ("depth", "width", "heads", "in_channels", "num_classes", "mlp_ratio"),
     "objective": ("logit_std",),
     "optimizer": ("learning_rate", "eps", "max_grad_norm"),
-    "train": (
-        "max_steps",
-        "batch_images",
-        "micro_batch",
-        "worker_timeout_seconds",
-        "max_skipped_steps",
-        "log_every_steps",
-        "save_every_steps",
-        "keep_checkpoints",
-    ),
+    "train": TRAIN_ABOVE_ZERO,
+    "evaluation": ("num_images", "batch_images"),
     "sample": ("num_inference_steps", "num_per_class", "guidance_channels"),
 }
 ZERO_OR_MORE = {
     "objective": ("cosine_weight",),
-    "optimizer": ("warmup_steps", "weight_decay"),
+    "optimizer": ("warmup_steps", "weight_decay", "min_learning_rate"),
     "ema": ("snapshot_every_steps",),
-    "train": ("sample_every_steps", "health_every_steps", "gradient_checkpointing", "num_workers"),
+    "train": TRAIN_ZERO_OR_MORE,
 }
 SHARES = {"model": ("label_dropout",)}
 
 
-def _check_ranges(config: Config) -> None:
+def check_ranges(config: Any, above_zero: Keys, zero_or_more: Keys, shares: Keys) -> None:
+    """Numbers are in the range of their table; each is ``{section: keys}``."""
     for table, fits, words in (
-        (ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
-        (ZERO_OR_MORE, lambda value: value >= 0, "0 or more"),
-        (SHARES, lambda value: 0 <= value < 1, "a number in [0, 1)"),
+        (above_zero, lambda value: value > 0, "a number above 0"),
+        (zero_or_more, lambda value: value >= 0, "0 or more"),
+        (shares, lambda value: 0 <= value < 1, "a number in [0, 1)"),
     ):
         for section, keys in table.items():
             for key in keys:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from iwin_dit.config_rules import check
 from iwin_dit.layers.specs import SIZES, MixerSpec
 
 # What a resumed run may set anew without being another run.
@@ -33,6 +34,7 @@ MAY_CHANGE = frozenset(
         "train.keep_checkpoints",
         "train.log_every_steps",
         "train.sample_every_steps",
+        "train.evaluate_every_steps",
         "train.save_every_steps",
         "sample.sampler",
         "sample.num_inference_steps",
@@ -40,6 +42,13 @@ MAY_CHANGE = frozenset(
         "sample.guidance_interval",
         "sample.guidance_channels",
         "sample.num_per_class",
+        "evaluation.reference",
+        "evaluation.metrics",
+        "evaluation.extractor",
+        "evaluation.inception_weights",
+        "evaluation.num_images",
+        "evaluation.batch_images",
+        "evaluation.seed",
     )
 )
 
@@ -152,8 +161,10 @@ class OptimizerConfig:
     """AdamW.
 
     Args:
-        learning_rate: after the warm-up, constant.
+        learning_rate: after the warm-up.
         warmup_steps: linear warm-up.
+        schedule: after it, constant, or half a cosine that ends with ``train.max_steps``.
+        min_learning_rate: at the end of the cosine.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW.
@@ -162,6 +173,8 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-4
     warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_learning_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -209,6 +222,7 @@ class TrainConfig:
         log_every_steps: a line in log.jsonl.
         health_every_steps: root mean squares of each block's output and weights in these lines; 0 for none.
         sample_every_steps: a grid of samples; 0 for none.
+        evaluate_every_steps: figures of the EMA in the log, and at the end; 0 for none.
         save_every_steps: a checkpoint.
         keep_checkpoints: the newest so many stay.
         trackers: where the log and the samples go too; wandb stays offline unless WANDB_MODE says otherwise.
@@ -230,6 +244,7 @@ class TrainConfig:
     log_every_steps: int = 100
     health_every_steps: int = 0
     sample_every_steps: int = 5_000
+    evaluate_every_steps: int = 0
     save_every_steps: int = 5_000
     keep_checkpoints: int = 2
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
@@ -258,6 +273,31 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What ``train.evaluate_every_steps`` measures: the EMA's samples, as ``evaluate_fid.py`` does.
+
+    The samples are those of ``sample``'s options, equally many of each class.
+
+    Args:
+        reference: a folder or .npz of real images, or an .npz of their mu and sigma.
+        metrics: of evaluate_fid.py. Default: fid, or fd with another extractor than Inception.
+        extractor: inception, dinov2, dinov2:FILE or iwin:RUN.
+        inception_weights: torch-fidelity's file, for machines without a network.
+        num_images: to draw each time; figures of fewer than 50,000 compare with each other alone.
+        batch_images: of one forward pass on one process.
+        seed: of the samples.
+    """
+
+    reference: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    extractor: str = "inception"
+    inception_weights: str | None = None
+    num_images: int = 10_000
+    batch_images: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a run depends on.
 
@@ -271,6 +311,7 @@ class Config:
         ema: averages of the weights.
         train: the run.
         sample: the grids.
+        evaluation: figures while it trains.
     """
 
     output_dir: str = "runs/quickstart"
@@ -282,13 +323,19 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists, as YAML writes them."""
-        return _lists(asdict(self))
+        return lists(asdict(self))
+
+    def check(self) -> None:
+        """All rules that join several keys. Raises ConfigError."""
+        check(self)
 
 
-def _lists(value: Any) -> Any:
+def lists(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
     if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: lists(item) for key, item in value.items()}
+    return [lists(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from iwin_dit import budget
+from iwin_dit import budget, build_classifier
 from iwin_dit.build import build_model
 from iwin_dit.build_data import count_images
+from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config
+from iwin_dit.data.sources import open_source
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import say
@@ -50,13 +52,34 @@ def describe_run(config: Config) -> str:
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
         "an epoch": epoch,
     }
-    width = max(map(len, lines))
-    table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
-    return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{table}"
+    return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{_table(lines)}"
+
+
+def describe_classifier(config: ClassifierConfig) -> str:
+    """The resolved config of a classifier, and what the run takes."""
+    model = build_classifier.build_model(build_classifier.without_init(config))
+    parameters = sum(p.numel() for p in model.parameters())
+    averages = len(config.ema.decays) + len(config.ema.power_stds)
+    checkpoint = 4 * parameters * (3 + averages)
+    try:
+        images = len(open_source(config.data.path, config.data.labels))
+        epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
+    except DataError as error:
+        epoch = f"unknown: {error}"
+    size = files.in_units
+    free = files.free_bytes(Path(config.output_dir))
+    lines = {
+        "parameters": f"{parameters:,}",
+        "multiply-adds per image": f"{build_classifier.multiply_adds(config) / 1e9:,.3f} G, one forward pass",
+        "checkpoint": f"{size(checkpoint)}, {config.train.keep_checkpoints} are kept, {size(free)} are free",
+        "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
+        "an epoch": epoch,
+    }
+    return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{_table(lines)}"
 
 
 def draw_loss_curve(run: RunDirectory) -> Path | None:
-    """``loss.png`` from the log; None, and a hint, where matplotlib is not installed."""
+    """``loss.png`` from the log, figures of evaluations beside it; None, and a hint, without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -66,17 +89,32 @@ def draw_loss_curve(run: RunDirectory) -> Path | None:
     from matplotlib import pyplot as plt
 
     records = run.read_log()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    axes.plot(steps, losses, color="0.8", label="each log line")
-    axes.plot(steps, _smooth(losses), color="tab:blue", label="running mean")
-    axes.set(xlabel="step", ylabel="loss", title=run.path.name)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    logged = [r for r in records if r.get("loss") is not None]
+    figures = [r for r in records if "evaluated" in r]
+    names = [name for name in (figures[-1] if figures else {}) if name not in ("step", "evaluated")]
+    figure, axes = plt.subplots(
+        1, 1 + len(names), figsize=(7 + 4 * len(names), 4), layout="constrained", squeeze=False
+    )
+    steps, losses = [r["step"] for r in logged], [r["loss"] for r in logged]
+    axes[0, 0].plot(steps, losses, color="0.8", label="each log line")
+    axes[0, 0].plot(steps, _smooth(losses), color="tab:blue", label="running mean")
+    axes[0, 0].set(xlabel="step", ylabel="loss", title=run.path.name)
+    axes[0, 0].legend(frameon=False)
+    for panel, name in zip(axes[0, 1:], names, strict=True):
+        shown = [r for r in figures if name in r]
+        panel.plot([r["step"] for r in shown], [r[name] for r in shown], marker="o", color="tab:blue")
+        panel.set(xlabel="step", title=name)
+    for panel in axes[0]:
+        panel.spines[["top", "right"]].set_visible(False)
     path = run.path / "loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def _table(lines: dict[str, str]) -> str:
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
 def _smooth(values: list[float], reach: int = 5) -> list[float]:

@@ -12,14 +12,16 @@ import yaml
 from conftest import ROOT
 
 from iwin_dit import build, config_rules
+from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config, load_config, parse_arguments
 from iwin_dit.config_rules import local_batch
 from iwin_dit.config_schema import MAY_CHANGE
-from iwin_dit.report import describe_run
+from iwin_dit.report import describe_classifier, describe_run
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.run import flatten
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+CLASSIFIERS = sorted((ROOT / "configs" / "classifier").glob("*.yaml"))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
@@ -40,6 +42,13 @@ def test_every_recipe_is_built(path):
     assert output.shape[2:] == latent.shape[2:]
     build.build_objective(config).scheduler(config.sample.sampler)
     assert "parameters" in describe_run(config)
+
+
+@pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda p: p.stem)
+def test_every_recipe_of_a_classifier_is_built(path):
+    config = load_config(path, ClassifierConfig)
+    assert "multiply-adds" in describe_classifier(config)
+    assert set(flatten(config.to_dict())) > {"augment.mixup", "optimizer.layer_decay"}
 
 
 def test_samplers_are_those_of_the_objectives():

@@ -8,7 +8,7 @@ import torch
 from conftest import make_model, make_vae, refused, run
 from PIL import Image
 
-from iwin_dit import IwinDiTPipeline, build
+from iwin_dit import IwinDiTPipeline, build_pipeline
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime.errors import CheckpointError
@@ -90,32 +90,32 @@ def test_output_paths_are_checked_before_any_work(tmp_path):
 def test_without_a_run_there_is_nothing_to_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="there is no run in runs/; train one"):
-        build.newest_run()
+        build_pipeline.newest_run()
 
 
 def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"neither a run .* nor a pipeline"):
-        build.load_pipeline(str(tmp_path / "empty"))
+        build_pipeline.load_pipeline(str(tmp_path / "empty"))
     index = tmp_path / "empty" / "model_index.json"
     index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, expected an IwinDiTPipeline"):
-        build.load_pipeline(str(tmp_path / "empty"))
+        build_pipeline.load_pipeline(str(tmp_path / "empty"))
     index.write_text("nonsense")
     with pytest.raises(CheckpointError, match="is not the index of a pipeline"):
-        build.load_pipeline(str(tmp_path / "empty"))
+        build_pipeline.load_pipeline(str(tmp_path / "empty"))
     index.write_bytes((pipeline_folder / "model_index.json").read_bytes())
     with pytest.raises(CheckpointError, match="is a damaged pipeline"):
-        build.load_pipeline(str(tmp_path / "empty"))
+        build_pipeline.load_pipeline(str(tmp_path / "empty"))
 
 
 def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, tmp_path):
     """The newest checkpoint counts, and the exported pipeline once it is as new."""
     config = recipe(train={"max_steps": 4, "save_every_steps": 2})
     run("train_dit.py", "--config", config)
-    exported = build.load_pipeline(str(tmp_path / "run"))
+    exported = build_pipeline.load_pipeline(str(tmp_path / "run"))
     (tmp_path / "run" / "pipeline").rename(tmp_path / "moved")
-    built = build.load_pipeline(str(tmp_path / "run"))
+    built = build_pipeline.load_pipeline(str(tmp_path / "run"))
     for name, tensor in built.transformer.state_dict().items():
         assert torch.equal(tensor, exported.transformer.state_dict()[name])
     options = dict(num_inference_steps=2, output_type="pt")

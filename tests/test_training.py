@@ -10,8 +10,9 @@ import torch
 import yaml
 from conftest import assert_equal, kill_after, logged_steps, read_checkpoint, refused, run, start
 
+from iwin_dit.config_schema import OptimizerConfig
 from iwin_dit.training.ema import make_ema, update_ema
-from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state
+from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state, parameter_groups
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
@@ -129,9 +130,23 @@ def test_dry_run_says_what_a_run_takes(recipe, tmp_path):
 
 
 def test_learning_rate_warms_up_and_stays():
-    rates = [learning_rate(step, 1.0, 4) for step in range(8)]
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
-    assert learning_rate(0, 3e-4, 0) == 3e-4
+    options = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(step, options, 8) for step in range(8)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]
+    )
+    assert learning_rate(0, OptimizerConfig(learning_rate=3e-4), 8) == 3e-4
+
+
+def test_a_cosine_ends_at_the_least_rate():
+    """PyTorch's own schedule, after the warm-up."""
+    options = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="cosine", min_learning_rate=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.1)
+    for step in range(3, 14):
+        assert learning_rate(step, options, 13) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert learning_rate(20, options, 13) == pytest.approx(0.1)
 
 
 def test_ema_is_the_weighted_sum():
@@ -152,7 +167,7 @@ def test_optimiser_state_makes_the_round_trip():
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [build_adamw(m, 1e-2, (0.9, 0.95), 1e-8, 0.1) for m in models]
+    optimizers = [build_adamw(parameter_groups(m, 0.1), 1e-2, (0.9, 0.95), 1e-8) for m in models]
     x = torch.randn(4, 3)
 
     def step(i):

@@ -31,7 +31,7 @@ from iwin_dit.runtime.seeds import derive_seed, generator
 
 IMAGE_SIZE = 32
 NUM_TRAIN = 1500
-VAE_STEPS = 500
+VAE_STEPS = 120
 
 
 def prepare(root: Path, seed: int = 0) -> None:
@@ -57,6 +57,8 @@ def write_images(root: Path, seed: int) -> None:
     scans, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(scans), generator=generator(seed, "digits")).tolist()
     for split, chosen in (("train", order[:NUM_TRAIN]), ("test", order[NUM_TRAIN:])):
+        if (root / split).is_dir():
+            continue
         temporary = root / f".tmp-{split}"
         for number in chosen:
             folder = temporary / str(labels[number])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from iwin_dit.training.sharding import full
+from iwin_dit.training.sharding import blocks_of, full
 
 
 @contextmanager
@@ -22,7 +22,8 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
     if not active:
         yield found
         return
-    values: list[Tensor | None] = [None] * len(model.blocks)
+    blocks = blocks_of(model)
+    values: list[Tensor | None] = [None] * len(blocks)
 
     def hook(i: int):
         def measure(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -30,7 +31,7 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
 
         return measure
 
-    handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(model.blocks)]
+    handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks)]
     try:
         yield found
         found["activation_rms"] = torch.stack(values)
@@ -43,7 +44,7 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
 def weight_rms(model: nn.Module) -> Tensor:
     """The root mean square of each block's parameters: ``(blocks,)``. All processes together."""
     rms = []
-    for block in model.blocks:
+    for block in blocks_of(model):
         squares = [full(parameter.square().sum()) for parameter in block.parameters()]
         rms.append((torch.stack(squares).sum() / sum(p.numel() for p in block.parameters())).sqrt())
     return torch.stack(rms)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from iwin_dit.runtime.errors import DiskError, NonFiniteError, WorkerError
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.ema import decay_rules, update_ema
 from iwin_dit.training.health import watch_blocks, weight_rms
@@ -73,25 +74,27 @@ def train(
     accelerator: Accelerator,
     run: RunDirectory | None,
     state: State,
-    objective: Any,
-    encode: Callable[[Tensor], Tensor],
+    loss: Callable[..., Tensor],
     loader: Callable[[int], DataLoader],
     micro_batches: int,
     preview: Callable[[dict[str, Tensor], int, StopRequest], None],
+    evaluate: Callable[[int, StopRequest], dict[str, float] | None],
     flops_per_image: float,
 ) -> int:
     """Trains from the newest checkpoint, or from the beginning, to ``config.train.max_steps``.
 
     Args:
-        config: a :class:`~iwin_dit.config_schema.Config`.
+        config: a :class:`~iwin_dit.config_schema.Config`, or anything with its ``train``, ``optimizer`` and
+            ``ema``.
         accelerator: with the run's precision.
         run: the run directory, on the main process only.
         state: on the accelerator's device.
-        objective: ``objective.loss(model, x0, labels, noise, u) -> (B,)``.
-        encode: from what the loader gives, on the device, to normalised latents ``(B, C, h, w)``.
-        loader: ``loader(step)`` yields this process's micro-batches from that step on.
+        loss: ``loss(model, *batch) -> (B,)``, of a micro-batch on the device.
+        loader: ``loader(step)`` yields this process's micro-batches from that step on, as tuples of tensors.
         micro_batches: how many of them make a step.
         preview: ``preview(ema, step, stop)`` draws samples with these weights, on the main process.
+        evaluate: ``evaluate(step, stop)`` gives figures of the EMA, by all processes together; None where it
+            was stopped, and then the resumed run asks again.
         flops_per_image: of a training step on one image, for the log.
 
     Returns:
@@ -100,12 +103,23 @@ def train(
     options, optim = config.train, config.optimizer
     stop = StopRequest()
     step, offset = resume(accelerator, run, state)
-    saved, losses, rollbacks = step, logged_losses(accelerator, run), []
+    saved, losses, rollbacks = step, logged(accelerator, run, "loss"), []
+    evaluated = set(logged(accelerator, run, "evaluated"))
     model = prepare(accelerator, state.model)
     decays = decay_rules(config.ema.decays, config.ema.power_stds)
     skip = options.max_skipped_steps if options.on_nonfinite == "skip" else 0
     reports, meter = Reports(accelerator), Meter(accelerator, options.batch_images, flops_per_image, skip)
     batches = iter(loader(step + offset))
+
+    def evaluate_once() -> None:
+        if step in evaluated or not options.evaluate_every_steps:
+            return
+        began = time.perf_counter()
+        if (figures := evaluate(step, stop)) is not None:
+            evaluated.add(step)
+            write_log(accelerator, run, {"step": step, "evaluated": step} | figures)
+        meter.pause(since=began)
+
     with progress(
         total=options.max_steps,
         initial=step,
@@ -113,25 +127,26 @@ def train(
         desc="train",
         disable=run is None or step >= options.max_steps,
     ) as bar:
+        if due(step, options.evaluate_every_steps) and step:
+            evaluate_once()  # the run may have ended in the middle of it
         while step < options.max_steps:
-            rate = learning_rate(step, optim.learning_rate, optim.warmup_steps)
+            rate = learning_rate(step, optim, options.max_steps)
             for group in state.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
 
             examined = due(step + 1, options.health_every_steps)
-            loss = torch.zeros((), device=accelerator.device)
+            mean = torch.zeros((), device=accelerator.device)
             with watch_blocks(state.model, examined) as health:
                 for micro in range(micro_batches):
-                    x0, labels, noise, u = (
-                        tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches)
-                    )
+                    seed_dropout(config.seed, step + offset, accelerator.process_index, micro)
+                    batch = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
                     with synchronize(accelerator, state.model, model, now=micro == micro_batches - 1):
-                        per_image = objective.loss(model, encode(x0), labels, noise, u)  # (B,)
+                        per_image = loss(model, *batch)  # (B,)
                         share = per_image.sum() / options.batch_images  # of the mean over the global batch
                         accelerator.backward(share * accelerator.num_processes)  # gradients are averaged
-                    loss += share.detach()
+                    mean += share.detach()
             norm = full(nn.utils.clip_grad_norm_(state.model.parameters(), optim.max_grad_norm)).detach()
-            numbers = reports.combine(loss, norm, bool(stop))
+            numbers = reports.combine(mean, norm, bool(stop))
             state.optimizer.found_inf = numbers[2]  # a step that is not finite changes nothing
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
@@ -166,7 +181,7 @@ def train(
                 )
                 if saved and is_spike(record["loss"], losses, options.spike_factor):
                     step, offset = roll_back(accelerator, run, state, Progress(step, offset), rollbacks)
-                    losses = logged_losses(accelerator, run)
+                    losses = logged(accelerator, run, "loss")
                     batches = iter(loader(step + offset))
                     bar.update(step - bar.n)
                     continue
@@ -182,13 +197,22 @@ def train(
                 began = time.perf_counter()
                 together(accelerator, partial(preview, full_ema(state), step, stop))
                 meter.pause(since=began)  # drawing is not training
+            if due(step, options.evaluate_every_steps) and not last:
+                evaluate_once()
     save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
+    if step >= options.max_steps:
+        evaluate_once()
     return step
 
 
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens now; 0 is never."""
     return every > 0 and step % every == 0
+
+
+def seed_dropout(seed: int, step: int, process: int, micro: int) -> None:
+    """The global generators, from which only dropout and stochastic depth draw."""
+    torch.manual_seed(derive_seed(seed, "dropout", step, process, micro))
 
 
 def prepare(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
@@ -219,9 +243,13 @@ def write_log(accelerator: Accelerator, run: RunDirectory | None, record: dict[s
     accelerator.log(numbers, step=record["step"])
 
 
-def logged_losses(accelerator: Accelerator, run: RunDirectory | None) -> list[float | None]:
-    """What the log says so far, on every process."""
-    return shared(accelerator, together(accelerator, lambda: [record["loss"] for record in run.read_log()]))
+def logged(accelerator: Accelerator, run: RunDirectory | None, key: str) -> list[Any]:
+    """What the lines of the log that have this key say so far, on every process."""
+
+    def read() -> list[Any]:
+        return [record[key] for record in run.read_log() if key in record]
+
+    return shared(accelerator, together(accelerator, read))
 
 
 def roll_back(

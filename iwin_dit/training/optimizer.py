@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def learning_rate(step: int, peak: float, warmup_steps: int) -> float:
-    """Linear warm-up, then constant: a function of the step alone, so that a run may be made longer."""
-    return peak * min(1.0, (step + 1) / (warmup_steps + 1))
+def learning_rate(step: int, options: Any, max_steps: int) -> float:
+    """Linear warm-up, then constant, or half a cosine down to ``min_learning_rate`` at the last step.
+
+    Args:
+        options: an :class:`~iwin_dit.config_schema.OptimizerConfig`.
+        max_steps: the length of the run; a constant rate does not depend on it, so such a run may be made
+            longer.
+    """
+    peak, warmup = options.learning_rate, options.warmup_steps
+    if step < warmup or options.schedule == "constant":
+        return peak * min(1.0, (step + 1) / (warmup + 1))
+    low, done = options.min_learning_rate, min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters; weight decay acts on matrices and kernels, not on biases and norm weights."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def build_adamw(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+    groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters; weight decay acts on matrices and kernels, not biases and norm weights.
+    """AdamW over groups of parameters; a group's ``lr_scale`` multiplies its learning rate.
 
     The fused kernel: the fastest, and the one that leaves everything as it was where ``found_inf`` says so,
     without asking the host. Its state exists from the start, so that a checkpoint's can be copied into it.
     """
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
-    for parameter in (*matrices, *vectors):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
     return optimizer
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,10 +14,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in order, of one stage or several: ``blocks.0``, ``stages.1.blocks.0``, ..."""
+    return [module for name, module in model.named_modules() if re.fullmatch(r"(.*\.)?blocks\.\d+", name)]
+
+
 def shard(model: nn.Module, device_type: str, num_processes: int) -> None:
     """Splits the parameters over the processes in place: block by block, then the rest."""
     mesh = init_device_mesh(device_type, (num_processes,))
-    for block in model.blocks:
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

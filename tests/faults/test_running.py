@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, assert_equal, kill_after, logged_steps, read_checkpoint, start
 from PIL import Image
 
-from iwin_dit import build
+from iwin_dit import build, build_pipeline
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
@@ -159,7 +159,7 @@ def test_a_signal_while_saving_lets_the_checkpoint_be_finished(recipe, train_her
 
 
 def test_a_signal_while_drawing_stops_between_batches(recipe, train_here, tmp_path, monkeypatch):
-    call_at(monkeypatch, build.IwinDiTPipeline, "__call__", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    call_at(monkeypatch, build_pipeline.IwinDiTPipeline, "__call__", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, output = train_here("--config", recipe(train={**SHORT, "sample_every_steps": 4}))
     assert code == 143, output
     assert not list((tmp_path / "run" / "samples").iterdir())

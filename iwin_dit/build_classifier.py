@@ -1,0 +1,355 @@
+"""Where a classifier's recipe becomes objects: what :mod:`iwin_dit.build` is to the generator."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
+from timm.data import create_transform
+from timm.models import load_state_dict
+from timm.models._hub import save_for_hf
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+from iwin_dit.build import leave_group
+from iwin_dit.classifier_config import ClassifierConfig
+from iwin_dit.config import load_config
+from iwin_dit.data import digits
+from iwin_dit.data.codec import weights_sha256
+from iwin_dit.data.labelled import LabelledExamples, LabelledImages
+from iwin_dit.data.sources import open_source
+from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
+from iwin_dit.runtime import checkpoint, files
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.run import RunDirectory, read_config
+from iwin_dit.runtime.seeds import derive_seed
+from iwin_dit.training.classification import classification_loss
+from iwin_dit.training.state import State
+
+PREPARE = {"digits": partial(digits.write_images, seed=0)}
+MAX_SHOWN = 40  # predictions in a picture
+
+
+class LoadedClassifier(NamedTuple):
+    """A trained classifier and what it was made for.
+
+    model: with timm's ``forward_features`` and ``forward_head``; image_size: (H, W); mean, std: of each
+        colour; class_names: in the order of the logits; sha256: of the weights.
+    """
+
+    model: nn.Module
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: list[str]
+    sha256: str
+
+
+def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages]:
+    """Images to train on, varied, and held-out ones, not; made first where the config says how.
+
+    Raises:
+        DataError: where they are missing, or their classes are not the model's.
+    """
+    data, augment = config.data, config.augment
+    if data.prepare and accelerator.is_main_process and not Path(data.held_out).is_dir():
+        PREPARE[data.prepare](Path(data.held_out).parent)
+    accelerator.wait_for_everyone()
+    common = dict(input_size=(3, *data.size), interpolation="bicubic", mean=data.mean, std=data.std)
+    varied = create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=0.5 if augment.random_flip else 0.0,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=None if augment.rand_augment == "none" else augment.rand_augment,
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
+    )
+    train = LabelledImages(open_source(data.path, data.labels), varied)
+    held_out = LabelledImages(
+        open_source(data.held_out, data.held_out_labels), create_transform(**common, crop_pct=data.crop_share)
+    )
+    names, others = train.source.class_names, held_out.source.class_names
+    if names != others:
+        odd = sorted(set(names) ^ set(others))[:5]
+        raise DataError(
+            f"{data.path} has {len(names)} classes and {data.held_out} has {len(others)}, which are not the "
+            f"same (such as {', '.join(odd)}); give both the same class folders"
+        )
+    if len(names) != config.model.num_classes:
+        raise DataError(
+            f"{data.path} has {len(names)} classes, the config's model.num_classes is "
+            f"{config.model.num_classes}; set it to {len(names)}"
+        )
+    return train, held_out
+
+
+def build_model(config: ClassifierConfig) -> nn.Module:
+    """The network, its weights drawn from the config's seed or read from ``model.init_from``.
+
+    Raises:
+        ConfigError: where timm does not know it, or not its options.
+        CheckpointError: where the weights are not there, or not of this network.
+    """
+    name = config.model.name
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise ConfigError(f"model.name {name} is not one of timm's; such as {', '.join(near) or 'iwin_tiny'}")
+    options = model_options(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        try:
+            model = timm.create_model(name, num_classes=config.model.num_classes, **options)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(f"model.options {options} do not make a {name}: {error}") from None
+    if config.model.init_from is not None:
+        begin_from(model, config.model.init_from)
+    return model
+
+
+def model_options(config: ClassifierConfig) -> dict[str, Any]:
+    """What the constructor takes beside the number of classes."""
+    options = dict(config.model.options)
+    known = timm.get_pretrained_cfg(config.model.name)
+    if config.model.name.startswith("iwin") or (known and known.fixed_input_size):
+        options.setdefault("img_size", list(config.data.size))
+    if config.model.drop_path:
+        options.setdefault("drop_path_rate", config.model.drop_path)
+    return options
+
+
+def begin_from(model: nn.Module, source: str) -> None:
+    """Copies weights of a run or a file into a model; a head of other classes stays as it is drawn.
+
+    A larger image may give the last stage convolutions that the smaller one had no use for: they stay too.
+
+    Raises:
+        CheckpointError: where they are not there, or not of this network.
+    """
+    path = Path(source)
+    if (path / "config.yaml").is_file():
+        tensors = load_classifier(source).model.state_dict()
+    elif path.is_file():
+        try:
+            tensors = load_state_dict(str(path), weights_only=True)
+        except Exception as error:  # torch.load and safetensors raise many kinds
+            raise CheckpointError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+        if isinstance(model, IwinTransformer):
+            tensors = checkpoint_filter_fn(tensors, model)
+    else:
+        raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
+    own = model.state_dict()
+    head = tuple(model.default_cfg["classifier"].split())
+    fitting = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name.startswith(head) and name in own and own[name].shape != tensor.shape)
+    }
+    missing = [name for name in own if name not in fitting and ".convolution." not in name]
+    missing = [name for name in missing if not name.startswith(head)]
+    odd = [name for name in fitting if name not in own or own[name].shape != fitting[name].shape]
+    if missing or odd:
+        raise CheckpointError(
+            f"{source} holds the weights of another network than {type(model).__name__} of model.options: "
+            f"missing {missing[:3]}, unknown or of another shape {odd[:3]}"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def build_trained(config: ClassifierConfig) -> nn.Module:
+    """The network as it is trained: :func:`build_model` with gradient checkpointing where asked for."""
+    model = build_model(config)
+    if config.train.gradient_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def parameter_groups(config: ClassifierConfig) -> Callable[[nn.Module, float], list[dict[str, Any]]]:
+    """``groups(model, weight_decay)``: layer by layer, without decay where the model says so."""
+
+    def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        unchanged = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+        found = param_groups_layer_decay(
+            model, weight_decay, unchanged, layer_decay=config.optimizer.layer_decay
+        )
+        return [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in found]
+
+    return groups
+
+
+def build_examples(config: ClassifierConfig, images: LabelledImages) -> LabelledExamples:
+    """What training sees at each position."""
+    return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
+
+
+def build_loss(config: ClassifierConfig) -> tuple[Callable[..., Tensor], Callable[[int], Sequence[Tensor]]]:
+    """The loss of a batch of the loader, and a maker of such batches of random numbers."""
+    loss = partial(
+        classification_loss,
+        num_classes=config.model.num_classes,
+        label_smoothing=config.augment.label_smoothing,
+        mixes=config.mixes,
+    )
+
+    def batch(images: int) -> Sequence[Tensor]:
+        pixels = torch.randn(images, 3, *config.data.size)
+        return pixels, torch.zeros(images, dtype=torch.long), torch.ones(images, 4)
+
+    return loss, batch
+
+
+def multiply_adds(config: ClassifierConfig) -> int:
+    """Multiply-adds of one forward pass of one image, counted operation by operation."""
+    model = build_model(without_init(config)).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, *config.data.size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def build_evaluation(
+    config: ClassifierConfig, images: LabelledImages, state: State, accelerator: Accelerator
+) -> Callable[[int, Any], dict[str, float] | None]:
+    """``evaluate(step, stop)``: top-1 and top-5 accuracy of the EMA on all held-out images, in percent."""
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    loader = held_out_loader(config, Subset(images, own), accelerator)
+
+    @torch.no_grad()
+    def evaluate(step: int, stop: Any) -> dict[str, float] | None:
+        model = state.emas["ema"].to(accelerator.device)
+        found = torch.zeros(4, device=accelerator.device)  # top-1, top-5, images, stopped
+        for pixels, labels in progress(
+            loader, desc="held-out", unit="batch", leave=False, disable=not accelerator.is_main_process
+        ):
+            if stop:
+                found[3] = 1
+                break
+            with accelerator.autocast():
+                logits = model(pixels.to(accelerator.device))
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None].to(accelerator.device)
+            found[:2] += torch.stack([best[:, 0].sum(), best.sum()])
+            found[2] += len(labels)
+        if config.ema.on_cpu:
+            model.cpu()
+        top_1, top_5, count, stopped = accelerator.reduce(found, "sum").tolist()
+        if stopped:
+            return None
+        return {"top1": round(100 * top_1 / count, 3), "top5": round(100 * top_5 / count, 3)}
+
+    return evaluate
+
+
+def held_out_loader(config: ClassifierConfig, images: Any, accelerator: Accelerator) -> DataLoader:
+    """Batches of held-out images, in order."""
+    return DataLoader(
+        images,
+        batch_size=min(config.train.batch_images, 256),
+        num_workers=config.train.num_workers,
+        worker_init_fn=leave_group,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def build_preview(
+    config: ClassifierConfig, images: LabelledImages, run: RunDirectory | None, accelerator: Accelerator
+) -> Callable[[dict[str, Tensor], int, Any], None]:
+    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``: held-out images, classified."""
+    chosen = torch.linspace(0, len(images) - 1, min(MAX_SHOWN, len(images))).round().long().tolist()
+
+    @torch.no_grad()
+    def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
+        if stop:
+            return
+        model = build_model(without_init(config))
+        model.load_state_dict(ema)
+        pixels, labels = zip(*(images[i] for i in chosen), strict=True)
+        logits = model.eval().to(accelerator.device)(torch.stack(pixels).to(accelerator.device))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+        shown = ((torch.stack(pixels) * std + mean).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
+        picture = draw_predictions(shown, labels, logits.argmax(1).tolist(), images.source.class_names)
+        picture.save(run.samples / f"step-{step:08d}.png")
+        for tracker in accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"held-out": np.asarray(picture)[None]}, step=step, **options)
+
+    return preview
+
+
+def draw_predictions(
+    images: np.ndarray, labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]
+) -> Image.Image:
+    """Images ``(N, H, W, 3)`` uint8, each over the class that was found: green if right, red if wrong."""
+    columns = 8
+    side, gap, text = 96, 8, 14
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, label, found) in enumerate(zip(images, labels, predictions, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        words = names[found] if found == label else f"{names[found]}, not {names[label]}"
+        draw.text((x, y + side), words[:16], fill="green" if found == label else "red")
+    return sheet
+
+
+def load_classifier(run: str) -> LoadedClassifier:
+    """The EMA of a run's newest checkpoint, and what it was made for.
+
+    Raises:
+        CheckpointError: where there is no classifier's run, or no checkpoint.
+    """
+    path = Path(run)
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{run} is no run; train one (accelerate launch train_classifier.py)")
+    if "objective" in read_config(path):
+        raise CheckpointError(f"{run} is the run of a generator, not of a classifier")
+    newest = checkpoint.newest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
+    config = load_config(path / "config.yaml", ClassifierConfig)
+    model = build_model(without_init(config))
+    model.load_state_dict(checkpoint.read_tensors(newest, "ema", like=model.state_dict()))
+    names = json.loads((path / "data.json").read_bytes())["classes"]
+    data = config.data
+    return LoadedClassifier(
+        model.eval().requires_grad_(False), data.size, data.mean, data.std, names, weights_sha256(model)
+    )
+
+
+def export_timm(config: ClassifierConfig, state: State, run: RunDirectory) -> None:
+    """``RUN/timm``, for ``timm.create_model("local-dir:RUN/timm")`` after ``import iwin_dit.models``."""
+    model, data = state.emas["ema"], config.data
+    folder, temporary = run.path / "timm", run.path / ".tmp-timm"
+    shutil.rmtree(temporary, ignore_errors=True)
+    preprocessing = {
+        "input_size": (3, *data.size),
+        "mean": data.mean,
+        "std": data.std,
+        "crop_pct": data.crop_share,
+        "interpolation": "bicubic",
+    }
+    settings = {"pretrained_cfg": preprocessing, "label_names": run.data["classes"]}
+    save_for_hf(model, str(temporary), settings, model_options(config), safe_serialization=True)
+    if folder.exists():
+        files.remove_tree(files.set_aside(folder))
+    os.replace(temporary, folder)
+
+
+def without_init(config: ClassifierConfig) -> ClassifierConfig:
+    """The config without ``model.init_from``, for weights that come from elsewhere."""
+    return replace(config, model=replace(config.model, init_from=None))

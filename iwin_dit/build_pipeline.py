@@ -1,0 +1,175 @@
+"""Where a run, a folder or a name on the hub becomes a pipeline that samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.utils.logging import disable_progress_bar
+from torch import Tensor, nn
+
+from iwin_dit.build import build_model, build_objective
+from iwin_dit.build_data import build_dataset, load_autoencoder
+from iwin_dit.config import Config, load_config
+from iwin_dit.data.examples import Data
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.sampling import draw_grid, sample_classes
+from iwin_dit.pipelines.trust import check_pipeline_folder
+from iwin_dit.runtime import checkpoint
+from iwin_dit.runtime.errors import CheckpointError, ConfigError
+from iwin_dit.runtime.run import RunDirectory, read_config
+from iwin_dit.training.posthoc import reconstruct
+
+
+def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPipeline:
+    """The pipeline that samples this model: the VAE of its data, the scheduler of its objective."""
+    return IwinDiTPipeline(
+        transformer=model,
+        vae=load_autoencoder(dataset.vae_path).to(next(model.parameters()).device),
+        scheduler=build_objective(config).scheduler(config.sample.sampler),
+        id2label=dict(enumerate(dataset.class_names)),
+        latents_mean=dataset.mean,
+        latents_std=dataset.std,
+    )
+
+
+def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
+    """The network with these very tensors as its weights."""
+    with torch.device("meta"):
+        model = build_model(config)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def build_preview(
+    config: Config, dataset: Data, run: RunDirectory | None, accelerator: Accelerator
+) -> Callable[[dict[str, Tensor], int, Any], None]:
+    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``, and gives it to the trackers.
+
+    The first ten classes with fixed seeds; nothing is written once ``stop`` is true.
+    """
+
+    def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
+        weights = {name: tensor.to(accelerator.device) for name, tensor in ema.items()}
+        pipeline = build_pipeline(config, model_of(config, weights), dataset)
+        pipeline.set_progress_bar_config(disable=True)
+        labels = range(min(10, config.model.num_classes))
+        samples = []
+        for sample in sample_classes(
+            pipeline,
+            labels,
+            config.sample.num_per_class,
+            config.seed,
+            batch_size=40,
+            **sampling_options(config),
+        ):
+            if stop:
+                return
+            samples.append(sample)
+        grid = draw_grid(samples, pipeline.id2label)
+        grid.save(run.samples / f"step-{step:08d}.png")
+        for tracker in accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+
+    return preview
+
+
+def sampling_options(config: Config) -> dict[str, Any]:
+    """The pipeline's arguments that the config fixes."""
+    sample = config.sample
+    return dict(
+        num_inference_steps=sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale,
+        guidance_interval=sample.guidance_interval,
+        guidance_channels=sample.guidance_channels,
+    )
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run that wrote a checkpoint last.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    runs = [path.parent for path in root.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
+    runs = [run for run in runs if "objective" in read_config(run)]  # a classifier has none
+    if not runs:
+        raise CheckpointError(
+            f"there is no run in {root}/; train one (accelerate launch train_dit.py) or give --checkpoint"
+        )
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+
+
+def load_pipeline(
+    source: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ema_std: float | None = None,
+) -> IwinDiTPipeline:
+    """A pipeline from a run, a pipeline folder or the hub, ready to sample without a bar of its own.
+
+    A run is sampled from the EMA of its newest checkpoint: from the exported pipeline where that is as new.
+    With ``ema_std``, from the average of that relative standard deviation, reconstructed from its snapshots.
+
+    Raises:
+        CheckpointError: where the source does not exist, is damaged or is not ours.
+        ConfigError: where the device is not there.
+    """
+    path = Path(source)
+    disable_progress_bar()  # of loading: seconds at most
+    if (path / "config.yaml").is_file():
+        pipeline = _load_run(path, ema_std)
+    elif ema_std is not None:
+        raise CheckpointError(f"{source} is no run with snapshots; --ema-std takes a folder below runs/")
+    elif path.exists():
+        check_pipeline_folder(path)
+        pipeline = _from_pretrained(source, "is a damaged pipeline")
+    elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
+        pipeline = _from_pretrained(source, "is neither a folder here nor a pipeline on the hub")
+    else:
+        raise CheckpointError(
+            f"{source} does not exist; expected a run, a pipeline folder, or a hub id such as user/model"
+        )
+    try:
+        pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if dtype != torch.float32:
+        pipeline.to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
+    try:
+        return IwinDiTPipeline.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
+
+
+def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
+    if ema_std is not None:
+        config = load_config(run / "config.yaml")
+        weights = reconstruct(run / "snapshots", ema_std)
+        return build_pipeline(config, model_of(config, weights), build_dataset(config))
+    newest = checkpoint.newest(run / "checkpoints")
+    exported = run / "pipeline" / "recipe.json"
+    if exported.is_file() and (
+        newest is None or json.loads(exported.read_text())["step"] >= checkpoint.step_of(newest)
+    ):
+        check_pipeline_folder(run / "pipeline")
+        return _from_pretrained(run / "pipeline", "is a damaged pipeline")
+    if newest is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
+    config = load_config(run / "config.yaml")
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    weights = checkpoint.read_tensors(newest, "ema", like=expected, any_precision=True)
+    return build_pipeline(config, model_of(config, weights), build_dataset(config))

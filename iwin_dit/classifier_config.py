@@ -1,0 +1,199 @@
+"""The keys of a classifier's recipe, with their defaults, what they mean and how they must fit.
+
+Imports no torch, so that ``--help`` and an error in a config answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from iwin_dit.config_rules import (
+    TRAIN_ABOVE_ZERO,
+    TRAIN_ZERO_OR_MORE,
+    check_ema,
+    check_ranges,
+    check_train,
+)
+from iwin_dit.config_schema import EmaConfig, OptimizerConfig, TrainConfig, lists
+from iwin_dit.runtime.errors import ConfigError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ClassifierDataConfig:
+    """Images to train on, and images to be judged by.
+
+    Args:
+        path: a folder of class folders, .tar or .parquet files, or hf:NAME, as for extract_latents.py.
+        labels: for a flat folder of images, a CSV with the columns file and label.
+        held_out: as ``path``, of the same classes; what accuracy is measured on.
+        held_out_labels: as ``labels``.
+        prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits.
+        image_size: height and width, or one side.
+        crop_share: of the shorter side that the centre crop of a held-out image keeps.
+        mean: of each colour, subtracted.
+        std: of each colour, divided by.
+    """
+
+    path: str = "data/digits/train"
+    labels: str | None = None
+    held_out: str = "data/digits/test"
+    held_out_labels: str | None = None
+    prepare: Literal["digits"] | None = None
+    image_size: int | list[int] = 224
+    crop_share: float = 0.875
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self.image_size
+        return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are varied, by timm's transforms; the defaults are the usual ones for ImageNet.
+
+    Args:
+        scale: least and greatest share of the area that a random crop takes.
+        ratio: least and greatest width over height of a random crop.
+        random_flip: mirror half of the images. Not for digits or text.
+        color_jitter: strength; only where there is no ``rand_augment``.
+        rand_augment: timm's words for RandAugment, or ``none``. Of magnitude 10, which -mmax9 keeps away,
+            it would posterize to no bits at all, which Pillow refuses.
+        random_erasing: share of images of which a rectangle becomes noise.
+        mixup: alpha of the Beta distribution of mixup's weights; 0 for none.
+        cutmix: the same for CutMix. Where both are given, half of the pairs get one and half the other.
+        label_smoothing: share of the target that is spread over all classes.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    random_flip: bool = True
+    color_jitter: float = 0.4
+    rand_augment: str = "rand-m9-mstd0.5-inc1-mmax9"
+    random_erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class ClassifierModelConfig:
+    """The network.
+
+    Args:
+        name: any of timm's names, ``iwin_tiny_patch4_window7_224`` and the like among them.
+        options: what else its constructor takes, such as ``{embed_dim: 32, depths: [2, 2]}``.
+        num_classes: of the data.
+        drop_path: share of residual branches that are dropped (stochastic depth), rising with depth.
+        init_from: weights to begin with: a classifier's run, or a file that timm or the Iwin authors wrote.
+            Another number of classes gets a new head; any image size is fine for Iwin.
+    """
+
+    name: str = "iwin_tiny_patch4_window7_224"
+    options: dict[str, Any] = field(default_factory=dict)
+    num_classes: int = 1000
+    drop_path: float = 0.0
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class ClassifierOptimizerConfig(OptimizerConfig):
+    """AdamW, and layer decay.
+
+    Args:
+        layer_decay: each layer's learning rate is this times the next one's; 1 for the same everywhere.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    max_grad_norm: float = 5.0
+    layer_decay: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Everything that a classifier's run depends on.
+
+    Args:
+        output_dir: the run directory.
+        seed: of initial weights, data order and augmentation.
+        data: the images.
+        augment: how they are varied.
+        model: the network.
+        optimizer: AdamW.
+        ema: averages of the weights; the first is what accuracy is measured with.
+        train: the run.
+    """
+
+    output_dir: str = "runs/classifier"
+    seed: int = 0
+    data: ClassifierDataConfig = field(default_factory=ClassifierDataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
+    optimizer: ClassifierOptimizerConfig = field(default_factory=ClassifierOptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries and lists, as YAML writes them."""
+        return lists(asdict(self))
+
+    def check(self) -> None:
+        """All rules. Raises ConfigError."""
+        check_ranges(self, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
+        check_ema(self.ema)
+        check_train(self)
+        if isinstance(self.data.image_size, list) and len(self.data.image_size) != 2:
+            raise ConfigError(
+                f"data.image_size is {self.data.image_size}, expected a side or [height, width]"
+            )
+        if not 0 < self.data.crop_share <= 1:
+            raise ConfigError(f"data.crop_share is {self.data.crop_share}, expected above 0 and at most 1")
+        if not 0 < self.augment.scale[0] <= self.augment.scale[1] <= 1:
+            raise ConfigError(f"augment.scale is {list(self.augment.scale)}, expected 0 < low <= high <= 1")
+        words = self.augment.rand_augment
+        if words.startswith("rand") and not re.search(r"-mmax[1-9](-|$)", words):
+            raise ConfigError(
+                f"augment.rand_augment {words} may reach magnitude 10, where Pillow refuses to posterize; "
+                "add -mmax9"
+            )
+        if self.train.sharding != "none":
+            raise ConfigError(
+                f"train.sharding {self.train.sharding} is for train_dit.py; a classifier fits on one device: "
+                "set none"
+            )
+        for key in ("batch_images", "micro_batch"):
+            images = getattr(self.train, key)
+            if self.mixes and isinstance(images, int) and images % 2:
+                raise ConfigError(
+                    f"train.{key} is {images}, but mixup and CutMix join images two by two; take "
+                    f"{images + 1}, or set augment.mixup and augment.cutmix to 0"
+                )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+
+ABOVE_ZERO = {
+    "model": ("num_classes",),
+    "optimizer": ("learning_rate", "eps", "max_grad_norm", "layer_decay"),
+    "train": TRAIN_ABOVE_ZERO,
+}
+ZERO_OR_MORE = {
+    "augment": ("color_jitter", "mixup", "cutmix"),
+    "optimizer": ("warmup_steps", "weight_decay", "min_learning_rate"),
+    "ema": ("snapshot_every_steps",),
+    "train": TRAIN_ZERO_OR_MORE,
+}
+SHARES = {"augment": ("random_erasing", "label_smoothing"), "model": ("drop_path",)}

@@ -1,0 +1,109 @@
+"""Images with labels, as classifiers see them: varied for training, as they are for judging."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from iwin_dit.data.examples import epoch_order
+from iwin_dit.data.images import BadImage, decode_image
+from iwin_dit.data.sources import Source
+from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.seeds import derive_seed
+
+
+class LabelledExample(NamedTuple):
+    """One image of a training step, or a batch of them.
+
+    image: (3, H, W), normalised; label: class; mixing: (4,), see
+        :func:`iwin_dit.training.classification.mix_weights`.
+    """
+
+    image: Tensor
+    label: int | Tensor
+    mixing: Tensor
+
+
+class LabelledImages(Dataset):
+    """``images[i] -> (image (3, H, W), label)``, in the order of the source.
+
+    Args:
+        source: of encoded images, see :mod:`iwin_dit.data.sources`.
+        transform: from a PIL image to a tensor.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        name = self.source.name(i)
+        try:
+            data, label = self.source.read(i)
+            return self.transform(decode_image(data, name)), label
+        except BadImage as error:
+            raise DataError(str(error) if name in str(error) else f"{name}: {error}") from None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes these images the same to a run that is resumed."""
+        names = "\n".join(self.source.name(i).rpartition("/")[2] for i in range(len(self)))
+        return {
+            "images": len(self),
+            "classes": self.source.class_names,
+            "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
+        }
+
+
+class LabelledExamples(Dataset):
+    """``examples[position] -> LabelledExample``: a pure function of (seed, position).
+
+    Args:
+        images: their transform may draw random numbers.
+        seed: of order, augmentation and mixing.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+    """
+
+    def __init__(self, images: LabelledImages, seed: int, mixup: float, cutmix: float):
+        self.images, self.seed, self.mixup, self.cutmix = images, seed, mixup, cutmix
+
+    def __getitem__(self, position: int) -> LabelledExample:
+        epoch, offset = divmod(position, len(self.images))
+        index = int(epoch_order(self.seed, epoch, len(self.images))[offset])
+        with drawing_from(derive_seed(self.seed, "augment", position)):
+            image, label = self.images[index]
+        return LabelledExample(image, label, self._mixing(position // 2))
+
+    def _mixing(self, pair: int) -> Tensor:
+        rng = np.random.default_rng(derive_seed(self.seed, "mixing", pair))
+        cuts = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
+        alpha = self.cutmix if cuts else self.mixup
+        share = rng.beta(alpha, alpha) if alpha > 0 else 1.0
+        return torch.tensor([share, float(cuts), *rng.random(2)], dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """All global generators begin with this seed, and are left as they were: augmentation draws from them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

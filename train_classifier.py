@@ -1,0 +1,77 @@
+"""Trains an image classifier: an Iwin Transformer, or any of timm's models for comparison.
+
+Run as ``accelerate launch train_classifier.py [--config FILE] [--key value]``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from iwin_dit.classifier_config import ClassifierConfig
+from iwin_dit.config import parse_arguments
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError, run_script
+
+QUICKSTART = Path(__file__).parent / "configs" / "classifier" / "digits.yaml"
+
+
+def main() -> int:
+    config, dry_run = parse_arguments(sys.argv[1:], default=QUICKSTART, kind=ClassifierConfig)
+    if dry_run:
+        from iwin_dit.report import describe_classifier
+
+        print(describe_classifier(config), flush=True)
+        return 0
+    if not files.can_write(Path(config.output_dir)):
+        raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
+    return train(config)
+
+
+def train(config: ClassifierConfig) -> int:
+    from iwin_dit import build
+    from iwin_dit import build_classifier as classifier
+    from iwin_dit.report import draw_loss_curve
+    from iwin_dit.training import loop
+
+    accelerator = build.build_accelerator(config)
+    images, held_out = classifier.build_images(config, accelerator)
+    run = build.build_run(config, images.identity) if accelerator.is_main_process else None
+    build.start_trackers(config, accelerator)
+    state = build.build_state(
+        config, accelerator, classifier.build_trained(config), classifier.parameter_groups(config)
+    )
+    loss, random_batch = classifier.build_loss(config)
+    micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
+    loader = build.build_loader(config, classifier.build_examples(config, images), accelerator, micro_batch)
+
+    with build.attention_backend(config):
+        step = loop.train(
+            config,
+            accelerator,
+            run,
+            state,
+            loss,
+            loader,
+            config.train.batch_images // (micro_batch * accelerator.num_processes),
+            classifier.build_preview(config, held_out, run, accelerator),
+            classifier.build_evaluation(config, held_out, state, accelerator),
+            6 * classifier.multiply_adds(config),
+        )
+
+    accelerator.end_training()
+    if step < config.train.max_steps:
+        if accelerator.is_main_process:
+            print(f"stopped at step {step} with a checkpoint; run the same command again to go on")
+        return 143
+    if accelerator.is_main_process:
+        draw_loss_curve(run)
+        classifier.export_timm(config, state, run)
+        found = [record for record in run.read_log() if "top1" in record]
+        accuracy = f", top-1 {found[-1]['top1']} %, top-5 {found[-1]['top5']} %" if found else ""
+        print(f"trained to step {step}{accuracy}; curves in {run.path}/loss.png, for timm in {run.path}/timm")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
