@@ -6,6 +6,8 @@ READY := .venv/ready
 .PHONY: demo test test-slow lint
 
 demo: $(READY)
+	$(BIN)/accelerate launch train_classifier.py
+	$(BIN)/accelerate launch train_dit.py --output_dir runs/quickstart_50_steps --train.max_steps 50
 	$(BIN)/accelerate launch train_dit.py
 	$(BIN)/python sample.py --class 0 1 2 3 4 5 6 7 8 9 --num-images 8 --out runs/quickstart/samples.png
 	$(BIN)/python -m iwin_dit.evaluation.digits_report runs/quickstart

@@ -7,22 +7,30 @@ same command again goes on after an interruption.
 from __future__ import annotations
 
 import argparse
-import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from iwin_dit.runtime import files
+from iwin_dit.evaluation import rules
 from iwin_dit.runtime.errors import ConfigError, run_script
 
-METRICS = ("fid", "sfid", "kid", "is", "pr")
 SWEEPS = {"guidance_scale": float, "steps": int}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
+    """Those of a command line (default: of the process), checked; with ``--repeat`` they are not."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
-    add("--reference", help="a folder or .npz of real images, or an .npz of their mu and sigma")
-    add("--metrics", default="fid", help=f"some of {','.join(METRICS)} (fid)")
+    add("--reference", help="a folder or .npz of real images (clips), or an .npz of mu and sigma")
+    add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
+    add("--metrics", help="; ".join(f"{kind}: {','.join(names)}" for kind, names in rules.EXTRACTORS.items()))
     add("--num-images", type=int, default=50_000, help="to draw (50,000)")
     add("--plan", choices=("equal", "uniform"), default="equal", help="classes in turn, or at random (equal)")
     add("--seed", type=int, default=0, help="image k of a class depends on seed, class and k alone (0)")
@@ -33,37 +41,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
     add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
     add("--inception-weights", help="torch-fidelity's file, for machines without a network")
+    add("--save-images", metavar="PATH", help="keep what is drawn: a folder of PNGs, or an .npz as ADM's")
     add("--out", default="evaluation.json", help="the result (evaluation.json)")
     add("--repeat", metavar="RESULT", help="run a result's evaluation again, and compare")
     add("--sweep", metavar="KEY=V1,V2", help=f"one evaluation per value of {' or '.join(SWEEPS)}, and a plot")
-    arguments = parser.parse_args()
-    if arguments.repeat is not None:
-        return arguments
-    if arguments.generated is None:
-        raise ConfigError("--generated is missing; see --help")
-    names = [name for name in arguments.metrics.split(",") if name]
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise ConfigError(
-            f"--metrics has {', '.join(unknown) or 'nothing'}, expected some of {', '.join(METRICS)}"
-        )
-    for name in ("num_images", "batch_size", "steps"):
-        if (value := getattr(arguments, name)) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if not files.can_write(Path(arguments.out)):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a path in a folder that is yours")
+    arguments = parser.parse_args(command)
+    if arguments.repeat is None:
+        rules.check_arguments(arguments)
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> dict[str, float]:
-    """One evaluation, its result written to ``--out``. Returns its figures."""
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One evaluation, its result written to ``--out`` and returned."""
     from iwin_dit.build_evaluation import evaluate
 
-    return evaluate(arguments)["figures"]
+    return evaluate(arguments)
 
 
-def show(rows: dict[str, dict[str, float]]) -> None:
-    """Figures as a table, a row for each evaluation; by the main process alone."""
+def show(rows: Mapping[str, Mapping[str, float]], lines: Sequence[str] = ()) -> None:
+    """Figures as a table, a row for each evaluation, and lines below; by the main process alone."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -71,26 +67,39 @@ def show(rows: dict[str, dict[str, float]]) -> None:
     names = list(next(iter(rows.values())))
     print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
     for title, figures in rows.items():
-        print(f"| {title} | {' | '.join(f'{figures[name]:.6g}' for name in names)} |")
+        print(f"| {title} | {' | '.join(f'{figures.get(name, math.nan):.6g}' for name in names)} |")
+    for line in lines:
+        print(line)
+
+
+def repeat(path: Path) -> None:
+    """The evaluation of a stored result again, beside it, and how they differ."""
+    stored = rules.read_result(path)
+    try:
+        again = parse_arguments([*rules.stored_command(stored), f"--out={path}.again.json"])
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no result of this evaluate_fid.py: {error}") from None
+    result = run(again)
+    rows = {"stored": stored["figures"], "again": result["figures"]}
+    show(rows, rules.differences(stored, result))
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.repeat is not None:
-        stored = json.loads(Path(arguments.repeat).read_bytes())
-        again = argparse.Namespace(**stored["arguments"] | {"out": f"{arguments.repeat}.again.json"})
-        show({"stored": stored["figures"], "again": run(again)})
+        repeat(Path(arguments.repeat))
         return
     if arguments.sweep is None:
-        show({arguments.generated: run(arguments)})
+        show({arguments.generated: run(arguments)["figures"]})
         return
-    from iwin_dit.evaluation.sweep import draw_sweep, values_of
+    from iwin_dit.evaluation.sweep import draw_sweep, named, values_of
 
     key, values = values_of(arguments.sweep, SWEEPS)
     rows = {}
     for value in values:
-        out = Path(arguments.out).with_suffix(f".{key}-{value}.json")
-        rows[f"{key} {value}"] = run(argparse.Namespace(**vars(arguments) | {key: value, "out": str(out)}))
+        one = argparse.Namespace(**vars(arguments) | {key: value})
+        one.out, one.save_images = (named(path, key, value) for path in (one.out, one.save_images))
+        rows[f"{key} {value}"] = run(one)["figures"]
     show(rows)
     draw_sweep(key, values, list(rows.values()), Path(arguments.out).with_suffix(".png"))
 

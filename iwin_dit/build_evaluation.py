@@ -14,26 +14,31 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
-from iwin_dit.build import load_pipeline
+from iwin_dit.build_classifier import load_classifier
+from iwin_dit.build_pipeline import load_pipeline
 from iwin_dit.data.codec import weights_sha256
+from iwin_dit.evaluation.clips import open_clips
 from iwin_dit.evaluation.evaluate import (
     extract_features,
     features_key,
     read_features,
     stored_statistics,
 )
-from iwin_dit.evaluation.extractors import Inception
-from iwin_dit.evaluation.images import Images, SampledImages, label_plan, open_images
-from iwin_dit.evaluation.metrics import METRICS, Features, compute
+from iwin_dit.evaluation.export import Export, open_export
+from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
+from iwin_dit.evaluation.i3d import I3D
+from iwin_dit.evaluation.images import BROKEN_NPZ, Images, SampledImages, label_plan, open_images
+from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
+from iwin_dit.evaluation.rules import name_figures
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError, DataError
+from iwin_dit.runtime.progress import say
 
-LAYERS = ("pool", "logits", "spatial")
-VERSIONS = ("torch", "torchvision", "diffusers", "torch-fidelity", "numpy")
+VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -41,63 +46,122 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     The main process writes the result to ``arguments.out``.
 
+    Args:
+        arguments: as :func:`iwin_dit.evaluation.rules.check_arguments` leaves them.
+
     Returns:
         the result, on every process.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for what is found to be of no use before images are drawn.
     """
     metrics, out = arguments.metrics.split(","), Path(arguments.out)
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
-    weights = arguments.inception_weights
-    extractor = Inception(None if weights is None else Path(weights)).to(accelerator.device)
+    with accelerator.local_main_process_first():  # which may fetch the weights
+        extractor = build_extractor(arguments.extractor, arguments.inception_weights).to(accelerator.device)
     generated = _generated(arguments, accelerator.device)
-    reference = _reference(arguments.reference, metrics)
-    if not isinstance(reference, Path | None):
-        sides = [tuple(images.read(0, 1).shape[2:]) for images in (generated, reference)]
-        if sides[0] != sides[1]:
-            raise DataError(
-                f"the generated images have {sides[0]} pixels, the reference's have {sides[1]}; "
-                "take a reference of the same size"
-            )
-    work = out.with_suffix(".work")
+    reference = open_reference(arguments.reference, metrics, arguments.extractor)
+    real = None if isinstance(reference, Path) else reference
+    check_counts(metrics, len(generated), None if real is None else len(real))
+    other = stored_statistics(reference, metrics) if isinstance(reference, Path) else None
+    if reference is not None:
+        check_fit(generated, real or other, extractor, accelerator.device)
+    work, export = out.with_suffix(".work"), None
+    if arguments.save_images is not None:
+        parts = work / f"images-{generated.fingerprint[:32]}"
+        with accelerator.main_process_first():
+            export = open_export(Path(arguments.save_images), generated, parts)
     batch = arguments.batch_size
-    own = _features(generated, extractor, metrics, work, batch, accelerator, "generated")
-    other = None
-    if isinstance(reference, Path):
-        other = stored_statistics(reference, metrics)
-    elif reference is not None:
-        other = _features(reference, extractor, metrics, _cache(), batch, accelerator, "reference")
+    folder = extract(generated, extractor, work, batch, accelerator, "generated", export)
+    own = read_features(folder, len(generated), metrics)
+    if export is not None and accelerator.is_main_process:
+        export.finish()
+    if real is not None:
+        other = read_reference(real, extractor, metrics, batch, accelerator)
+    kind = arguments.extractor.partition(":")[0]
     result = {
-        "figures": compute(metrics, own, other),
+        "figures": name_figures(compute(metrics, own, other), kind),
         "generated": generated.description | {"sha256": generated.fingerprint},
         "reference": _describe(reference),
-        "extractor": {"name": extractor.name, "sha256": extractor.sha256},
+        "extractor": {key: getattr(extractor, key) for key in ("name", "sha256", "preprocessing")},
         "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
     }
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        _warn_of_few_images(metrics, own)
         files.replace(out, files.to_json(result))
         shutil.rmtree(work, ignore_errors=True)
     return result
 
 
-def _features(
+def build_extractor(name: str, inception_weights: str | None) -> nn.Module:
+    """The network that ``--extractor`` names, on the CPU.
+
+    Raises:
+        CheckpointError: where its weights are not there, or of another network.
+    """
+    kind, _, source = name.partition(":")
+    if kind == "iwin":
+        loaded = load_classifier(source)
+        return Classifier(loaded.model, loaded.image_size, loaded.mean, loaded.std, loaded.sha256)
+    if kind == "dinov2":
+        return DINOv2(Path(source) if source else None)
+    if kind == "i3d":
+        return I3D(Path(source))
+    return Inception(None if inception_weights is None else Path(inception_weights))
+
+
+def check_fit(
+    generated: Images, reference: Images | Features, extractor: nn.Module, device: torch.device
+) -> None:
+    """Sizes of images; or, of statistics, the number of features. Looks at one image."""
+    first = generated.read(0, 1)
+    if isinstance(reference, Features):
+        found = extractor(first.to(device))
+        for layer, moments in reference.moments.items():
+            if (count := found[layer].shape[1]) != len(moments.mean):
+                raise DataError(
+                    f"the reference's statistics are of {len(moments.mean)} features, {extractor.name} has "
+                    f"{count}; take the extractor that they were made with"
+                )
+        return
+    sides = [tuple(images.shape[2:]) for images in (first, reference.read(0, 1))]
+    if sides[0] != sides[1]:
+        raise DataError(
+            f"the generated images have {sides[0]} pixels, the reference's have {sides[1]}; "
+            "take a reference of the same size"
+        )
+
+
+def _warn_of_few_images(metrics: list[str], generated: Features) -> None:
+    for name in metrics:
+        moments = generated.moments.get(METRICS[name].layer)
+        if not METRICS[name].every_sample and moments.count < len(moments.mean):
+            say(
+                f"{name} of {moments.count} images, fewer than the {len(moments.mean)} features: it comes "
+                "out too high, and compares with figures of the same number of images alone"
+            )
+
+
+def extract(
     images: Images,
-    extractor: Inception,
-    metrics: list[str],
+    extractor: nn.Module,
     folder: Path,
     batch_size: int,
     accelerator: Accelerator,
     title: str,
-) -> Features:
-    """Features of a set, from files where they are there already."""
+    export: Export | None = None,
+) -> Path:
+    """Writes the features of a set that are not there already, by all processes; returns their folder."""
     folder = folder / features_key(images, extractor)
     extract_features(
         images,
         extractor,
-        LAYERS,
+        extractor.layers,
         folder,
         batch_size,
         accelerator.device,
@@ -105,33 +169,55 @@ def _features(
         accelerator.num_processes,
         accelerator.wait_for_everyone,
         title,
+        export,
     )
+    return folder
+
+
+def read_reference(
+    images: Images, extractor: nn.Module, metrics: list[str], batch_size: int, accelerator: Accelerator
+) -> Features:
+    """Features of real images, from the cache; each set's are kept under a key of its content."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iwin-dit" / "references"
+    folder = extract(images, extractor, cache, batch_size, accelerator, "reference")
     return read_features(folder, len(images), metrics)
 
 
-def _cache() -> Path:
-    """Where features of references are kept; each under a key of its content and of the extractor's."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iwin-dit" / "references"
+def open_reference(location: str | None, metrics: list[str], extractor: str) -> Images | Path | None:
+    """Images, clips or a file of statistics; None where no metric needs one.
 
-
-def _reference(location: str | None, metrics: list[str]) -> Images | Path | None:
-    """Images, or a file of statistics; None where no metric needs one."""
+    Args:
+        extractor: as ``--extractor`` names it; ``i3d:FILE`` takes clips.
+    """
     needing = [name for name in metrics if METRICS[name].needs_reference]
     if location is None:
         if needing:
             raise ConfigError(f"{', '.join(needing)} compares with real images: give --reference")
         return None
     path = Path(location)
-    if path.suffix == ".npz" and zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist():
+    if path.suffix == ".npz" and _holds(path, "mu.npy"):
         return path
-    return open_images(location)
+    return open_set(location, extractor)
+
+
+def open_set(location: str, extractor: str) -> Images:
+    """Clips for an extractor of clips; images for the others."""
+    return open_clips(location) if extractor.startswith("i3d:") else open_images(location)
+
+
+def _holds(path: Path, name: str) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return name in archive.namelist()
+    except BROKEN_NPZ:  # to be told when it is read
+        return False
 
 
 def _describe(reference: Images | Path | None) -> dict[str, Any] | None:
     if reference is None:
         return None
     if isinstance(reference, Path):
-        return {"statistics": str(reference)}
+        return {"statistics": str(reference), "sha256": files.fingerprint(reference)["sha256"]}
     return reference.description | {"sha256": reference.fingerprint}
 
 
@@ -140,7 +226,14 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
     path = Path(arguments.generated)
     is_model = any((path / name).is_file() for name in ("config.yaml", "model_index.json"))
     if path.exists() and not is_model:
-        return open_images(arguments.generated)
+        for name in ("save_images", "sweep"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is for what a model draws; {path} holds images already"
+                )
+        return open_set(arguments.generated, arguments.extractor)
+    if arguments.extractor.startswith("i3d:"):
+        raise ConfigError(f"{arguments.generated} draws images, i3d compares clips; give a folder of clips")
     pipeline = load_pipeline(arguments.generated, device)
     options = dict(
         num_inference_steps=arguments.steps,

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from iwin_dit.evaluation.rules import chosen_metrics
 from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
 
@@ -25,7 +26,11 @@ def check(config: Config) -> None:
     _check_data(config.data)
     check_ema(config.ema)
     check_train(config)
-    if config.train.evaluate_every_steps and config.evaluation.reference is None:
+    asked = config.evaluation
+    names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
+    if asked.extractor.startswith("i3d:"):
+        raise ConfigError("evaluation.extractor i3d compares clips, which this model does not draw")
+    if config.train.evaluate_every_steps and config.evaluation.reference is None and names != ["is"]:
         raise ConfigError(
             f"train.evaluate_every_steps is {config.train.evaluate_every_steps}, but evaluation.reference is "
             "not set: give a folder of real images, or an .npz of them or of their statistics"

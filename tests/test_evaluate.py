@@ -1,46 +1,53 @@
-"""evaluate_fid.py: figures of folders, files, statistics and samples; repeated, interrupted and swept."""
+"""evaluate_fid.py: figures of folders, files, statistics and samples; repeated, interrupted and swept.
 
+All but the slow tests have a stub in Inception's place; :mod:`test_metrics` has Inception itself.
+"""
+
+import gc
 import json
+import re
 import shutil
 import signal
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_pipeline, run, start
-from PIL import Image
+import torch
+from conftest import run, start
+from evaluation_stub import COUNT, Stub, frechet_of_few, make_sets
+from torch import nn
 
+from iwin_dit import build_evaluation
+from iwin_dit.evaluation import evaluate as chunks
+from iwin_dit.evaluation.export import NpzFile, PngFolder
 from iwin_dit.evaluation.extractors import Inception
-from iwin_dit.evaluation.images import FolderImages
-from iwin_dit.evaluation.metrics import Features
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan
+from iwin_dit.evaluation.metrics import Features, compute
 
-COUNT = 12
 TWO_PROCESSES = (
     *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
     *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
+DRAWN = ("--num-images", 12, "--steps", 1)
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two folders of 16 x 16 pixels, and a pipeline that draws such images."""
-    root = tmp_path_factory.mktemp("sets")
-    rng = np.random.default_rng(0)
-    for name, low in (("real", 0), ("other", 80)):
-        (root / name).mkdir()
-        for i in range(COUNT):
-            pixels = rng.integers(low, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    pipeline = make_pipeline()
-    export_pipeline(pipeline, root / "pipeline", {})
-    return root
+    return make_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture
-def evaluate(sets, inception_weights, tmp_path, monkeypatch, script_here):
+def stub(monkeypatch):
+    monkeypatch.setattr(build_evaluation, "Inception", Stub)
+    monkeypatch.setattr(gc, "collect", lambda: None)  # which script_here does for a run's lock: here is none
+    monkeypatch.setattr(build_evaluation, "use_all_cores", lambda processes: None)  # for so little
+
+
+@pytest.fixture
+def evaluate(sets, tmp_path, monkeypatch, script_here):
     """``evaluate(generated, *arguments) -> (figures, result)``."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -51,65 +58,211 @@ def evaluate(sets, inception_weights, tmp_path, monkeypatch, script_here):
         return result["figures"], result
 
     def command(generated, *arguments):
-        return (
-            *("--generated", generated, "--reference", sets / "real", "--out", tmp_path / "result.json"),
-            *("--inception-weights", inception_weights, *arguments),
-        )
+        files = ("--reference", sets / "real", "--out", tmp_path / "result.json")
+        return ("--generated", generated, *files, *arguments)
 
     call.command = command
     return call
 
 
-def test_folders_files_and_statistics_give_the_same_figures(sets, evaluate, inception_weights, tmp_path):
+def test_folders_files_and_statistics_give_the_same_figures(sets, evaluate, stub, tmp_path):
     expected, result = evaluate("other", "--metrics", "fid,sfid,kid,is,pr")
     assert set(expected) == {"fid", "sfid", "kid", "kid_std", "is", "is_std", "precision", "recall"}
     assert result["generated"]["sha256"] == FolderImages(sets / "other").fingerprint
-    assert result["extractor"]["name"].startswith("inception-"), "random weights are not called Inception"
+    assert result["extractor"]["name"] == Stub.name
+    both = [Stub()(FolderImages(sets / name).read(0, COUNT)) for name in ("other", "real")]
+    for metric, layer in (("fid", "pool"), ("sfid", "spatial")):  # of 12 samples of 8 and of 32 features
+        assert expected[metric] == pytest.approx(frechet_of_few(*(f[layer] for f in both)), rel=1e-6)
 
     images = FolderImages(sets / "other").read(0, COUNT).movedim(1, -1).numpy()
     np.savez(sets / "other.npz", images)
-    found, _ = evaluate("other.npz", "--metrics", "fid,kid", "--batch-size", 7)
-    assert found == pytest.approx({k: expected[k] for k in ("fid", "kid", "kid_std")}, rel=1e-6)
+    found, _ = evaluate("other.npz", "--metrics", "fid,sfid,kid,is,pr", "--batch-size", 7)
+    assert found == pytest.approx(expected, rel=1e-6)
 
     features = Features(["fid", "sfid"])
-    features.add(Inception(inception_weights)(FolderImages(sets / "real").read(0, COUNT)))
+    features.add(both[1])
     pool, spatial = features.moments["pool"], features.moments["spatial"]
     statistics = dict(mu=pool.mean, sigma=pool.covariance, mu_s=spatial.mean, sigma_s=spatial.covariance)
     np.savez(tmp_path / "statistics.npz", **statistics)
-    found, _ = evaluate("other", "--reference", tmp_path / "statistics.npz", "--metrics", "fid,sfid")
+    found, result = evaluate("other", "--reference", tmp_path / "statistics.npz", "--metrics", "fid,sfid")
+    assert len(result["reference"]["sha256"]) == 64
     assert found == pytest.approx({k: expected[k] for k in ("fid", "sfid")}, rel=1e-6)
-
-    # the folder changes: what was kept of it is not used
-    again, _ = evaluate("real", "--metrics", "fid")
-    assert abs(again["fid"]) < 1e-6 * expected["fid"]
-    shutil.copytree(sets / "real", tmp_path / "changed")
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "changed" / "00.png")
-    changed, _ = evaluate("real", "--reference", tmp_path / "changed", "--metrics", "fid")
-    assert changed["fid"] > 1e-3 * expected["fid"]
+    assert abs(evaluate("real")[0]["fid"]) < 1e-6 * expected["fid"]
 
 
-def test_samples_are_evaluated_and_repeated(evaluate, script_here, tmp_path):
-    options = ("--num-images", 12, "--steps", 2, "--metrics", "fid,is")
+def test_samples_do_not_depend_on_the_batch_and_are_repeated(
+    evaluate, stub, script_here, tmp_path, monkeypatch
+):
+    """The pipeline in float64: in float32, batches round a value in 10^5 to the next of the 256 levels."""
+    load = build_evaluation.load_pipeline
+    monkeypatch.setattr(build_evaluation, "load_pipeline", lambda *a: load(*a).to(torch.float64))
+    options = (*DRAWN, "--metrics", "fid,sfid,kid,is,pr")
     expected, result = evaluate("pipeline", *options)
-    for batch in (5,):
+    for batch in (1, 7):
         found, _ = evaluate("pipeline", *options, "--batch-size", batch)
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert found == pytest.approx(expected, rel=1e-6), batch
+    assert result["arguments"]["batch_size"] == 64
     assert result["generated"]["images"] == 12
     assert result["generated"]["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert len(result["generated"]["weights_sha256"]) == 64
 
     code, output = script_here("evaluate_fid.py", "--repeat", tmp_path / "result.json")
-    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in output.splitlines() if "|" in line}
     assert code == 0, output
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in output.splitlines() if "|" in line}
     assert [float(cell) for cell in rows["again"]] == pytest.approx(
-        [float(cell) for cell in rows["stored"]], rel=1e-5
+        [float(cell) for cell in rows["stored"]], rel=1e-6
     )
-    evaluate("pipeline", *options, "--sweep", "guidance_scale=1,2")
+    assert len(rows["again"]) == len(expected)
+    assert float(re.search(r"largest relative difference (\S+)", output)[1]) < 1e-6
+    assert "has changed" not in output
+
+    stored = json.loads((tmp_path / "result.json").read_text())
+    stored["figures"]["fid"] *= 2
+    stored["generated"]["sha256"] = "of another model"
+    (tmp_path / "result.json").write_text(json.dumps(stored))
+    code, output = script_here("evaluate_fid.py", "--repeat", tmp_path / "result.json")
+    assert code == 0, output
+    assert "the generated has changed: its hash is another" in output
+    assert "largest relative difference 5.0e-01" in output
+
+
+def test_a_sweep_is_an_evaluation_per_value(evaluate, stub, tmp_path):
+    expected, _ = evaluate("pipeline", *DRAWN, "--metrics", "fid,is")
+    sweep = ("--sweep", "guidance_scale=1,2", "--save-images", tmp_path / "drawn")
+    evaluate("pipeline", *DRAWN, "--metrics", "fid,is", *sweep)
     assert (tmp_path / "result.png").stat().st_size > 5000
     swept = [json.loads((tmp_path / f"result.guidance_scale-{v}.json").read_text()) for v in ("1.0", "2.0")]
-    assert swept[0]["figures"] == pytest.approx(expected, rel=1e-5)
+    assert swept[0]["figures"] == pytest.approx(expected, rel=1e-6)
     assert swept[1]["generated"]["guidance_scale"] == 2
     assert swept[1]["figures"] != swept[0]["figures"]
+    one, two = (FolderImages(tmp_path / f"drawn.guidance_scale-{v}").read(0, 12) for v in ("1.0", "2.0"))
+    assert not torch.equal(one, two)
+
+
+def test_images_are_saved_as_they_were_evaluated(evaluate, stub, tmp_path, monkeypatch):
+    """In chunks of five; stopped in the second one; then once more, which keeps what is there."""
+    metrics = ("--metrics", "fid,sfid,kid,is,pr")
+    expected, _ = evaluate("pipeline", *DRAWN, *metrics)
+    monkeypatch.setattr(chunks, "CHUNK", 5)
+    forward, seen = Stub.forward, []
+
+    def stopping(self, images):
+        seen.append(len(images))
+        if len(seen) > allowed:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(Stub, "forward", stopping)
+    for target in (tmp_path / "drawn", tmp_path / "drawn.npz"):
+        save = ("--save-images", target)
+        seen.clear()
+        allowed = 2  # of the second chunk's three batches of two, but one
+        with pytest.raises(AssertionError, match="interrupted"):
+            evaluate("pipeline", *DRAWN, *metrics, *save, "--batch-size", 3)
+        assert sum(seen[:2]) == 5
+        seen.clear()
+        allowed = 100
+        found, _ = evaluate("pipeline", *DRAWN, *metrics, *save)
+        reference = COUNT * (target.suffix == "")  # of which the features are there the second time
+        assert sum(seen) == 7 + reference, "the first chunk was there"
+        assert found == pytest.approx(expected, rel=1e-6)
+        found, _ = evaluate(target, *metrics)
+        assert found == pytest.approx(expected, rel=1e-6)
+    names = [path.name for path in sorted((tmp_path / "drawn").iterdir())]
+    assert names == [*(f"{i:06d}.png" for i in range(12)), "recipe.json"]
+    drawn, packed = FolderImages(tmp_path / "drawn"), NpzImages(tmp_path / "drawn.npz")
+    assert torch.equal(drawn.read(0, 12), packed.read(0, 12))
+    assert np.load(tmp_path / "drawn.npz")["arr_0"].shape == (12, 16, 16, 3)
+
+    # a rerun writes what is missing, and leaves the rest
+    before = {path: path.stat().st_mtime_ns for path in drawn.paths}
+    drawn.paths[7].unlink()
+    evaluate("pipeline", *DRAWN, "--save-images", tmp_path / "drawn")
+    assert torch.equal(FolderImages(tmp_path / "drawn").read(0, 12), packed.read(0, 12))
+    assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [drawn.paths[7]]
+
+
+def test_images_of_several_processes_are_the_same(tmp_path, monkeypatch):
+    def draw(labels, generators):
+        return torch.stack([torch.randint(256, (3, 16, 16), generator=g) for g in generators]).to(torch.uint8)
+
+    monkeypatch.setattr(chunks, "CHUNK", 5)
+    images = SampledImages(draw, label_plan("equal", 23, 3, 0), 0, {})
+    for processes in (1, 3):
+        folder = tmp_path / str(processes)
+        for name in ("pngs", "parts"):
+            (folder / name).mkdir(parents=True)
+        exports = PngFolder(folder / "pngs", 23), NpzFile(folder / "x.npz", 23, folder / "parts")
+        for again in (False, True):
+            if again:  # features are there, but not all images: their chunks are drawn again
+                next((folder / "pngs").glob("*11.png")).unlink()
+                next((folder / "parts").glob("*10.npy")).unlink()
+            for process in range(processes):
+                for export in exports:
+                    work, where = folder / type(export).__name__, ("cpu", process, processes)
+                    chunks.extract_features(images, Stub(), ["pool"], work, 2, *where, export=export)
+        exports[1].finish()
+        assert torch.equal(FolderImages(folder / "pngs").read(0, 23), images.read(0, 23))
+        assert torch.equal(NpzImages(folder / "x.npz").read(0, 23), images.read(0, 23))
+
+
+def test_other_extractors_have_names_of_their_own(sets, evaluate, tmp_path, monkeypatch):
+    """A classifier of the user's, whose features are the mean colours: a distance that is known."""
+
+    class Colours(nn.Module):
+        def forward_features(self, x):
+            return x
+
+        def forward_head(self, x, pre_logits=False):
+            return x.mean((2, 3))
+
+        def get_classifier(self):
+            return nn.Identity()
+
+    loaded = namedtuple("LoadedClassifier", "model image_size mean std sha256")(
+        Colours(), (16, 16), (0.5,) * 3, (0.25,) * 3, "f" * 64
+    )
+    monkeypatch.setattr(
+        build_evaluation, "load_classifier", lambda run: loaded if run == "runs/mine" else None
+    )
+    found, result = evaluate("other", "--extractor", "iwin:runs/mine", "--metrics", "fd,kid,pr")
+    assert list(found) == ["FD (iwin)", "KID (iwin)", "KID_std (iwin)", "precision (iwin)", "recall (iwin)"]
+    assert result["extractor"]["sha256"] == "f" * 64
+    colours = Features(["fd"]), Features(["fd"])
+    for features, name in zip(colours, ("other", "real"), strict=True):
+        pixels = FolderImages(sets / name).read(0, COUNT).double()
+        features.add({"pool": (pixels.mean((2, 3)) / 255 - 0.5) / 0.25})
+    assert found["FD (iwin)"] == pytest.approx(compute(["fd"], *colours)["fd"], rel=1e-5)
+    default, result = evaluate("other", "--extractor", "iwin:runs/mine")
+    assert list(default) == ["FD (iwin)"]
+    assert result["arguments"]["metrics"] == "fd"
+
+
+def test_clips_are_compared_by_an_extractor_of_clips(sets, evaluate, tmp_path, monkeypatch):
+    class Motion(nn.Module):
+        name, sha256, preprocessing, layers = "i3d", "0" * 64, "none", ("logits",)
+
+        def __init__(self, weights):
+            super().__init__()
+
+        def forward(self, clips):
+            x = clips.float().mean((3, 4)) / 255
+            return {"logits": torch.cat([x.mean(2), (x[:, :, 1:] - x[:, :, :-1]).mean(2)], 1)}
+
+    monkeypatch.setattr(build_evaluation, "I3D", Motion)
+    rng = np.random.default_rng(0)
+    clips = {
+        name: rng.integers(low, 256, (12, 4, 8, 8, 3), dtype=np.uint8) for name, low in (("a", 0), ("b", 99))
+    }
+    for name, pixels in clips.items():
+        np.savez(tmp_path / f"{name}.npz", pixels)
+    chosen = ("--extractor", "i3d:weights.pt", "--reference", tmp_path / "b.npz")
+    found, _ = evaluate(tmp_path / "a.npz", *chosen)
+    features = []
+    for name in ("a", "b"):
+        x = clips[name].astype(np.float64).mean((2, 3)) / 255
+        features.append(torch.from_numpy(np.concatenate([x.mean(1), (x[:, 1:] - x[:, :-1]).mean(1)], 1)))
+    assert found == {"FVD (i3d)": pytest.approx(frechet_of_few(*features), rel=1e-4)}
 
 
 @pytest.mark.slow
@@ -144,39 +297,16 @@ def test_an_interrupted_evaluation_goes_on(sets, evaluate, inception_weights, tm
     stored = json.loads((tmp_path / "killed.json").read_text())["figures"]["fid"]
     reference = Features(["fid"])
     reference.add({"pool": extractor(FolderImages(sets / "real").read(0, COUNT))["pool"]})
-    from iwin_dit.evaluation.metrics import compute
-
     assert stored == pytest.approx(compute(["fid"], whole, reference)["fid"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_figures(evaluate, sets, tmp_path):
-    options = ("--num-images", 12, "--steps", 2, "--metrics", "fid,kid,is")
-    one, _ = evaluate("pipeline", *options)
-    command = evaluate.command(sets / "pipeline", *options)
+def test_two_processes_give_the_same_figures(evaluate, sets, inception_weights, tmp_path):
+    options = (*DRAWN, "--metrics", "fid,kid,is", "--inception-weights", inception_weights)
+    one, _ = evaluate("pipeline", *options, "--save-images", tmp_path / "one.npz")
+    shutil.rmtree(tmp_path / "cache")
+    command = evaluate.command(sets / "pipeline", *options, "--save-images", tmp_path / "two.npz")
     run("evaluate_fid.py", *command, launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     two = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert two == pytest.approx(one, rel=1e-6)
-
-
-def test_mistakes_are_one_line(sets, inception_weights, tmp_path, script_here):
-    weights = ("--inception-weights", inception_weights, "--out", tmp_path / "x.json")
-    (tmp_path / "large").mkdir()
-    for i in range(3):
-        Image.new("RGB", (20, 20)).save(tmp_path / "large" / f"{i}.png")
-    np.savez(tmp_path / "objects.npz", mu=np.array([print], dtype=object), sigma=np.zeros(1))
-    real = ("--generated", sets / "real", *weights)
-    for arguments, message in (
-        (("--generated", sets / "real", "--metrics", "fod"), "--metrics has fod, expected some of fid, sfid"),
-        ((*real, "--metrics", "kid"), "kid compares with real images: give --reference"),
-        ((*real, "--reference", tmp_path / "large"), "have (16, 16) pixels, the reference's have (20, 20)"),
-        ((*real, "--reference", tmp_path / "nothing"), "is neither a folder of images nor an .npz file"),
-        ((*real, "--reference", tmp_path / "objects.npz"), "does not hold statistics mu and sigma"),
-        ((*real, "--reference", sets / "real", "--inception-weights", tmp_path / "no.pth"), "is not there"),
-        ((), "--generated is missing"),
-    ):
-        code, output = script_here("evaluate_fid.py", *arguments)
-        assert code == 2, output
-        assert message in output
-        assert output.count("error: ") == 1
-        assert "Traceback" not in output
+    assert NpzImages(tmp_path / "one.npz").fingerprint == NpzImages(tmp_path / "two.npz").fingerprint

@@ -1,31 +1,38 @@
 """From two sets of images to figures, on any number of processes, in constant memory, resumable.
 
 A set is cut into chunks of :data:`CHUNK` images; chunk c is made by process ``c mod P`` and its features are
-written to a file. The main process then reads the files in order: so the figures depend neither on the number
-of processes nor on interruptions, and no more than a chunk is ever in memory.
+written to a file, with a hash that tells whether they are still what was written. The main process then
+reads the files in order: so the figures depend neither on the number of processes nor on interruptions, and
+no more than a chunk is ever in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from iwin_dit.evaluation.export import Export
 from iwin_dit.evaluation.frechet import Moments
-from iwin_dit.evaluation.images import Images
+from iwin_dit.evaluation.images import BROKEN_NPZ, Images
 from iwin_dit.evaluation.metrics import METRICS, Features
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
 
 CHUNK = 256
-STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names
+STATISTICS = {
+    "pool": ("mu", "sigma"),
+    "logits": ("mu", "sigma"),
+    "spatial": ("mu_s", "sigma_s"),
+}  # ADM's names
 
 
 def extract_features(
@@ -39,15 +46,17 @@ def extract_features(
     num_processes: int = 1,
     wait: Callable[[], None] = lambda: None,
     title: str = "features",
+    export: Export | None = None,
 ) -> None:
-    """Writes ``folder/chunk-00000.safetensors``, ...: those that are missing.
+    """Writes ``folder/chunk-00000.safetensors``, ...: those that are missing, or not as they were written.
 
     Args:
         images: what to look at.
-        extractor: ``extractor(uint8 images) -> {layer: (B, D)}``, on the device.
+        extractor: see :mod:`iwin_dit.evaluation.extractors`; on the device.
         layers: what to keep.
         batch_size: images of one forward pass.
         wait: a barrier for all processes.
+        export: where the images go too; a chunk whose images are not there is made again.
 
     Raises:
         DataError: where features are not finite, or an image cannot be read.
@@ -58,10 +67,13 @@ def extract_features(
         for number in range(process, count, num_processes):
             path = chunk_path(folder, number)
             start, stop = number * CHUNK, min(len(images), (number + 1) * CHUNK)
-            if not path.exists():
+            if not (_is_whole(path, layers) and (export is None or export.has(start, stop))):
                 parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+                kept: list[torch.Tensor] = []
                 for first in range(start, stop, batch_size):
                     batch = images.read(first, min(first + batch_size, stop))
+                    if export is not None:
+                        kept.append(batch.cpu())
                     found = extractor(batch.to(device))
                     for layer in layers:
                         parts[layer].append(found[layer].cpu())
@@ -72,7 +84,9 @@ def extract_features(
                         f"images {start} to {stop - 1} of the {title} have features ({bad[0]}) that are not "
                         "finite; look at the model that drew them, or at the extractor"
                     )
-                files.replace(path, save(joined))
+                if export is not None:
+                    export.write(start, torch.cat(kept))
+                files.replace(path, save(joined, {"sha256": _digest(path, joined)}))
             bar.update((stop - start) * num_processes)
     wait()
 
@@ -80,6 +94,26 @@ def extract_features(
 def chunk_path(folder: Path, number: int) -> Path:
     """Where the features of a chunk lie."""
     return folder / f"chunk-{number:05d}.safetensors"
+
+
+def _digest(path: Path, features: Mapping[str, torch.Tensor]) -> str:
+    """Of a chunk's features and of where they belong, so that no other chunk's can stand in for them."""
+    digest = hashlib.sha256(f"{path.parent.name}/{path.name}".encode())
+    for layer, tensor in sorted(features.items()):
+        digest.update(f"{layer} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path, layers: Iterable[str]) -> bool:
+    """Whether a chunk is there, with these layers, just as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            names, written = set(file.keys()), file.metadata() or {}
+            features = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError):
+        return False
+    return names >= set(layers) and written.get("sha256") == _digest(path, features)
 
 
 def read_features(folder: Path, images: int, metrics: Iterable[str]) -> Features:
@@ -91,8 +125,10 @@ def read_features(folder: Path, images: int, metrics: Iterable[str]) -> Features
 
 
 def features_key(images: Images, extractor: Any) -> str:
-    """What features depend on: the images' content and the extractor's weights."""
-    content = json.dumps([1, extractor.name, extractor.sha256, images.fingerprint])
+    """What files of features depend on: the images, the extractor's weights and how it prepares images."""
+    content = json.dumps(
+        [2, CHUNK, extractor.name, extractor.sha256, extractor.preprocessing, images.fingerprint]
+    )
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -113,11 +149,12 @@ def stored_statistics(path: Path, metrics: Iterable[str]) -> Features:
         with np.load(path) as archive:
             for layer in features.layers:
                 mean, covariance = (np.asarray(archive[key], np.float64) for key in STATISTICS[layer])
-                if covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
-                    raise ValueError(f"a covariance of shape {covariance.shape} beside {len(mean)} means")
-                features.moments[layer] = Moments(
-                    2, mean, covariance
-                )  # of two samples: scatter is covariance
-    except (OSError, KeyError, ValueError) as error:
+                if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+                    raise ValueError(f"a covariance of shape {covariance.shape} beside means {mean.shape}")
+                if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                    raise ValueError("they are not finite")
+                # of two samples: scatter is covariance
+                features.moments[layer] = Moments(2, mean, covariance)
+    except BROKEN_NPZ as error:
         raise DataError(f"{path} does not hold statistics mu and sigma: {error}") from None
     return features

@@ -1,16 +1,22 @@
 """Networks that turn images into the features that metrics compare.
 
-An extractor is called with uint8 images ``(B, 3, H, W)`` and returns ``{layer: (B, D)}`` in float32.
+An extractor is called with uint8 images ``(B, 3, H, W)`` and returns ``{layer: (B, D)}`` in float32, for each
+of its ``layers``. What its features depend on are its ``name``, ``sha256`` and ``preprocessing``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from iwin_dit.convert import load_official
@@ -19,6 +25,12 @@ from iwin_dit.runtime.errors import CheckpointError
 # of torch-fidelity's file, whose name holds the first eight digits: the network that FID is defined by
 INCEPTION_SHA256_PREFIX = "6726825d"
 SPATIAL_CHANNELS = 7  # of 17 x 17 features, as ADM's evaluator takes them for sFID: D = 2,023
+
+URL_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
+DINOV2_SIZE, DINOV2_PATCH = 224, 14  # pixels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIZED = "bicubic as Pillow resizes"
 
 
 class Inception(nn.Module):
@@ -34,26 +46,23 @@ class Inception(nn.Module):
         CheckpointError: where it is not there, or not that network.
     """
 
+    layers = ("pool", "logits", "spatial")
+    preprocessing = "299 x 299, bilinear as TensorFlow 1 resizes; (x - 128) / 128"
+
     def __init__(self, weights: Path | None = None):
         super().__init__()
-        path = _download() if weights is None else weights
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is not there; expected Inception's weights, from {URL_INCEPTION_V3}"
-            )
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        hint = "--inception-weights FILE"
+        path = _download(URL_INCEPTION_V3, INCEPTION_SHA256_PREFIX, "Inception's", hint, weights)
+        # tensors alone: then torch-fidelity, which would unpickle all, may read it too
+        self.sha256, _ = _read(path, "Inception's", URL_INCEPTION_V3)
         published = self.sha256.startswith(INCEPTION_SHA256_PREFIX)
         self.name = "inception" if published else f"inception-{self.sha256[:8]}"
         try:
-            load_official(
-                path
-            )  # tensors alone: then torch-fidelity, which would unpickle all, may read it too
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except Exception as error:  # torch.load raises many kinds
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} does not hold Inception's weights: {reason}") from None
+        except Exception as error:  # whatever tensors of another network lead to
+            raise _not_weights(path, "Inception's", error) from None
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -66,16 +75,157 @@ class Inception(nn.Module):
         return {"pool": pool, "logits": logits, "spatial": self._spatial.float()}
 
 
-def _download() -> Path:
-    """torch-fidelity's file, in PyTorch's own cache, its hash checked while it comes."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+def vit_large() -> nn.Module:
+    """The architecture of DINOv2 ViT-L/14 without registers, for 224 x 224 pixels: 303 M parameters."""
+    return timm.create_model(
+        "vit_large_patch14_dinov2", pretrained=False, img_size=DINOV2_SIZE, num_classes=0
+    )
+
+
+class DINOv2(nn.Module):
+    """DINOv2 ViT-L/14 (Oquab et al. 2023), for FD-DINOv2 as Stein et al. 2023 define it ("Exposing flaws of
+    generative model evaluation metrics and their unfair treatment of diffusion models"; ``dgm-eval``).
+
+    Layer: ``pool`` (B, 1024), the class token after the last normalisation, of images at 224 x 224.
+
+    ``torch.hub.load`` of the original repository would run code that was just downloaded; here the
+    architecture is timm's and only tensors are read from the original file.
+
+    Args:
+        weights: ``dinov2_vitl14_pretrain.pth``. Default: from its address, once.
+        build: makes the architecture, for 224 x 224 pixels.
+
+    Raises:
+        CheckpointError: where it is not there, or not that network.
+    """
+
+    layers = ("pool",)
+    preprocessing = f"224 x 224, {RESIZED}; ImageNet's mean and deviation"
+
+    def __init__(self, weights: Path | None = None, build: Callable[[], nn.Module] | None = None):
+        super().__init__()
+        path = _download(URL_DINOV2, DINOV2_SHA256, "DINOv2's", "--extractor dinov2:FILE", weights)
+        self.sha256, state = _read(path, "DINOv2's", URL_DINOV2)
+        self.name = "dinov2" if self.sha256 == DINOV2_SHA256 else f"dinov2-{self.sha256[:8]}"
+        with torch.device("meta"):
+            self.network = (build or vit_large)().eval().requires_grad_(False)
         try:
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX)
-        except (OSError, RuntimeError) as error:
+            state.pop("mask_token", None)  # of training alone
+            state["pos_embed"] = resize_positions(state["pos_embed"], DINOV2_SIZE // DINOV2_PATCH)
+            self.network.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
+        except Exception as error:  # whatever another file leads to
+            raise _not_weights(path, "DINOv2's", error) from None
+        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"pool": self.network(self.normalize(resize(images, (DINOV2_SIZE, DINOV2_SIZE))))}
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """DINOv2's position embedding ``(1, 1 + n n, D)`` for ``grid x grid`` patches, as its own code makes it.
+
+    Bicubic without antialiasing, by the factor ``(grid + 0.1) / n`` and not by the size: the weights were
+    trained with that (``interpolate_pos_encoding`` of DINOv2, ``interpolate_offset`` 0.1).
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    if side == grid:
+        return positions
+    patches = positions[:, 1:].float().unflatten(1, (side, side)).movedim(-1, 1)  # (1, D, n, n)
+    factor = (grid + 0.1) / side
+    patches = functional.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], 1)
+
+
+class Classifier(nn.Module):
+    """A classifier of the user's own, in the interface of timm, for figures named "FD (iwin)".
+
+    Layers: ``pool``, the features before its last layer; ``logits``, of its classes.
+
+    Args:
+        model: with ``forward_features``, ``forward_head(x, pre_logits=True)`` and ``get_classifier()``.
+        image_size: (H, W) that it takes; images of another size are resized.
+        mean, std: of each colour, of values in [0, 1].
+        sha256: of its weights.
+    """
+
+    layers = ("pool", "logits")
+    name = "iwin"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        sha256: str,
+    ):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.image_size, self.sha256 = (int(image_size[0]), int(image_size[1])), sha256
+        self.normalize = Normalize(mean, std)
+        size = " x ".join(map(str, self.image_size))
+        self.preprocessing = f"{size}, {RESIZED}; mean {list(mean)}, deviation {list(std)}"
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.model.forward_features(self.normalize(resize(images, self.image_size)))
+        pool = self.model.forward_head(x, pre_logits=True)
+        return {"pool": pool.float(), "logits": self.model.get_classifier()(pool).float()}
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images ``(B, 3, H, W)`` in 0..255 as float32 of another size, by Pillow's bicubic, on any device.
+
+    Pillow resizes rows, then columns, and rounds to 8 bits after each.
+    """
+    x = images.float()
+    for sides in ((x.shape[2], size[1]), size):
+        if tuple(x.shape[2:]) != sides:
+            x = functional.interpolate(x, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return x
+
+
+class Normalize(nn.Module):
+    """``(x / 255 - mean) / std`` of each colour, for ``(B, 3, H, W)`` in 0..255."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).float().view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 255 - self.mean) / self.std
+
+
+def _read(path: Path, whose: str, url: str) -> tuple[str, Any]:
+    """The SHA-256 and the tensors of a file of weights."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there; expected {whose} weights, from {url}")
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256, load_official(path)
+    except Exception as error:  # torch.load raises many kinds
+        raise _not_weights(path, whose, error) from None
+
+
+def _not_weights(path: Path, whose: str, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CheckpointError(f"{path} does not hold {whose} weights: {reason:.300}")
+
+
+def _download(url: str, sha256: str, whose: str, option: str, given: Path | None) -> Path:
+    """The given file; else the published one, in PyTorch's own cache, its hash checked as it comes."""
+    if given is not None:
+        return given
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise CheckpointError(
-                f"Inception's weights cannot be fetched ({error}); get {URL_INCEPTION_V3} and give "
-                "--inception-weights FILE"
+                f"{whose} weights cannot be fetched ({error}); get {url} and give {option}"
             ) from None
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,21 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from iwin_dit.data.images import decode_image
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.seeds import generator
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# what zipfile and numpy raise for files that are not whole, encrypted, no .npz, or hold objects
+BROKEN_NPZ = (
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Images(Protocol):
@@ -63,9 +75,7 @@ class FolderImages:
         return len(self.paths)
 
     def read(self, start: int, stop: int) -> Tensor:
-        images = [
-            pil_to_tensor(decode_image(path.read_bytes(), str(path))) for path in self.paths[start:stop]
-        ]
+        images = [pil_to_tensor(decode_image(_read(path), str(path))) for path in self.paths[start:stop]]
         first = self._size
         for path, image in zip(self.paths[start:stop], images, strict=True):
             if image.shape[1:] != first:
@@ -77,15 +87,22 @@ class FolderImages:
 
     @cached_property
     def _size(self) -> torch.Size:
-        return pil_to_tensor(decode_image(self.paths[0].read_bytes(), str(self.paths[0]))).shape[1:]
+        return pil_to_tensor(decode_image(_read(self.paths[0]), str(self.paths[0]))).shape[1:]
 
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(os.fsencode(path.relative_to(self.folder)))
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(hashlib.sha256(_read(path)).digest())
         return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore or remove it") from None
 
 
 class NpzImages:
@@ -103,9 +120,9 @@ class NpzImages:
             with self._open() as file:
                 self.shape, fortran, dtype = _npy_header(file)
                 self._start = file.tell()
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except BROKEN_NPZ as error:
             raise DataError(f"{path} is no .npz with images in arr_0: {error}") from None
-        if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3:
+        if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
             raise DataError(
                 f"{path} holds {dtype} of shape {self.shape} in arr_0, expected uint8 (N, height, width, 3)"
             )
@@ -119,9 +136,12 @@ class NpzImages:
 
     def read(self, start: int, stop: int) -> Tensor:
         size = int(np.prod(self.shape[1:]))
-        with self._open() as file:
-            file.seek(self._start + start * size)
-            data = file.read((stop - start) * size)
+        try:
+            with self._open() as file:
+                file.seek(self._start + start * size)
+                data = file.read((stop - start) * size)
+        except BROKEN_NPZ as error:
+            raise DataError(f"{self.path} is broken at image {start} or after it: {error}") from None
         if len(data) != (stop - start) * size:
             raise DataError(f"{self.path} ends within image {start + len(data) // size}; get it again")
         images = np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
@@ -186,7 +206,14 @@ def label_plan(plan: str, num_images: int, num_classes: int, seed: int) -> list[
 
     Args:
         plan: ``equal``: the classes in turn, so that each has as many; ``uniform``: drawn at random.
+
+    Raises:
+        ConfigError: where it is empty.
     """
+    if num_images < 1 or num_classes < 1:
+        raise ConfigError(
+            f"there is nothing to draw: {num_images} images of {num_classes} classes; each must be 1 or more"
+        )
     if plan == "equal":
         return [i % num_classes for i in range(num_images)]
     return torch.randint(num_classes, (num_images,), generator=generator(seed, "labels")).tolist()

@@ -1,4 +1,4 @@
-"""From features to figures: FID and sFID by our own distance; KID, IS, precision, recall by torch-fidelity.
+"""From features to figures: Frechet distances by our own code; KID, IS, precision, recall by torch-fidelity.
 
 Legend: N generated, M real samples.
 """
@@ -21,19 +21,24 @@ KID_SUBSET = 1000  # samples of each of 100 random subsets
 
 
 class Metric(NamedTuple):
-    """The layer that a metric compares, and whether it needs every sample's features, or moments alone."""
+    """The layer that a metric compares; whether it needs every sample's features, or moments alone; whether
+    real images; and how many on each side at least.
+    """
 
     layer: str
     every_sample: bool
     needs_reference: bool = True
+    least: int = 2
 
 
 METRICS = {
     "fid": Metric("pool", every_sample=False),
     "sfid": Metric("spatial", every_sample=False),
+    "fd": Metric("pool", every_sample=False),  # FID's formula, of another extractor than Inception
     "kid": Metric("pool", every_sample=True),
-    "is": Metric("logits", every_sample=True, needs_reference=False),
-    "pr": Metric("pool", every_sample=True),
+    "fvd": Metric("logits", every_sample=False),  # of clips, by I3D
+    "is": Metric("logits", every_sample=True, needs_reference=False, least=10),  # one in each of ten parts
+    "pr": Metric("pool", every_sample=True, least=5),  # beyond three neighbours and the sample itself
 }
 
 
@@ -63,25 +68,37 @@ class Features:
         return torch.cat(self.whole[layer])
 
 
+def check_counts(metrics: Iterable[str], generated: int, real: int | None) -> None:
+    """Whether there are images enough; ``real`` is None where there are none, or statistics.
+
+    Raises:
+        DataError: where there are too few for one of the metrics.
+    """
+    for name in metrics:
+        metric = METRICS[name]
+        both = metric.needs_reference and real is not None
+        if min(generated, real if both else generated) < metric.least:
+            found = f"on each side, found {generated} and {real}" if both else f"found {generated}"
+            raise DataError(f"{name} needs {metric.least} images or more{' ' if both else ', '}{found}")
+
+
 def compute(metrics: Iterable[str], generated: Features, real: Features | None) -> dict[str, float]:
     """The figures, by name.
 
     Raises:
-        DataError: where there are too few samples for one.
+        DataError: where there are too few samples for one; see :func:`check_counts`.
     """
     figures: dict[str, float] = {}
     for name in metrics:
         layer = METRICS[name].layer
-        if name in ("fid", "sfid"):
+        if not METRICS[name].every_sample:
             a, b = generated.moments[layer], real.moments[layer]
-            if min(a.count, b.count) < 2:
-                raise DataError(
-                    f"{name} needs two images or more on each side, found {a.count} and {b.count}"
-                )
+            check_counts([name], a.count, b.count)
             figures[name] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
             continue
         own = generated.all(layer)
         if name == "is":
+            check_counts([name], len(own), None)
             found = isc_features_to_metric(own)
             figures["is"], figures["is_std"] = (
                 found["inception_score_mean"],
@@ -89,16 +106,13 @@ def compute(metrics: Iterable[str], generated: Features, real: Features | None) 
             )
             continue
         others = real.all(layer)
+        check_counts([name], len(own), len(others))
         if name == "kid":
             size = min(KID_SUBSET, len(own), len(others))
             found = kid_features_to_metric(own, others, kid_subset_size=size, verbose=False)
             figures["kid"] = found["kernel_inception_distance_mean"]
             figures["kid_std"] = found["kernel_inception_distance_std"]
         else:
-            if min(len(own), len(others)) < 5:
-                raise DataError(
-                    f"precision and recall need five images or more, found {len(own)}, {len(others)}"
-                )
             found = prc_features_to_metric(own, others, save_cpu_ram=True, verbose=False)
             figures["precision"], figures["recall"] = found["precision"], found["recall"]
     return figures

@@ -23,6 +23,14 @@ def values_of(sweep: str, kinds: Mapping[str, Callable[[str], Any]]) -> tuple[st
         raise ConfigError(f"--sweep is {sweep!r}, expected {expected} with numbers") from None
 
 
+def named(path: str | None, key: str, value: Any) -> str | None:
+    """Where the evaluation of one value writes: ``result.json`` as ``result.guidance_scale-1.5.json``."""
+    if path is None:
+        return None
+    whole = Path(path)
+    return str(whole.with_name(f"{whole.stem}.{key}-{value}{whole.suffix}"))
+
+
 def draw_sweep(key: str, values: Sequence[float], figures: Sequence[Mapping[str, float]], path: Path) -> None:
     """A curve for each metric over the values."""
     import matplotlib
@@ -30,7 +38,7 @@ def draw_sweep(key: str, values: Sequence[float], figures: Sequence[Mapping[str,
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [name for name in figures[0] if not name.endswith("_std")]
+    names = [name for name in figures[0] if "_std" not in name]
     figure, axes = plt.subplots(
         1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False
     )

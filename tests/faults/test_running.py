@@ -159,7 +159,13 @@ def test_a_signal_while_saving_lets_the_checkpoint_be_finished(recipe, train_her
 
 
 def test_a_signal_while_drawing_stops_between_batches(recipe, train_here, tmp_path, monkeypatch):
-    call_at(monkeypatch, build_pipeline.IwinDiTPipeline, "__call__", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    call_at(
+        monkeypatch,
+        build_pipeline.IwinDiTPipeline,
+        "__call__",
+        1,
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
     code, output = train_here("--config", recipe(train={**SHORT, "sample_every_steps": 4}))
     assert code == 143, output
     assert not list((tmp_path / "run" / "samples").iterdir())

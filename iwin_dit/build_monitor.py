@@ -1,0 +1,90 @@
+"""Figures of a generator while it trains: what ``train.evaluate_every_steps`` asks for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from iwin_dit.build_evaluation import (
+    build_extractor,
+    check_fit,
+    drawer,
+    extract,
+    open_reference,
+    read_reference,
+)
+from iwin_dit.build_pipeline import build_pipeline, model_of, sampling_options
+from iwin_dit.config import Config
+from iwin_dit.data.codec import weights_sha256
+from iwin_dit.data.examples import Data
+from iwin_dit.evaluation.evaluate import read_features, stored_statistics
+from iwin_dit.evaluation.images import SampledImages, label_plan
+from iwin_dit.evaluation.metrics import check_counts, compute
+from iwin_dit.evaluation.rules import chosen_metrics, name_figures
+from iwin_dit.training.state import State, full_ema
+
+
+class Stopped(Exception):
+    """The run was asked to stop while images were drawn."""
+
+
+def build_monitor(
+    config: Config, dataset: Data, state: State, accelerator: Accelerator
+) -> Callable[[int, Any], dict[str, float] | None]:
+    """``evaluate(step, stop)``: the figures of the EMA, by all processes together; None where it was stopped.
+
+    Features are kept in ``OUTPUT_DIR/evaluation`` until the figures are there, so that an evaluation that was
+    stopped goes on where it was. Weights and reference are opened now: what is wrong shows before training.
+    """
+    options = config.evaluation
+    if not config.train.evaluate_every_steps:
+        return lambda step, stop: None
+    metrics = chosen_metrics(options.extractor, options.metrics)
+    with accelerator.local_main_process_first():
+        extractor = build_extractor(options.extractor, options.inception_weights).to(accelerator.device)
+    reference = open_reference(options.reference, metrics, options.extractor)
+    real = None if isinstance(reference, Path) else reference
+    check_counts(metrics, options.num_images, None if real is None else len(real))
+    known = stored_statistics(reference, metrics) if isinstance(reference, Path) else None
+    labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
+    folder = Path(config.output_dir) / "evaluation"
+
+    def evaluate(step: int, stop: Any) -> dict[str, float] | None:
+        weights = {name: tensor.to(accelerator.device) for name, tensor in full_ema(state).items()}
+        pipeline = build_pipeline(config, model_of(config, weights), dataset)
+        pipeline.set_progress_bar_config(disable=True)
+        draw = drawer(pipeline, sampling_options(config))
+
+        def draw_unless_stopped(labels: list[int], generators: list[torch.Generator]) -> Tensor:
+            if stop:
+                raise Stopped
+            return draw(labels, generators)
+
+        recipe = sampling_options(config) | {"weights_sha256": weights_sha256(pipeline.transformer)}
+        generated = SampledImages(draw_unless_stopped, labels, options.seed, recipe)
+        stopped = torch.zeros((), device=accelerator.device)
+        try:
+            if real is not None or known is not None:
+                check_fit(generated, real or known, extractor, accelerator.device)
+            own = extract(generated, extractor, folder, options.batch_images, accelerator, "evaluate")
+        except Stopped:
+            stopped += 1
+            accelerator.wait_for_everyone()  # the others do, after their last image
+        if accelerator.reduce(stopped, "sum") > 0:
+            return None
+        other = known
+        if real is not None:
+            other = read_reference(real, extractor, metrics, options.batch_images, accelerator)
+        figures = compute(metrics, read_features(own, len(generated), metrics), other)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        return name_figures(figures, options.extractor.partition(":")[0])
+
+    return evaluate

@@ -1,0 +1,138 @@
+"""What evaluations can be asked for, and stored results; without torch, so that mistakes show at once."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError
+
+EXTRACTORS = {  # the metrics of each; the first is the default
+    "inception": ("fid", "sfid", "kid", "is", "pr"),
+    "dinov2": ("fd", "kid", "pr"),
+    "iwin": ("fd", "kid", "pr"),
+    "i3d": ("fvd",),
+}
+TITLES = {"fd": "FD", "fvd": "FVD", "kid": "KID", "kid_std": "KID_std"}  # of figures that are not Inception's
+MAX_RESULT_BYTES = 1 << 20
+NOT_REPEATED = ("out", "save_images", "repeat", "sweep")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be evaluated; sets ``metrics`` where it is None.
+
+    Raises:
+        ConfigError: with what was given and what was expected.
+    """
+    if arguments.generated is None:
+        raise ConfigError("--generated is missing; see --help")
+    metrics = None if arguments.metrics is None else arguments.metrics.split(",")
+    names = chosen_metrics(arguments.extractor, metrics, arguments.inception_weights)
+    arguments.metrics = ",".join(names)
+    for name in ("num_images", "batch_size", "steps"):
+        if (value := getattr(arguments, name)) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    for name in ("out", "save_images"):
+        path = getattr(arguments, name)
+        if path is not None and not files.can_write(Path(path)):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} {path} cannot be written; take a path in a folder that is yours")
+
+
+def chosen_metrics(
+    extractor: str, metrics: list[str] | None, inception_weights: str | None = None, prefix: str = "--"
+) -> list[str]:
+    """The metrics that an extractor is asked for; without any, its first.
+
+    Args:
+        prefix: of the options' names in an error.
+
+    Raises:
+        ConfigError: where there is no such extractor, or it has no such metric.
+    """
+    kind, colon, source = extractor.partition(":")
+    if kind not in EXTRACTORS or (bool(colon), bool(source)) not in _SOURCES[kind]:
+        raise ConfigError(
+            f"{prefix}extractor is {extractor}, expected inception, dinov2, dinov2:FILE, iwin:RUN or i3d:FILE"
+        )
+    if kind != "inception" and inception_weights is not None:
+        raise ConfigError(
+            f"{prefix}inception-weights is of no use with {prefix}extractor {kind}; leave one of them out"
+        )
+    allowed = EXTRACTORS[kind]
+    for name in metrics or ():
+        if name not in allowed:
+            known = any(name in others for others in EXTRACTORS.values())
+            what = f"{name} is not of {prefix}extractor {kind}" if known else f"{prefix}metrics has {name!r}"
+            raise ConfigError(f"{what}; take some of {', '.join(allowed)}")
+    return list(metrics or allowed[:1])
+
+
+_SOURCES = {  # whether a colon, and something after it, may follow the extractor's name
+    "inception": ((False, False),),
+    "dinov2": ((False, False), (True, True)),
+    "iwin": ((True, True),),
+    "i3d": ((True, True),),
+}
+
+
+def name_figures(figures: Mapping[str, float], kind: str) -> dict[str, float]:
+    """Figures under the names that they are published by: ``fid``, but ``FD (dinov2)``, never FID."""
+    if kind == "inception":
+        return dict(figures)
+    return {f"{TITLES.get(name, name)} ({kind})": value for name, value in figures.items()}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A stored result.
+
+    Raises:
+        ConfigError: where it is missing, is no JSON or has not the parts of a result.
+    """
+    try:
+        result = files.read_json(path, MAX_RESULT_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; give a result of --out") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no result of evaluate_fid.py: {error}") from None
+    parts = [result.get(key) if isinstance(result, dict) else None for key in ("arguments", "figures")]
+    if not all(isinstance(part, dict) and part for part in parts):
+        raise ConfigError(f"{path} is no result of evaluate_fid.py: expected arguments and figures in it")
+    if not all(isinstance(figure, int | float) for figure in result["figures"].values()):
+        raise ConfigError(f"{path} is no result of evaluate_fid.py: its figures are not all numbers")
+    return result
+
+
+def stored_command(result: Mapping[str, Any]) -> list[str]:
+    """The command line that a result was made by, but for where to write."""
+    command = []
+    for key, value in result["arguments"].items():
+        if value is not None and key not in NOT_REPEATED:
+            option = f"--{key.replace('_', '-')}"
+            command += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+    return command
+
+
+def differences(stored: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+    """How a result and its repetition differ, a line for each finding; the last is of the figures."""
+    parts = ("generated", "reference", "extractor")
+    hashes = [[_sha256(result.get(part)) for result in (stored, again)] for part in parts]
+    lines = [
+        f"the {part} has changed: its hash is another"
+        for part, (old, new) in zip(parts, hashes, strict=True)
+        if old != new
+    ]
+    largest = 0.0
+    for name, value in again["figures"].items():
+        other = stored["figures"].get(name, math.nan)
+        if value != other:
+            largest = max(largest, abs(value - other) / max(abs(value), abs(other), 1e-12))
+    return [*lines, f"largest relative difference {largest:.1e}"]
+
+
+def _sha256(part: Any) -> Any:
+    return part.get("sha256") if isinstance(part, dict) else None

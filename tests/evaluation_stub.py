@@ -1,0 +1,55 @@
+"""What tests of evaluate_fid.py share: two small sets, a pipeline, and a network in Inception's place."""
+
+import numpy as np
+import torch
+from conftest import make_pipeline
+from PIL import Image
+from torch import nn
+
+from iwin_dit.evaluation.extractors import Inception
+from iwin_dit.pipelines.export import export_pipeline
+
+COUNT = 12
+
+
+class Stub(nn.Module):
+    """Inception's layers, of 8, 6 and 32 features, in microseconds."""
+
+    name, sha256, preprocessing = "inception-stub", "0" * 64, "none"
+    layers = Inception.layers
+
+    def __init__(self, weights=None):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(3, 8, 5, stride=3).double(), nn.Linear(8, 6).double()
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = self.conv(images.double() / 128 - 1).relu()
+        pool = x.mean((2, 3))
+        found = {"pool": pool, "logits": 9 * self.head(pool), "spatial": x[:, :2].flatten(1)}
+        return {layer: features.float() for layer, features in found.items()}
+
+
+def frechet_of_few(a, b):
+    """The distance of fewer features ``(N, D)`` than D, in float64 and without their covariances.
+
+    The product of the covariances has few eigenvalues that are not 0; their roots are singular values.
+    """
+    a, b = (features.double().numpy() for features in (a, b))
+    shift = a.mean(0) - b.mean(0)
+    a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # the covariance is a.T @ a
+    return shift @ shift + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum()
+
+
+def make_sets(root):
+    """Folders ``real`` and ``other`` of 16 x 16 pixels, and a ``pipeline`` that draws such images."""
+    rng = np.random.default_rng(0)
+    for name, low in (("real", 0), ("other", 80)):
+        (root / name).mkdir()
+        for i in range(COUNT):
+            pixels = rng.integers(low, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    export_pipeline(make_pipeline(), root / "pipeline", {})
+    return root

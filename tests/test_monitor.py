@@ -1,0 +1,113 @@
+"""Figures while training: the same as evaluate_fid.py's, stopped and resumed."""
+
+import json
+import os
+import signal
+
+import pytest
+from conftest import ROOT
+from evaluation_stub import COUNT, Stub, make_sets
+
+from iwin_dit import build_evaluation, build_monitor
+from iwin_dit.config import load_config
+from iwin_dit.runtime.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return make_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture
+def watched(sets, recipe, tmp_path, monkeypatch):
+    """A recipe of eight steps that is evaluated at the fourth and at the end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build_evaluation, "Inception", Stub)
+    return recipe(
+        train={"max_steps": 8, "save_every_steps": 4, "evaluate_every_steps": 4},
+        evaluation={
+            "reference": str(sets / "real"),
+            "num_images": COUNT,
+            "batch_images": 5,
+            "metrics": ["fid", "kid"],
+        },
+        sample={"num_inference_steps": 2, "guidance_scale": 2.0},
+    )
+
+
+def figures(run):
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record for record in records if "evaluated" in record}
+
+
+def test_figures_are_those_of_evaluate_fid(watched, sets, train_here, script_here, tmp_path):
+    code, output = train_here("--config", watched)
+    assert code == 0, output
+    found = figures(tmp_path / "run")
+    assert list(found) == [4, 8]
+    assert found[4]["fid"] != found[8]["fid"]
+    assert not (tmp_path / "run" / "evaluation").exists()
+    drawn = ("--num-images", COUNT, "--steps", 2, "--guidance-scale", 2.0, "--batch-size", 5)
+    code, output = script_here(
+        *("evaluate_fid.py", "--generated", tmp_path / "run", "--reference", sets / "real", *drawn),
+        *("--metrics", "fid,kid", "--out", tmp_path / "result.json"),
+    )
+    assert code == 0, output
+    expected = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert {name: found[8][name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+    code, output = train_here("--config", watched)
+    assert code == 0, output
+    assert figures(tmp_path / "run") == found, "a finished run is not evaluated again"
+
+
+def test_an_evaluation_that_was_stopped_is_made_by_the_resumed_run(
+    watched, train_here, tmp_path, monkeypatch
+):
+    code, output = train_here("--config", watched)
+    assert code == 0, output
+    expected = figures(tmp_path / "run")
+
+    draw, calls = build_monitor.drawer, []
+
+    def stopping(*arguments):
+        drawing = draw(*arguments)
+
+        def stop_at_the_second(*batch):
+            calls.append(batch)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return drawing(*batch)
+
+        return stop_at_the_second
+
+    monkeypatch.setattr(build_monitor, "drawer", stopping)
+    code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
+    assert code == 143, output
+    assert figures(tmp_path / "other") == {}
+    monkeypatch.setattr(build_monitor, "drawer", draw)
+    code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
+    assert code == 0, output
+    assert figures(tmp_path / "other")[8] == expected[8]
+
+
+def test_what_is_wrong_shows_before_training(watched, train_here, tmp_path):
+    for arguments, message in (
+        (("--evaluation.reference", "nowhere"), "nowhere is neither a folder"),
+        (("--evaluation.metrics", "[fd]"), "fd is not of evaluation.extractor inception"),
+        (("--evaluation.extractor", "iwin:none", "--evaluation.metrics", "[fd]"), "none is no run"),
+        (("--evaluation.num_images", "1"), "fid"),
+    ):
+        code, output = train_here("--config", watched, *arguments)
+        assert code == 2
+        assert message in output
+        assert "Traceback" not in output
+        assert not (tmp_path / "run" / "checkpoints" / "step-00000004").exists()
+    path = tmp_path / "none.yaml"
+    path.write_text((ROOT / "configs" / "quickstart.yaml").read_text() + "evaluation: {num_images: 10}\n")
+    text = path.read_text().replace(
+        "save_every_steps: 300", "save_every_steps: 300\n  evaluate_every_steps: 300"
+    )
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"evaluation\.reference is not set"):
+        load_config(path)
