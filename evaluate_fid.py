@@ -7,7 +7,6 @@ same command again goes on after an interruption.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +27,7 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
-    add("--reference", help="a folder or .npz of real images (clips), or an .npz of mu and sigma")
+    add("--reference", help="a folder or .npz of real images (clips), or stored statistics")
     add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
     add("--metrics", help="; ".join(f"{kind}: {','.join(names)}" for kind, names in rules.EXTRACTORS.items()))
     add("--num-images", type=int, default=50_000, help="to draw (50,000)")
@@ -42,11 +41,13 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
     add("--inception-weights", help="torch-fidelity's file, for machines without a network")
     add("--save-images", metavar="PATH", help="keep what is drawn: a folder of PNGs, or an .npz as ADM's")
+    add("--save-reference", metavar="PATH", help="keep the reference's statistics, as .safetensors")
     add("--out", default="evaluation.json", help="the result (evaluation.json)")
     add("--repeat", metavar="RESULT", help="run a result's evaluation again, and compare")
+    add("--compare", metavar="RESULT", nargs="+", help="print stored results as one table")
     add("--sweep", metavar="KEY=V1,V2", help=f"one evaluation per value of {' or '.join(SWEEPS)}, and a plot")
     arguments = parser.parse_args(command)
-    if arguments.repeat is None:
+    if arguments.repeat is None and arguments.compare is None:
         rules.check_arguments(arguments)
     return arguments
 
@@ -64,10 +65,11 @@ def show(rows: Mapping[str, Mapping[str, float]], lines: Sequence[str] = ()) -> 
 
     if not PartialState().is_main_process:
         return
-    names = list(next(iter(rows.values())))
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
     for title, figures in rows.items():
-        print(f"| {title} | {' | '.join(f'{figures.get(name, math.nan):.6g}' for name in names)} |")
+        cells = [f"{figures[name]:.6g}" if name in figures else "" for name in names]
+        print(f"| {title} | {' | '.join(cells)} |")
     for line in lines:
         print(line)
 
@@ -88,6 +90,9 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.repeat is not None:
         repeat(Path(arguments.repeat))
+        return
+    if arguments.compare is not None:
+        show({path: rules.read_result(Path(path))["figures"] for path in arguments.compare})
         return
     if arguments.sweep is None:
         show({arguments.generated: run(arguments)["figures"]})

@@ -24,7 +24,6 @@ from iwin_dit.evaluation.evaluate import (
     extract_features,
     features_key,
     read_features,
-    stored_statistics,
 )
 from iwin_dit.evaluation.export import Export, open_export
 from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
@@ -32,6 +31,7 @@ from iwin_dit.evaluation.i3d import I3D
 from iwin_dit.evaluation.images import BROKEN_NPZ, Images, SampledImages, label_plan, open_images
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
 from iwin_dit.evaluation.rules import name_figures
+from iwin_dit.evaluation.statistics import identity, read_statistics, write_statistics
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
@@ -66,7 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = open_reference(arguments.reference, metrics, arguments.extractor)
     real = None if isinstance(reference, Path) else reference
     check_counts(metrics, len(generated), None if real is None else len(real))
-    other = stored_statistics(reference, metrics) if isinstance(reference, Path) else None
+    other = read_statistics(reference, metrics, extractor) if isinstance(reference, Path) else None
     if reference is not None:
         check_fit(generated, real or other, extractor, accelerator.device)
     work, export = out.with_suffix(".work"), None
@@ -81,12 +81,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         export.finish()
     if real is not None:
         other = read_reference(real, extractor, metrics, batch, accelerator)
+        if arguments.save_reference is not None and accelerator.is_main_process:
+            write_statistics(Path(arguments.save_reference), other, extractor, _describe(real))
     kind = arguments.extractor.partition(":")[0]
     result = {
         "figures": name_figures(compute(metrics, own, other), kind),
         "generated": generated.description | {"sha256": generated.fingerprint},
         "reference": _describe(reference),
-        "extractor": {key: getattr(extractor, key) for key in ("name", "sha256", "preprocessing")},
+        "extractor": identity(extractor),
         "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
     }
@@ -195,7 +197,7 @@ def open_reference(location: str | None, metrics: list[str], extractor: str) -> 
             raise ConfigError(f"{', '.join(needing)} compares with real images: give --reference")
         return None
     path = Path(location)
-    if path.suffix == ".npz" and _holds(path, "mu.npy"):
+    if path.suffix == ".safetensors" or (path.suffix == ".npz" and _holds(path, "mu.npy")):
         return path
     return open_set(location, extractor)
 

@@ -23,10 +23,11 @@ from iwin_dit.build_pipeline import build_pipeline, model_of, sampling_options
 from iwin_dit.config import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.evaluation.evaluate import read_features, stored_statistics
+from iwin_dit.evaluation.evaluate import read_features
 from iwin_dit.evaluation.images import SampledImages, label_plan
 from iwin_dit.evaluation.metrics import check_counts, compute
 from iwin_dit.evaluation.rules import chosen_metrics, name_figures
+from iwin_dit.evaluation.statistics import read_statistics
 from iwin_dit.training.state import State, full_ema
 
 
@@ -51,7 +52,7 @@ def build_monitor(
     reference = open_reference(options.reference, metrics, options.extractor)
     real = None if isinstance(reference, Path) else reference
     check_counts(metrics, options.num_images, None if real is None else len(real))
-    known = stored_statistics(reference, metrics) if isinstance(reference, Path) else None
+    known = read_statistics(reference, metrics, extractor) if isinstance(reference, Path) else None
     labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
     folder = Path(config.output_dir) / "evaluation"
 

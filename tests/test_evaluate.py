@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import run, start
 from evaluation_stub import COUNT, Stub, frechet_of_few, make_sets
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from iwin_dit import build_evaluation
@@ -263,6 +264,31 @@ def test_clips_are_compared_by_an_extractor_of_clips(sets, evaluate, tmp_path, m
         x = clips[name].astype(np.float64).mean((2, 3)) / 255
         features.append(torch.from_numpy(np.concatenate([x.mean(1), (x[:, 1:] - x[:, :-1]).mean(1)], 1)))
     assert found == {"FVD (i3d)": pytest.approx(frechet_of_few(*features), rel=1e-4)}
+
+
+def test_statistics_stand_in_for_the_reference(sets, evaluate, stub, script_here, tmp_path):
+    """Of the extractor that they were made with alone; stored results print as one table."""
+    kept, both = tmp_path / "kept.safetensors", ("--metrics", "fid,sfid")
+    expected, first = evaluate("other", *both, "--save-reference", kept)
+    found, second = evaluate("other", *both, "--reference", kept)
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name, result in (("one", first), ("two", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result | {"figures": {name: 1.25}}))
+    code, output = script_here("evaluate_fid.py", "--compare", tmp_path / "one.json", tmp_path / "two.json")
+    assert code == 0
+    assert "| | one | two |" in output
+    assert f"| {tmp_path / 'two.json'} |  | 1.25 |" in output
+    tensors = load_file(kept)
+    assert tensors["pool.sigma"].dtype == torch.float64
+    about = {"extractor": {"name": "another"}, "images": 12}
+    save_file(tensors, kept, {"about": json.dumps(about)})
+    code, output = script_here("evaluate_fid.py", *evaluate.command(sets / "other", "--reference", kept))
+    assert code == 2
+    assert "they are of the extractor {'name': 'another'}, not of" in output
+    code, output = script_here(
+        "evaluate_fid.py", *evaluate.command(sets / "other", "--save-reference", "kept.npz")
+    )
+    assert (code, "expected a path that ends with .safetensors" in output) == (2, True)
 
 
 @pytest.mark.slow

@@ -14,25 +14,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from iwin_dit.evaluation.export import Export
-from iwin_dit.evaluation.frechet import Moments
-from iwin_dit.evaluation.images import BROKEN_NPZ, Images
-from iwin_dit.evaluation.metrics import METRICS, Features
+from iwin_dit.evaluation.images import Images
+from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
 
 CHUNK = 256
-STATISTICS = {
-    "pool": ("mu", "sigma"),
-    "logits": ("mu", "sigma"),
-    "spatial": ("mu_s", "sigma_s"),
-}  # ADM's names
 
 
 def extract_features(
@@ -130,31 +123,3 @@ def features_key(images: Images, extractor: Any) -> str:
         [2, CHUNK, extractor.name, extractor.sha256, extractor.preprocessing, images.fingerprint]
     )
     return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def stored_statistics(path: Path, metrics: Iterable[str]) -> Features:
-    """Published means and covariances: ``mu, sigma`` and, for sFID, ``mu_s, sigma_s``, as ADM names them.
-
-    Raises:
-        DataError: where the file does not hold them, or a metric needs every image's features.
-    """
-    metrics = list(metrics)
-    whole = [name for name in metrics if METRICS[name].every_sample and METRICS[name].needs_reference]
-    if whole:
-        raise DataError(
-            f"{path} holds statistics, {', '.join(whole)} needs the images themselves; give a folder"
-        )
-    features = Features(metrics)
-    try:
-        with np.load(path) as archive:
-            for layer in features.layers:
-                mean, covariance = (np.asarray(archive[key], np.float64) for key in STATISTICS[layer])
-                if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-                    raise ValueError(f"a covariance of shape {covariance.shape} beside means {mean.shape}")
-                if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-                    raise ValueError("they are not finite")
-                # of two samples: scatter is covariance
-                features.moments[layer] = Moments(2, mean, covariance)
-    except BROKEN_NPZ as error:
-        raise DataError(f"{path} does not hold statistics mu and sigma: {error}") from None
-    return features

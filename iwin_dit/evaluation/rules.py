@@ -19,7 +19,7 @@ EXTRACTORS = {  # the metrics of each; the first is the default
 }
 TITLES = {"fd": "FD", "fvd": "FVD", "kid": "KID", "kid_std": "KID_std"}  # of figures that are not Inception's
 MAX_RESULT_BYTES = 1 << 20
-NOT_REPEATED = ("out", "save_images", "repeat", "sweep")
+NOT_REPEATED = ("out", "save_images", "save_reference", "repeat", "sweep", "compare")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("num_images", "batch_size", "steps"):
         if (value := getattr(arguments, name)) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    for name in ("out", "save_images"):
+    kept = arguments.save_reference
+    if kept is not None and not kept.endswith(".safetensors"):
+        raise ConfigError(f"--save-reference is {kept}, expected a path that ends with .safetensors")
+    for name in ("out", "save_images", "save_reference"):
         path = getattr(arguments, name)
         if path is not None and not files.can_write(Path(path)):
             option = f"--{name.replace('_', '-')}"

@@ -1,0 +1,98 @@
+"""Means and covariances of features, kept in place of the images: ADM's ``.npz``, or ours, safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from iwin_dit.evaluation.frechet import Moments
+from iwin_dit.evaluation.images import BROKEN_NPZ
+from iwin_dit.evaluation.metrics import METRICS, Features
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import DataError
+
+STATISTICS = {  # ADM's names; of logits, as FVD has them
+    "pool": ("mu", "sigma"),
+    "logits": ("mu", "sigma"),
+    "spatial": ("mu_s", "sigma_s"),
+}
+
+
+def read_statistics(path: Path, metrics: Iterable[str], extractor: Any) -> Features:
+    """Of an ``.npz`` with ``mu, sigma`` and, for sFID, ``mu_s, sigma_s``, or of :func:`write_statistics`.
+
+    Args:
+        extractor: the one that is used now; ours say which one they are of.
+
+    Raises:
+        DataError: where the file does not hold them, is of another extractor, or a metric needs every image.
+    """
+    metrics = list(metrics)
+    whole = [name for name in metrics if METRICS[name].every_sample and METRICS[name].needs_reference]
+    if whole:
+        raise DataError(
+            f"{path} holds statistics, {', '.join(whole)} needs the images themselves; give a folder"
+        )
+    features = Features(metrics)
+    try:
+        if path.suffix == ".safetensors":
+            found = _read_ours(path, features.layers, extractor)
+        else:
+            found = _read_adms(path, features.layers)
+        for layer, (count, mean, covariance) in found.items():
+            if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+                raise ValueError(f"a covariance of shape {covariance.shape} beside means {mean.shape}")
+            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                raise ValueError("they are not finite")
+            features.moments[layer] = Moments(count, mean, covariance * (count - 1))
+    except (*BROKEN_NPZ, SafetensorError) as error:
+        raise DataError(f"{path} does not hold statistics mu and sigma: {error}") from None
+    return features
+
+
+def _read_adms(path: Path, layers: Iterable[str]) -> dict[str, tuple[int, Any, Any]]:
+    found = {}
+    with np.load(path) as archive:
+        for layer in layers:
+            mean, covariance = (np.asarray(archive[key], np.float64) for key in STATISTICS[layer])
+            found[layer] = (2, mean, covariance)  # which do not say of how many images they are
+    return found
+
+
+def _read_ours(path: Path, layers: Iterable[str], extractor: Any) -> dict[str, tuple[int, Any, Any]]:
+    with safe_open(path, "np") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        made_by = about.get("extractor")
+        if made_by != identity(extractor):
+            raise ValueError(f"they are of the extractor {made_by}, not of {identity(extractor)}")
+        names = set(file.keys())
+        missing = [layer for layer in layers if f"{layer}.mu" not in names]
+        if missing:
+            raise ValueError(f"there is no {missing[0]}.mu in it; write them with the same --metrics")
+        return {
+            layer: (int(about["images"]), *(file.get_tensor(f"{layer}.{key}") for key in ("mu", "sigma")))
+            for layer in layers
+        }
+
+
+def write_statistics(path: Path, features: Features, extractor: Any, source: Mapping[str, Any]) -> None:
+    """Means and covariances of all layers that were gathered, what made them and of what: safetensors."""
+    tensors = {}
+    for layer, moments in features.moments.items():
+        tensors[f"{layer}.mu"] = torch.from_numpy(moments.mean)
+        tensors[f"{layer}.sigma"] = torch.from_numpy(moments.covariance)
+    images = {moments.count for moments in features.moments.values()}.pop()
+    about = {"extractor": identity(extractor), "images": images, "source": dict(source)}
+    files.replace(path, save(tensors, {"about": json.dumps(about)}))
+
+
+def identity(extractor: Any) -> dict[str, str]:
+    """What features depend on beside the images."""
+    return {key: getattr(extractor, key) for key in ("name", "sha256", "preprocessing")}
