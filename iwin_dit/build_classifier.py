@@ -214,9 +214,15 @@ def build_loss(config: ClassifierConfig) -> tuple[Callable[..., Tensor], Callabl
     return loss, batch
 
 
+def without_content(config: ClassifierConfig) -> nn.Module:
+    """The network on the meta device, to count what it has and does."""
+    with torch.device("meta"):
+        return build_model(without_init(config)).eval()
+
+
 def multiply_adds(config: ClassifierConfig) -> int:
     """Multiply-adds of one forward pass of one image, counted operation by operation."""
-    model = build_model(without_init(config)).to("meta").eval()
+    model = without_content(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, *config.data.size, device="meta"))
     return counter.get_total_flops() // 2
@@ -225,12 +231,17 @@ def multiply_adds(config: ClassifierConfig) -> int:
 def build_evaluation(
     config: ClassifierConfig, images: LabelledImages, state: State, accelerator: Accelerator
 ) -> Callable[[int, Any], dict[str, float] | None]:
-    """``evaluate(step, stop)``: top-1 and top-5 accuracy of the EMA on all held-out images, in percent."""
+    """``evaluate(step, stop)``: top-1 and top-5 accuracy of the EMA on all held-out images, in percent.
+
+    At step 0 only of weights that come from elsewhere.
+    """
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     loader = held_out_loader(config, Subset(images, own), accelerator)
 
     @torch.no_grad()
     def evaluate(step: int, stop: Any) -> dict[str, float] | None:
+        if step == 0 and config.model.init_from is None:
+            return None
         model = state.emas["ema"].to(accelerator.device)
         found = torch.zeros(4, device=accelerator.device)  # top-1, top-5, images, stopped
         for pixels, labels in progress(

@@ -57,7 +57,7 @@ def describe_run(config: Config) -> str:
 
 def describe_classifier(config: ClassifierConfig) -> str:
     """The resolved config of a classifier, and what the run takes."""
-    model = build_classifier.build_model(build_classifier.without_init(config))
+    model = build_classifier.without_content(config)
     parameters = sum(p.numel() for p in model.parameters())
     averages = len(config.ema.decays) + len(config.ema.power_stds)
     checkpoint = 4 * parameters * (3 + averages)

@@ -147,6 +147,8 @@ def test_a_finer_resolution_and_other_classes_begin_from_a_run(write, classify_h
     assert all("layers.1.blocks.0.mixer.convolution" in name for name in added), "its window was the grid"
     code, output = classify_here("--config", finer, "--train.max_steps", "2")
     assert code == 0, output
+    evaluated = [record["evaluated"] for record in read_log(tmp_path / "finer") if "evaluated" in record]
+    assert evaluated == [0, 2], "as it was loaded, and at the end"
 
     other = write("head.yaml", model={"init_from": str(tmp_path / "run"), "num_classes": 5})
     config = build_classifier.load_config(other, build_classifier.ClassifierConfig)

@@ -93,8 +93,8 @@ def train(
         loader: ``loader(step)`` yields this process's micro-batches from that step on, as tuples of tensors.
         micro_batches: how many of them make a step.
         preview: ``preview(ema, step, stop)`` draws samples with these weights, on the main process.
-        evaluate: ``evaluate(step, stop)`` gives figures of the EMA, by all processes together; None where it
-            was stopped, and then the resumed run asks again.
+        evaluate: ``evaluate(step, stop)`` gives figures of the EMA, by all processes together; None where
+            there are none, or it was stopped: then the resumed run asks again.
         flops_per_image: of a training step on one image, for the log.
 
     Returns:
@@ -127,8 +127,8 @@ def train(
         desc="train",
         disable=run is None or step >= options.max_steps,
     ) as bar:
-        if due(step, options.evaluate_every_steps) and step:
-            evaluate_once()  # the run may have ended in the middle of it
+        if due(step, options.evaluate_every_steps):
+            evaluate_once()  # of what the run begins with; or it was stopped in the middle of it
         while step < options.max_steps:
             rate = learning_rate(step, optim, options.max_steps)
             for group in state.optimizer.param_groups:
