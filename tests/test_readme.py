@@ -32,6 +32,9 @@ def checkout(tmp_path_factory):
     quickstart["train"] |= {"max_steps": 4, "sample_every_steps": 0}
     quickstart["sample"]["num_inference_steps"] = 2
     (root / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(quickstart))
+    classifier = yaml.safe_load((root / "configs" / "classifier" / "digits.yaml").read_text())
+    classifier["train"] |= {"max_steps": 4, "sample_every_steps": 0}
+    (root / "configs" / "classifier" / "digits.yaml").write_text(yaml.safe_dump(classifier))
     source = root / "iwin_dit" / "data" / "digits.py"
     shortened = source.read_text().replace(f"VAE_STEPS = {digits.VAE_STEPS}", "VAE_STEPS = 4")
     assert shortened != source.read_text()
@@ -61,11 +64,16 @@ def test_the_commands_of_the_readme(checkout):
     for made in (
         "runs/quickstart/report/samples.png",
         "runs/quickstart/loss.png",
+        "runs/quickstart/evaluation.json",
         "samples.png",
         "samples/0007-00007.png",
         "data/mine/contact.png",
     ):
         assert (checkout / made).is_file()
+    assert "FD (iwin)" in (checkout / "runs/quickstart/report/report.md").read_text()
+    for snippet in SNIPPETS:
+        if "timm" in snippet:
+            execute([sys.executable, "-c", snippet + "\nassert len(maps.feature_info.channels()) == 3"], checkout)
     images = execute([sys.executable, "-c", SNIPPETS[0] + "\nprint(len(images), images[0].size)"], checkout)
     assert images.strip().endswith("2 (32, 32)")
 
