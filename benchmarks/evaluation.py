@@ -1,6 +1,6 @@
 """Features of images: our loop beside torch-fidelity's own, and the memory of ten times as many images.
 
-    python benchmarks/evaluation.py [--images 10000]
+    python benchmarks/evaluation.py [--images 10000] [--memory-extractor iwin:runs/digits_classifier]
 
 Inception with random weights, since speed does not depend on them; small pictures drawn here.
 """
@@ -70,11 +70,11 @@ def compare_speed(folder: Path, weights: Path, batch: int, rounds: int) -> None:
     print(f"ours {ours:.1f}, torch-fidelity's loop {theirs:.1f}, ratio {ours / theirs:.2f}", flush=True)
 
 
-def peak_mib(folder: Path, reference: Path, weights: Path, batch: int) -> tuple[float, float]:
+def peak_mib(folder: Path, reference: Path, extractor: list[str], batch: int) -> tuple[float, float]:
     """Of the resident memory of ``evaluate_fid.py``, and its seconds."""
     started = time.perf_counter()
     command = [sys.executable, "evaluate_fid.py", "--generated", folder, "--reference", reference]
-    command += ["--inception-weights", weights, "--batch-size", batch, "--out", folder.parent / "result.json"]
+    command += [*extractor, "--batch-size", batch, "--out", folder.parent / "result.json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder.parent / f"cache-{folder.name}")}
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
@@ -86,6 +86,7 @@ def peak_mib(folder: Path, reference: Path, weights: Path, batch: int) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000, help="and a tenth of them (10,000)")
+    parser.add_argument("--memory-extractor", help="of the images whose memory is measured (Inception)")
     parser.add_argument("--speed-images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -94,9 +95,12 @@ def main() -> None:
         weights = random_inception(Path(root) / "inception.pth")
         few = draw_images(Path(root) / "speed", arguments.speed_images)
         compare_speed(few, weights, arguments.batch, arguments.rounds)
+        extractor = ["--inception-weights", str(weights)]
+        if arguments.memory_extractor:
+            extractor = ["--extractor", arguments.memory_extractor]
         for count in (arguments.images // 10, arguments.images):
             folder = draw_images(Path(root) / f"images-{count}", count)
-            peak, seconds = peak_mib(folder, few, weights, arguments.batch)
+            peak, seconds = peak_mib(folder, few, extractor, arguments.batch)
             print(f"{count:,} images: {peak:.0f} MiB at the peak, {seconds:.0f} s", flush=True)
 
 
