@@ -8,11 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_vae
+from conftest import ROOT, make_model, make_vae
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
+from iwin_dit.build_pipeline import load_pipeline
 from iwin_dit.data.codec import decode
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -292,3 +294,13 @@ def test_a_model_in_half_precision_keeps_its_residual_stream():
         half = model.bfloat16()(latents.bfloat16(), torch.tensor(500.0), labels).sample
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_43_a_pipeline_of_an_older_version_draws_what_it_drew():
+    """tests/data/pipeline_0.1 was written by version 0.1.0, with the images that it drew then."""
+    pipeline = load_pipeline(str(ROOT / "tests" / "data" / "pipeline_0.1"))
+    expected = load_file(ROOT / "tests" / "data" / "pipeline_0.1_images.safetensors")["images"]
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    options = dict(num_inference_steps=3, guidance_scale=2.0, output_type="pt")
+    found = pipeline([0, 2], generator=seeds, **options).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
