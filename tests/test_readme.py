@@ -73,7 +73,9 @@ def test_the_commands_of_the_readme(checkout):
     assert "FD (iwin)" in (checkout / "runs/quickstart/report/report.md").read_text()
     for snippet in SNIPPETS:
         if "timm" in snippet:
-            execute([sys.executable, "-c", snippet + "\nassert len(maps.feature_info.channels()) == 3"], checkout)
+            execute(
+                [sys.executable, "-c", snippet + "\nassert len(maps.feature_info.channels()) == 3"], checkout
+            )
     images = execute([sys.executable, "-c", SNIPPETS[0] + "\nprint(len(images), images[0].size)"], checkout)
     assert images.strip().endswith("2 (32, 32)")
 

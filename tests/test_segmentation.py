@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import jaccard_score
 
 from iwin_dit.runtime.errors import DataError
@@ -190,10 +192,20 @@ def test_ade20k_is_read_with_its_zero_label_ignored(ade20k):
 def test_ade20k_and_swin_train_by_the_same_script(train, ade20k, tmp_path):
     swin = "{embed_dim: 8, depths: [1, 1, 1], num_heads: [1, 2, 4], window_size: 4}"
     code, output = train(
-        *TINY,
         *("--config", FOLDER / "ade20k.yaml", *TINY, "--encoder", "swin_tiny_patch4_window7_224"),
-        *("--encoder_options", swin, "--data_path", ade20k, "--precision", "fp32", "--num_workers", "0"),
-        *("--layer_decay", "0.9", "--output_dir", tmp_path / "run"),
+        *(
+            "--encoder_options",
+            swin,
+            "--data_path",
+            ade20k,
+            "--init_from",
+            "null",
+            "--precision",
+            "fp32",
+            "--num_workers",
+            "0",
+        ),
+        *("--output_dir", tmp_path / "run"),
     )
     assert code == 0, output
     found = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -202,11 +214,46 @@ def test_ade20k_and_swin_train_by_the_same_script(train, ade20k, tmp_path):
     assert found["iou"]["class 1"] is not None
 
 
+@pytest.mark.parametrize("encoder", ["iwin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224"])
+def test_a_classifier_of_smaller_images_is_what_the_encoder_begins_with(encoder, tmp_path):
+    from train import Recipe
+    from upernet import build_model, classifier_name, parameter_groups
+
+    options = yaml.safe_load(OPTIONS)
+    classifier = timm.create_model(encoder, img_size=64, num_classes=7, **options)
+    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
+    recipe = Recipe(
+        encoder=encoder,
+        encoder_options=options,
+        image_size=128,
+        decoder_channels=8,
+        init_from=str(tmp_path / "classifier.safetensors"),
+    )
+    model = build_model(recipe, 5)
+    begun, before = model.encoder.model.state_dict(), classifier.state_dict()
+    shared = [name for name in begun if classifier_name(name) in before]
+    assert len(shared) > 30
+    assert all(torch.equal(begun[name], before[classifier_name(name)]) for name in shared)
+    assert all(".convolution." in name for name in set(begun) - set(shared)), "their window was the grid"
+    if encoder.startswith("iwin"):
+        groups = parameter_groups(model, 0.01, layer_decay=0.5)
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+        (stem,) = [
+            g
+            for g in groups
+            if any(p is model.encoder.model.model.patch_embed.proj.weight for p in g["params"])
+        ]
+        assert stem["lr_scale"] == min(group["lr_scale"] for group in groups) < 0.2
+        assert max(group["lr_scale"] for group in groups) == 1
+    assert [tuple(found.shape) for found in model.train()(torch.randn(2, 3, 40, 72))] == [(2, 5, 40, 72)] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--encoder", "iwin_huge"), "encoder iwin_huge is not one of timm's; such as iwin_"),
         (("--encoder_options", "{embed: 3}"), "do not make a iwin_tiny"),
+        (("--init_from", "nowhere"), "init_from nowhere is neither"),
         (("--max_steps", "0"), "max_steps is 0, expected above 0"),
         (("--data", "ade20k"), "ade20k is read from a folder"),
         (("--data", "ade20k", "--data_path", "nowhere"), "nowhere has no images/training"),
