@@ -22,29 +22,28 @@ import iwin_dit.models  # registers the names
 from iwin_dit.runtime.cpu import keep_freed_memory
 
 NAMES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
-IWIN_WINDOWS = {224: 7, 256: 8, 384: 12, 512: 16, 1024: 16}
-SWIN_WINDOWS = {224: 7, 256: 8, 384: 12, 512: 16, 1024: 16}
+WINDOWS = {224: 7, 256: 8, 384: 12, 512: 16, 1024: 16}  # by image size
 assert iwin_dit.models
 
 
 def builders(letter: str, size: int) -> dict[str, tuple[str, dict]]:
     """Names and constructor arguments: the same windows for all, as the papers choose them."""
-    word, window = NAMES[letter], IWIN_WINDOWS[size]
-    swin = dict(img_size=size, window_size=SWIN_WINDOWS[size])
+    word, options = NAMES[letter], dict(img_size=size, window_size=WINDOWS[size])
     found = {
-        f"Iwin-{letter}": (f"iwin_{word}_patch4_window7_224", dict(img_size=size, window_size=window)),
-        f"Swin-{letter}": (f"swin_{word}_patch4_window7_224", swin),
+        f"Iwin-{letter}": (f"iwin_{word}_patch4_window7_224", options),
+        f"Swin-{letter}": (f"swin_{word}_patch4_window7_224", options),
     }
     if letter != "L":
-        found[f"Swin V2-{letter}"] = (f"swinv2_{word}_window8_256", swin)
+        found[f"Swin V2-{letter}"] = (f"swinv2_{word}_window8_256", options)
     return found
 
 
 def multiply_adds(name: str, options: dict) -> tuple[int, int]:
-    """Parameters, and multiply-adds of one image."""
-    model = timm.create_model(name, **options).eval()
+    """Parameters, and multiply-adds of one image; on the meta device, where attention is counted too."""
+    with torch.device("meta"):
+        model = timm.create_model(name, **options).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, options["img_size"], options["img_size"]))
+        model(torch.empty(1, 3, options["img_size"], options["img_size"], device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
@@ -65,7 +64,7 @@ def step(model: nn.Module, images: torch.Tensor, backward: bool, dtype: torch.dt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["T"], choices=NAMES)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 384, 512], choices=IWIN_WINDOWS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 384, 512], choices=WINDOWS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--batch", type=int, help="images (default: as many as make 8 of 224 px)")

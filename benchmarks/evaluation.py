@@ -1,8 +1,9 @@
 """Features of images: our loop beside torch-fidelity's own, and the memory of ten times as many images.
 
-    python benchmarks/evaluation.py [--images 10000] [--memory-extractor iwin:runs/digits_classifier]
+    python benchmarks/evaluation.py [--images 10000]
 
-Inception with random weights, since speed does not depend on them; small pictures drawn here.
+After ``make demo``, whose classifier the memory is measured with. The speed is Inception's, with random weights,
+on which it does not depend; small pictures drawn here.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch_fidelity.feature_extractor_inceptionv3 as inception
+import torch_fidelity.feature_extractor_inceptionv3 as theirs
 from PIL import Image
+from torch import nn
 from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
@@ -40,20 +42,22 @@ def draw_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def random_inception(path: Path) -> Path:
-    """torch-fidelity's network, drawn at random, in the file that it would read."""
-    load = inception.FeatureExtractorInceptionV3.load_state_dict
-    inception.load_state_dict_from_url = lambda *a, **k: {}
-    inception.FeatureExtractorInceptionV3.load_state_dict = lambda *a, **k: None
-    torch.manual_seed(0)
-    network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    inception.FeatureExtractorInceptionV3.load_state_dict = load
-    torch.save(network.state_dict(), path)
-    return path
+class RandomInception(Inception):
+    """torch-fidelity's network, drawn at random."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        load = theirs.FeatureExtractorInceptionV3.load_state_dict
+        theirs.load_state_dict_from_url = lambda *a, **k: {}
+        theirs.FeatureExtractorInceptionV3.load_state_dict = lambda *a, **k: None
+        layers = ["2048", "logits_unbiased"]
+        self.network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", layers)
+        theirs.FeatureExtractorInceptionV3.load_state_dict = load
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
 
-def compare_speed(folder: Path, weights: Path, batch: int, rounds: int) -> None:
-    extractor, images = Inception(weights), FolderImages(folder)
+def compare_speed(folder: Path, batch: int, rounds: int) -> None:
+    extractor, images = RandomInception(), FolderImages(folder)
     files = [str(path) for path in images.paths]
     rates: dict[str, list[float]] = {"ours": [], "torch-fidelity": []}
     for i in range(rounds):
@@ -70,11 +74,11 @@ def compare_speed(folder: Path, weights: Path, batch: int, rounds: int) -> None:
     print(f"ours {ours:.1f}, torch-fidelity's loop {theirs:.1f}, ratio {ours / theirs:.2f}", flush=True)
 
 
-def peak_mib(folder: Path, reference: Path, extractor: list[str], batch: int) -> tuple[float, float]:
+def peak_mib(folder: Path, reference: Path, extractor: str, batch: int) -> tuple[float, float]:
     """Of the resident memory of ``evaluate_fid.py``, and its seconds."""
     started = time.perf_counter()
     command = [sys.executable, "evaluate_fid.py", "--generated", folder, "--reference", reference]
-    command += [*extractor, "--batch-size", batch, "--out", folder.parent / "result.json"]
+    command += ["--extractor", extractor, "--batch-size", batch, "--out", folder.parent / "result.json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder.parent / f"cache-{folder.name}")}
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
@@ -86,21 +90,18 @@ def peak_mib(folder: Path, reference: Path, extractor: list[str], batch: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000, help="and a tenth of them (10,000)")
-    parser.add_argument("--memory-extractor", help="of the images whose memory is measured (Inception)")
+    own = "iwin:runs/digits_classifier"
+    parser.add_argument("--extractor", default=own, help=f"whose memory is measured ({own})")
     parser.add_argument("--speed-images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        weights = random_inception(Path(root) / "inception.pth")
         few = draw_images(Path(root) / "speed", arguments.speed_images)
-        compare_speed(few, weights, arguments.batch, arguments.rounds)
-        extractor = ["--inception-weights", str(weights)]
-        if arguments.memory_extractor:
-            extractor = ["--extractor", arguments.memory_extractor]
+        compare_speed(few, arguments.batch, arguments.rounds)
         for count in (arguments.images // 10, arguments.images):
             folder = draw_images(Path(root) / f"images-{count}", count)
-            peak, seconds = peak_mib(folder, few, extractor, arguments.batch)
+            peak, seconds = peak_mib(folder, few, arguments.extractor, arguments.batch)
             print(f"{count:,} images: {peak:.0f} MiB at the peak, {seconds:.0f} s", flush=True)
 
 
