@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py [--images 10000]
 
-After ``make demo``, whose classifier the memory is measured with. The speed is Inception's, with random weights,
+After ``make demo``, whose classifier the memory is measured with. Speed is Inception's, with random weights,
 on which it does not depend; small pictures drawn here.
 """
 
