@@ -42,7 +42,8 @@ def main() -> None:
     import torch
 
     from iwin_dit.build_pipeline import load_pipeline, newest_run
-    from iwin_dit.pipelines.sampling import sample_classes, write_grid, write_samples
+    from iwin_dit.data.codec import weights_sha256
+    from iwin_dit.pipelines.sampling import open_folder, sample_classes, write_grid, write_samples
 
     checkpoint = arguments.checkpoint or str(newest_run())
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,22 +57,25 @@ def main() -> None:
         height=height,
         width=width,
     )
-    count, seed, batch_size = arguments.num_images, arguments.seed, arguments.batch_size
+    count, seed, out = arguments.num_images, arguments.seed, arguments.out
     try:
         labels = list(dict.fromkeys(pipeline.get_label_ids(arguments.labels)))
-        samples = list(sample_classes(pipeline, labels, count, seed, batch_size, **options))
+        recipe = {"checkpoint": checkpoint, "weights_sha256": weights_sha256(pipeline.transformer)}
+        recipe |= {"classes": labels, "num_images": count, "seed": seed, **options}
+        recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std}
+        is_grid = out.suffix == ".png"
+        drawn = set() if is_grid else open_folder(out, recipe)
+        samples = sample_classes(pipeline, labels, count, seed, arguments.batch_size, drawn, **options)
+        if is_grid:
+            made = write_grid(list(samples), out, recipe, pipeline.id2label)
+        else:
+            made = write_samples(samples, out)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    recipe = {"checkpoint": checkpoint, "classes": labels, "num_images": count, "seed": seed, **options}
-    recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std}
-    try:
-        if arguments.out.suffix == ".png":
-            write_grid(samples, arguments.out, recipe, pipeline.id2label)
-        else:
-            write_samples(samples, arguments.out, recipe)
     except OSError as error:
-        raise ConfigError(f"--out {arguments.out} cannot be written: {error.strerror}") from None
-    print(f"{len(samples)} images in {arguments.out}")
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    kept = f", {len(drawn)} were there" if drawn else ""
+    print(f"{made} images in {out}{kept}")
 
 
 if __name__ == "__main__":

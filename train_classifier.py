@@ -43,7 +43,8 @@ def train(config: ClassifierConfig) -> int:
     )
     loss, random_batch = classifier.build_loss(config)
     micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
-    loader = build.build_loader(config, classifier.build_examples(config, images), accelerator, micro_batch)
+    examples = classifier.build_examples(config, images, micro_batch)
+    loader = build.build_loader(config, examples, accelerator, micro_batch)
 
     with build.attention_backend(config):
         step = loop.train(

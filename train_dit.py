@@ -32,7 +32,6 @@ def main() -> int:
 def train(config: Config) -> int:
     from iwin_dit import build, build_data, build_pipeline
     from iwin_dit.budget import training_flops
-    from iwin_dit.build_monitor import build_monitor
     from iwin_dit.pipelines.export import export_pipeline
     from iwin_dit.report import draw_loss_curve
     from iwin_dit.training import loop
@@ -47,7 +46,11 @@ def train(config: Config) -> int:
     loss, random_batch = build.build_loss(config, dataset, accelerator)
     micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
     loader = build.build_loader(config, build.build_examples(config, dataset), accelerator, micro_batch)
-    evaluate = build_monitor(config, dataset, state, accelerator)
+    evaluate = None
+    if config.train.evaluate_every_steps:
+        from iwin_dit.build_monitor import build_monitor  # and all that evaluates
+
+        evaluate = build_monitor(config, dataset, state, accelerator)
     preview = build_pipeline.build_preview(config, dataset, run, accelerator)
 
     with build.attention_backend(config):

@@ -193,8 +193,17 @@ def parameter_groups(config: ClassifierConfig) -> Callable[[nn.Module, float], l
     return groups
 
 
-def build_examples(config: ClassifierConfig, images: LabelledImages) -> LabelledExamples:
-    """What training sees at each position."""
+def build_examples(config: ClassifierConfig, images: LabelledImages, micro_batch: int) -> LabelledExamples:
+    """What training sees at each position.
+
+    Raises:
+        ConfigError: where mixup or CutMix would have to join images of two micro-batches.
+    """
+    if config.mixes and micro_batch % 2:
+        raise ConfigError(
+            f"micro-batches of {micro_batch} images cannot be joined two by two, as mixup and CutMix do; set "
+            "train.micro_batch to an even divisor of the images of a process, or both alphas to 0"
+        )
     return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
 
 

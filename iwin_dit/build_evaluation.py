@@ -60,10 +60,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
+    reference = open_reference(arguments.reference, metrics, arguments.extractor)
+    generated = _generated(arguments, accelerator.device)
     with accelerator.local_main_process_first():  # which may fetch the weights
         extractor = build_extractor(arguments.extractor, arguments.inception_weights).to(accelerator.device)
-    generated = _generated(arguments, accelerator.device)
-    reference = open_reference(arguments.reference, metrics, arguments.extractor)
     real = None if isinstance(reference, Path) else reference
     check_counts(metrics, len(generated), None if real is None else len(real))
     other = read_statistics(reference, metrics, extractor) if isinstance(reference, Path) else None

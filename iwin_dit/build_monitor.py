@@ -44,8 +44,6 @@ def build_monitor(
     stopped goes on where it was. Weights and reference are opened now: what is wrong shows before training.
     """
     options = config.evaluation
-    if not config.train.evaluate_every_steps:
-        return lambda step, stop: None
     metrics = chosen_metrics(options.extractor, options.metrics)
     with accelerator.local_main_process_first():
         extractor = build_extractor(options.extractor, options.inception_weights).to(accelerator.device)

@@ -155,6 +155,10 @@ def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
 
 
 def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
+    if "objective" not in read_config(run):
+        raise CheckpointError(
+            f"{run} is the run of a classifier, which does not draw; take one of train_dit.py"
+        )
     if ema_std is not None:
         config = load_config(run / "config.yaml")
         weights = reconstruct(run / "snapshots", ema_std)

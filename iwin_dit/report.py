@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from iwin_dit import budget, build_classifier
+from iwin_dit import budget
 from iwin_dit.build import build_model
 from iwin_dit.build_data import count_images
 from iwin_dit.classifier_config import ClassifierConfig
@@ -57,6 +57,8 @@ def describe_run(config: Config) -> str:
 
 def describe_classifier(config: ClassifierConfig) -> str:
     """The resolved config of a classifier, and what the run takes."""
+    from iwin_dit import build_classifier  # for this alone: a generator's start need not wait for it
+
     model = build_classifier.without_content(config)
     parameters = sum(p.numel() for p in model.parameters())
     averages = len(config.ema.decays) + len(config.ema.power_stds)

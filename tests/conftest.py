@@ -185,6 +185,32 @@ def script_here(monkeypatch, capfd):
 
 
 @pytest.fixture
+def run_here(script_here):
+    """``run_here(script, *arguments) -> output``, where :func:`run` would start a process."""
+
+    def call(*arguments, expect=0):
+        code, output = script_here(*arguments)
+        assert (code or 0) == expect, output
+        return output
+
+    return call
+
+
+@pytest.fixture
+def refused_here(run_here):
+    """``refused_here(script, *arguments)``: the one line of error, as :func:`refused`."""
+
+    def call(*arguments):
+        output = run_here(*arguments, expect=2)
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, output
+        assert "Traceback" not in output, output
+        return errors[0]
+
+    return call
+
+
+@pytest.fixture
 def train_here(script_here):
     """``train_here(*arguments)``: train_dit.py, as :func:`script_here`."""
     return functools.partial(script_here, "train_dit.py")

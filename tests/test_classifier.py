@@ -14,7 +14,7 @@ from conftest import assert_equal, read_checkpoint
 from PIL import Image
 
 from iwin_dit import build_classifier
-from iwin_dit.build_pipeline import newest_run
+from iwin_dit.build_pipeline import load_pipeline, newest_run
 from iwin_dit.runtime.errors import CheckpointError
 
 MODEL = {"patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -127,6 +127,8 @@ def test_accuracy_is_that_of_the_loaded_classifier(write, classify_here, picture
     torch.testing.assert_close(exported(x), loaded.model(x))
     with pytest.raises(CheckpointError, match="no run"):
         newest_run(tmp_path)
+    with pytest.raises(CheckpointError, match="is the run of a classifier"):
+        load_pipeline(str(tmp_path / "run"))
 
 
 def test_a_finer_resolution_and_other_classes_begin_from_a_run(write, classify_here, pictures, tmp_path):
@@ -170,6 +172,13 @@ def test_any_model_of_timm_trains(write, classify_here, tmp_path):
         "--config", swin, "--train.max_steps", "2", "--train.sample_every_steps", "0"
     )
     assert code == 0, output
+
+
+def test_pairs_stay_in_one_micro_batch(write, classify_here, monkeypatch):
+    monkeypatch.setattr("iwin_dit.build.largest_that_fits", lambda attempt, most: 1)
+    code, output = classify_here("--config", write(), "--train.micro_batch", "auto")
+    assert code == 2
+    assert "micro-batches of 1 images cannot be joined two by two" in output
 
 
 @pytest.mark.parametrize(

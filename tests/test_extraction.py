@@ -95,15 +95,15 @@ def test_statistics_are_those_of_numpy(made):
     np.testing.assert_allclose(index["std"], latents.std((0, 2, 3), dtype=np.float64), rtol=1e-6)
 
 
-def test_a_finished_set_is_looked_at(made, workshop):
-    stdout, _ = run("extract_latents.py", "--verify", made)
+def test_a_finished_set_is_looked_at(made, workshop, run_here):
+    stdout = run_here("extract_latents.py", "--verify", made)
     assert "100 images, every shard is what the index says" in stdout
-    stdout, _ = run("extract_latents.py", "--info", made)
+    stdout = run_here("extract_latents.py", "--info", made)
     assert "100 in 9 shards" in stdout
     assert "golden retriever" in stdout
     assert Image.open(made / "contact.png").width > 16 * SIZE
     before = hashes(made)
-    stdout, _ = run(*arguments(workshop, made))  # again: nothing is left to do
+    stdout = run_here(*arguments(workshop, made))  # again: nothing is left to do
     assert f"{COUNT} images in" in stdout
     assert hashes(made) == before
 
@@ -177,14 +177,14 @@ def test_other_settings_do_not_continue_what_was_begun(workshop, tmp_path):
     assert len(LatentDataset(out)) == COUNT
 
 
-def test_damaged_shards_are_found_and_made_again(workshop, made, tmp_path):
+def test_damaged_shards_are_found_and_made_again(workshop, made, tmp_path, run_here, refused_here):
     out = tmp_path / "out"
     shutil.copytree(made, out)
     shard = out / "latents_rank00_shard004.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    error = refused("extract_latents.py", "--verify", out)
+    error = refused_here("extract_latents.py", "--verify", out)
     assert "latents_rank00_shard004.safetensors; remove these files and run the extraction again" in error
     shard.write_bytes(content[:-1])
     with pytest.raises(
@@ -192,11 +192,11 @@ def test_damaged_shards_are_found_and_made_again(workshop, made, tmp_path):
     ):
         LatentDataset(out)
     shard.unlink()
-    run(*arguments(workshop, out))
+    run_here(*arguments(workshop, out))
     assert hashes(out) == hashes(made)
 
 
-def test_bad_images_are_counted_and_left_out(workshop, tmp_path):
+def test_bad_images_are_counted_and_left_out(workshop, tmp_path, run_here, refused_here):
     shutil.copytree(workshop / "images", tmp_path / "images")
     images = sorted((tmp_path / "images" / "umbrella").iterdir())
     images[0].write_bytes(b"")
@@ -204,19 +204,21 @@ def test_bad_images_are_counted_and_left_out(workshop, tmp_path):
     (tmp_path / "images" / "umbrella" / ".hidden.png").write_bytes(b"x")
     (tmp_path / "images" / ".git").mkdir()
     shutil.copytree(workshop / "vae", tmp_path / "vae")
-    error = refused(*arguments(tmp_path, tmp_path / "out"))
+    error = refused_here(*arguments(tmp_path, tmp_path / "out"))
     assert "bad images, allowed are 0" in error
     assert images[0].name in error
-    stdout, _ = run(*arguments(tmp_path, tmp_path / "out", "--max-bad-images", 2))
+    stdout = run_here(*arguments(tmp_path, tmp_path / "out", "--max-bad-images", 2))
     assert f"{COUNT - 2} images in" in stdout
     assert stdout.count("left out: ") == 2
     assert len(LatentDataset(tmp_path / "out")) == COUNT - 2
 
 
-def test_mistakes_are_one_line(workshop, tmp_path):
+def test_mistakes_are_one_line(workshop, tmp_path, refused_here):
     out = tmp_path / "out"
-    assert "--vae is missing" in refused("extract_latents.py", "--images", workshop / "images", "--out", out)
-    error = refused(*arguments(workshop, out), "--size", 15)
+    assert "--vae is missing" in refused_here(
+        "extract_latents.py", "--images", workshop / "images", "--out", out
+    )
+    error = refused_here(*arguments(workshop, out), "--size", 15)
     assert "is no multiple of the VAE's factor 2; nearest" in error
     with pytest.raises(DataError, match=r"is no preset, folder or hub id .*did you mean sd-vae-ft-ema\?"):
         load_vae("sd-vae-ft-em")
@@ -227,7 +229,7 @@ def test_mistakes_are_one_line(workshop, tmp_path):
             return (marker.write_text, ("ran",))
 
     torch.save({"state_dict": Malicious()}, tmp_path / "bad.ckpt")
-    error = refused(*arguments(workshop, out), "--vae", tmp_path / "bad.ckpt")
+    error = refused_here(*arguments(workshop, out), "--vae", tmp_path / "bad.ckpt")
     assert "cannot be read as tensors" in error
     assert not marker.exists()
     assert not out.exists()
@@ -274,7 +276,7 @@ def assert_no_code_runs(statistics, config):
     statistics.write_bytes(good)
 
 
-def test_a_published_folder_trains_as_it_is(recipe, tmp_path, workshop):
+def test_a_published_folder_trains_as_it_is(recipe, tmp_path, workshop, run_here, refused_here):
     """LightningDiT's layout: several ranks, no index, statistics in a .pt file."""
     folder = tmp_path / "imagenet"
     folder.mkdir()
@@ -288,17 +290,17 @@ def test_a_published_folder_trains_as_it_is(recipe, tmp_path, workshop):
     before = sorted(folder.iterdir())
     assert_no_code_runs(folder / "latents_stats.pt", recipe(data={"path": str(folder), "vae": "x"}))
     config = recipe(data={"path": str(folder)}, train={"max_steps": 2})
-    assert "set data.vae to a folder" in refused("train_dit.py", "--config", config)
-    stdout, _ = run("train_dit.py", "--config", config, "--data.vae", workshop / "vae")
+    assert "set data.vae to a folder" in refused_here("train_dit.py", "--config", config)
+    stdout = run_here("train_dit.py", "--config", config, "--data.vae", workshop / "vae")
     assert "trained to step 2" in stdout
     assert sorted(folder.iterdir()) == before
 
 
-def test_extract_train_and_sample(recipe, tmp_path, made):
+def test_extract_train_and_sample(recipe, tmp_path, made, run_here, refused_here):
     """From images to images; class names come from the folders; later, another VAE's latents are refused."""
     config = recipe(data={"path": str(made)}, train={"max_steps": 3})
-    run("train_dit.py", "--config", config)
-    run(
+    run_here("train_dit.py", "--config", config)
+    run_here(
         *("sample.py", "--checkpoint", tmp_path / "run", "--class", "golden retriever", "--num-images", 1),
         *("--steps", 2, "--out", tmp_path / "x.png"),
     )
@@ -306,7 +308,7 @@ def test_extract_train_and_sample(recipe, tmp_path, made):
     shutil.copytree(made, other)
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0"}))
-    error = refused("train_dit.py", "--config", config, "--data.path", other, "--train.max_steps", 4)
+    error = refused_here("train_dit.py", "--config", config, "--data.path", other, "--train.max_steps", 4)
     assert "was begun on other data (vae_sha256" in error
 
 

@@ -19,7 +19,7 @@ from iwin_dit.data.codec import decode
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
-from iwin_dit.pipelines.sampling import draw_grid, sample_classes, write_samples
+from iwin_dit.pipelines.sampling import draw_grid, open_folder, sample_classes, write_samples
 from iwin_dit.runtime.seeds import generator
 
 NAMES = {0: "white shark, Carcharodon carcharias", 1: "golden retriever", 2: "umbrella"}
@@ -169,7 +169,8 @@ def test_grids_and_folders(tmp_path):
     assert [(s.label, s.number) for s in samples] == [(2, 0), (2, 1), (2, 2), (0, 0), (0, 1), (0, 2)]
     assert draw_grid(samples, NAMES).height == 2 * 66
     assert draw_grid(samples, NAMES, columns=2).height == 4 * 66
-    write_samples(samples, tmp_path / "out", {"seed": 0})
+    assert open_folder(tmp_path / "out", {"seed": 0}) == set()
+    assert write_samples(samples, tmp_path / "out") == 6
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names[:2] == ["0000-00000.png", "0000-00001.png"]
     assert names[-1] == "recipe.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_vae, refused, run
+from conftest import make_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -43,8 +43,10 @@ def dataset(workshop, crop="center"):
     return PixelDataset(open_source(str(workshop / "images")), vae, str(workshop / "vae"), (8, 8), crop)
 
 
-def test_training_from_images_is_training_from_their_latents(workshop, recipe, tmp_path):
-    run(
+def test_training_from_images_is_training_from_their_latents(
+    workshop, recipe, tmp_path, run_here, refused_here
+):
+    run_here(
         *("extract_latents.py", "--images", workshop / "images", "--vae", workshop / "vae"),
         *("--out", tmp_path / "latents", "--size", 16, "--workers", 0),
     )
@@ -53,8 +55,8 @@ def test_training_from_images_is_training_from_their_latents(workshop, recipe, t
     through = recipe(
         "latents.yaml", data={"path": str(tmp_path / "latents"), "normalization": "vae"}, train=short
     )
-    run("train_dit.py", "--config", straight, "--output_dir", tmp_path / "straight")
-    run("train_dit.py", "--config", through, "--output_dir", tmp_path / "through")
+    run_here("train_dit.py", "--config", straight, "--output_dir", tmp_path / "straight")
+    run_here("train_dit.py", "--config", through, "--output_dir", tmp_path / "through")
     weights = [
         load_file(tmp_path / name / "checkpoints" / "step-00000010" / "ema.safetensors")
         for name in ("straight", "through")
@@ -63,7 +65,7 @@ def test_training_from_images_is_training_from_their_latents(workshop, recipe, t
         torch.testing.assert_close(value, weights[1][key], atol=1e-4, rtol=0, msg=key)
     index = json.loads((tmp_path / "straight" / "pipeline" / "model_index.json").read_text())
     assert index["id2label"] == {"0": "class 0", "1": "class 1", "2": "class 2"}
-    run(
+    run_here(
         *("sample.py", "--checkpoint", tmp_path / "straight", "--class", "class 1", "--steps", 2),
         *("--out", tmp_path / "grid.png", "--num-images", 1),
     )
@@ -71,23 +73,23 @@ def test_training_from_images_is_training_from_their_latents(workshop, recipe, t
     # a run goes on with the same images only, wherever they lie
     (tmp_path / "moved").symlink_to(workshop / "images")
     longer = ("--config", straight, "--output_dir", tmp_path / "straight", "--train.max_steps", 11)
-    run("train_dit.py", *longer, "--data.path", tmp_path / "moved")
+    run_here("train_dit.py", *longer, "--data.path", tmp_path / "moved")
     other = tmp_path / "other"
     for path in (workshop / "images").rglob("*.png"):
         copy = other / path.parent.name / path.name.replace("23", "24")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    error = refused("train_dit.py", *longer, "--data.path", other)
+    error = refused_here("train_dit.py", *longer, "--data.path", other)
     assert "begun on other data (names_sha256" in error
 
 
-def test_a_broken_image_stops_training_with_its_name(workshop, recipe, tmp_path):
+def test_a_broken_image_stops_training_with_its_name(workshop, recipe, tmp_path, refused_here):
     for path in (workshop / "images").rglob("*.png"):
         copy = tmp_path / "images" / path.parent.name / path.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes()[: 60 if path.name == "07.png" else None])
     config = recipe(data=images(workshop, path=str(tmp_path / "images")), train={"num_workers": 1})
-    error = refused("train_dit.py", "--config", config)
+    error = refused_here("train_dit.py", "--config", config)
     assert "07.png is a broken or truncated image" in error
     assert "restore or remove it" in error
 

@@ -1,11 +1,13 @@
 """sample.py: what it draws, and what it refuses with one line."""
 
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_vae, refused, run
+from conftest import make_model, make_vae
 from PIL import Image
 
 from iwin_dit import IwinDiTPipeline, build_pipeline
@@ -31,22 +33,12 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(float)
 
 
-def test_images_do_not_depend_on_the_batch_size(pipeline_folder, tmp_path):
+def test_images_do_not_depend_on_the_batch_size(pipeline_folder, run_here, tmp_path):
     for batch_size in (1, 16):
-        run(
-            *(
-                "sample.py",
-                "--checkpoint",
-                pipeline_folder,
-                "--class",
-                3,
-                "digit 7",
-                "--num-images",
-                3,
-                "--steps",
-                3,
-            ),
-            *("--seed", 5, "--batch-size", batch_size, "--out", tmp_path / f"by {batch_size}"),
+        run_here(
+            *("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "digit 7"),
+            *("--num-images", 3, "--steps", 3, "--seed", 5, "--batch-size", batch_size),
+            *("--out", tmp_path / f"by {batch_size}"),
         )
     names = [f"{label:04d}-{number:05d}.png" for label in (3, 7) for number in range(3)]
     for name in names:
@@ -58,9 +50,49 @@ def test_images_do_not_depend_on_the_batch_size(pipeline_folder, tmp_path):
     assert recipe["seed"] == 5
 
 
-def test_a_grid_has_its_recipe_beside_it(pipeline_folder, tmp_path):
+def test_40_a_folder_goes_on_where_it_was_stopped(pipeline_folder, script_here, tmp_path, monkeypatch):
+    """Only what is missing is drawn, each image as it was; another recipe's are not mixed in."""
+    out = tmp_path / "out"
+    command = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, 7, "--steps", 2, "--out", out)
+    command = (*command, "--batch-size", 2)
+    code, output = script_here(*command, "--num-images", 3)
+    assert not code, output
+    assert "6 images in" in output
+    whole = {path.name: pixels(path) for path in out.glob("*.png")}
+
+    save, saved = Image.Image.save, []
+
+    def killed(image, path, **options):
+        saved.append(path)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+        save(image, path, **options)
+
+    shutil.rmtree(out)
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        script_here(*command, "--num-images", 3)
+    monkeypatch.undo()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert len(kept) == 3
+    code, output = script_here(*command, "--num-images", 3)
+    assert "3 images in" in output
+    assert "3 were there" in output
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert sorted(path.name for path in out.iterdir()) == [*sorted(whole), "recipe.json"]
+    for name, expected in whole.items():
+        assert np.abs(pixels(out / name) - expected).max() <= 1
+
+    code, output = script_here(*command, "--num-images", 4)
+    assert "2 images in" in output, "more of the same"
+    code, output = script_here(*command, "--num-images", 4, "--seed", 1)
+    assert code == 2
+    assert "holds images of another recipe (seed: 0 -> 1); remove it" in output
+
+
+def test_a_grid_has_its_recipe_beside_it(pipeline_folder, run_here, tmp_path):
     out = tmp_path / "new folder" / "grid.png"
-    stdout, _ = run(
+    stdout = run_here(
         *("sample.py", "--checkpoint", pipeline_folder, "--class", 0, 1, "--num-images", 2, "--steps", 1),
         *("--size", 24, 32, "--out", out),
     )
@@ -69,22 +101,26 @@ def test_a_grid_has_its_recipe_beside_it(pipeline_folder, tmp_path):
     assert Image.open(out).size[1] == 2 * (24 * 3 + 2)
 
 
-def test_mistakes_are_one_line(pipeline_folder, tmp_path):
+def test_mistakes_are_one_line(pipeline_folder, refused_here, tmp_path):
     base = ("sample.py", "--checkpoint", pipeline_folder, "--out", tmp_path / "x.png")
-    assert "class 207 is out of range: this model has 10 classes, 0 to 9" in refused(*base, "--class", 207)
-    assert "unknown class name 'digt 3'; nearest names: digit 3" in refused(*base, "--class", "digt 3")
-    error = refused("sample.py", "--class", 1, "--checkpoint", tmp_path / "missing")
+    assert "class 207 is out of range: this model has 10 classes, 0 to 9" in refused_here(
+        *base, "--class", 207
+    )
+    assert "unknown class name 'digt 3'; nearest names: digit 3" in refused_here(*base, "--class", "digt 3")
+    error = refused_here("sample.py", "--class", 1, "--checkpoint", tmp_path / "missing")
     assert "missing does not exist; expected a run, a pipeline folder, or a hub id" in error
     if not torch.cuda.is_available():
-        error = refused(*base, "--class", 1, "--device", "cuda")
+        error = refused_here(*base, "--class", 1, "--device", "cuda")
         assert "the device cuda cannot be used" in error
     assert not (tmp_path / "x.png").exists()
 
 
-def test_output_paths_are_checked_before_any_work(tmp_path):
+def test_output_paths_are_checked_before_any_work(refused_here, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused("sample.py", "--class", 1, "--out", tmp_path / "file" / "x.png")
-    assert "--steps is 0, expected at least 1" in refused("sample.py", "--class", 1, "--steps", 0)
+    assert "cannot be written" in refused_here(
+        "sample.py", "--class", 1, "--out", tmp_path / "file" / "x.png"
+    )
+    assert "--steps is 0, expected at least 1" in refused_here("sample.py", "--class", 1, "--steps", 0)
 
 
 def test_without_a_run_there_is_nothing_to_sample(tmp_path, monkeypatch):
@@ -109,10 +145,10 @@ def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
         build_pipeline.load_pipeline(str(tmp_path / "empty"))
 
 
-def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, tmp_path):
+def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, run_here, tmp_path):
     """The newest checkpoint counts, and the exported pipeline once it is as new."""
     config = recipe(train={"max_steps": 4, "save_every_steps": 2})
-    run("train_dit.py", "--config", config)
+    run_here("train_dit.py", "--config", config)
     exported = build_pipeline.load_pipeline(str(tmp_path / "run"))
     (tmp_path / "run" / "pipeline").rename(tmp_path / "moved")
     built = build_pipeline.load_pipeline(str(tmp_path / "run"))

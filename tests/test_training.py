@@ -15,7 +15,7 @@ from iwin_dit.training.ema import make_ema, update_ema
 from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state, parameter_groups
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, run_here, refused_here, tmp_path):
     """kill -9 after step 30 of 60, the same command again: weights, EMA and optimiser are the same bits."""
     config = recipe()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -37,12 +37,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
     assert (whole / "pipeline" / "model_index.json").exists()
 
     # a finished run does nothing more, and goes on when max_steps grows; another model is refused
-    run("train_dit.py", "--config", config, "--output_dir", whole)
+    run_here("train_dit.py", "--config", config, "--output_dir", whole)
     assert logged_steps(whole)[-1] == 60
-    stdout, _ = run("train_dit.py", "--config", config, "--output_dir", whole, "--train.max_steps", "64")
+    stdout = run_here("train_dit.py", "--config", config, "--output_dir", whole, "--train.max_steps", "64")
     assert "trained to step 64" in stdout
     assert logged_steps(whole)[-1] == 64
-    error = refused("train_dit.py", "--config", config, "--output_dir", whole, "--model.depth", "3")
+    error = refused_here("train_dit.py", "--config", config, "--output_dir", whole, "--model.depth", "3")
     assert "begun with another config (model.depth: 2 -> 3" in error
 
     # the newest checkpoint damaged: an error that names the good one, and nothing is written
@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
     content = model.read_bytes()
     model.write_bytes(content[:-8])
     before = sorted(p.name for p in whole.rglob("*"))
-    error = refused("train_dit.py", "--config", config, "--output_dir", whole, "--train.max_steps", "70")
+    error = refused_here("train_dit.py", "--config", config, "--output_dir", whole, "--train.max_steps", "70")
     assert f"has {len(content) - 8} bytes, the manifest says {len(content)}" in error
     assert "go on from step-00000060" in error
     assert sorted(p.name for p in whole.rglob("*")) == before
@@ -107,19 +107,19 @@ def test_a_launch_that_became_one_process_is_noticed(recipe):
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in error
 
 
-def test_mistakes_are_found_before_the_first_step(recipe, tmp_path):
+def test_mistakes_are_found_before_the_first_step(recipe, refused_here, tmp_path):
     """What the config alone cannot tell: latents, paths."""
-    error = refused("train_dit.py", "--config", recipe(model={"in_channels": 16}))
+    error = refused_here("train_dit.py", "--config", recipe(model={"in_channels": 16}))
     assert "has latent channels 4" in error
     assert "model.in_channels is 16" in error
     (tmp_path / "file").write_text("")
-    error = refused("train_dit.py", "--config", recipe(), "--output_dir", tmp_path / "file" / "run")
+    error = refused_here("train_dit.py", "--config", recipe(), "--output_dir", tmp_path / "file" / "run")
     assert "cannot be written" in error
     assert not (tmp_path / "file" / "run").exists()
 
 
-def test_dry_run_says_what_a_run_takes(recipe, tmp_path):
-    stdout, _ = run("train_dit.py", "--config", recipe(), "--dry-run")
+def test_dry_run_says_what_a_run_takes(recipe, run_here, tmp_path):
+    stdout = run_here("train_dit.py", "--config", recipe(), "--dry-run")
     described = dict(
         line.split("  ", 1) for line in stdout.splitlines() if "  " in line and not line.startswith(" ")
     )

@@ -14,10 +14,9 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from iwin_dit.evaluation.images import BROKEN_NPZ, FolderImages, NpzImages, _npy_header
+from iwin_dit.evaluation.images import FolderImages, NpzImages
 from iwin_dit.runtime.errors import DataError
 
 
@@ -71,28 +70,13 @@ def _by_number(path: Path) -> list[str | int]:
 
 
 class NpzClips(NpzImages):
-    """The array ``arr_0`` of an ``.npz`` file, uint8 ``(N, T, H, W, 3)``.
+    """The array ``arr_0`` of an ``.npz`` file, uint8 ``(N, T, H, W, 3)``, read piece by piece."""
 
-    It is read piece by piece; objects in it are refused, not unpickled.
-
-    Raises:
-        DataError: where there is no such array.
-    """
+    what, axes = "clips", ("frames", "height", "width")
 
     def __init__(self, path: Path):
-        self.path = path
-        try:
-            with self._open() as file:
-                self.shape, fortran, dtype = _npy_header(file)
-                self._start = file.tell()
-        except BROKEN_NPZ as error:
-            raise DataError(f"{path} is no .npz with clips in arr_0: {error}") from None
-        if dtype != np.uint8 or fortran or len(self.shape) != 5 or self.shape[4] != 3 or 0 in self.shape:
-            raise DataError(
-                f"{path} holds {dtype} of shape {self.shape} in arr_0, expected uint8 "
-                "(N, frames, height, width, 3) in C order"
-            )
-        self.description = {"npz": str(path), "clips": len(self), "frames": self.shape[1]}
+        super().__init__(path)
+        self.description["frames"] = self.shape[1]
 
 
 def open_clips(location: str) -> FolderClips | NpzClips:

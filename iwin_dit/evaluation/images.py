@@ -114,6 +114,8 @@ class NpzImages:
         DataError: where there is no such array.
     """
 
+    what, axes = "images", ("height", "width")
+
     def __init__(self, path: Path):
         self.path = path
         try:
@@ -121,12 +123,14 @@ class NpzImages:
                 self.shape, fortran, dtype = _npy_header(file)
                 self._start = file.tell()
         except BROKEN_NPZ as error:
-            raise DataError(f"{path} is no .npz with images in arr_0: {error}") from None
-        if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
+            raise DataError(f"{path} is no .npz with {self.what} in arr_0: {error}") from None
+        fits = len(self.shape) == len(self.axes) + 2 and self.shape[-1] == 3 and 0 not in self.shape
+        if dtype != np.uint8 or fortran or not fits:
             raise DataError(
-                f"{path} holds {dtype} of shape {self.shape} in arr_0, expected uint8 (N, height, width, 3)"
+                f"{path} holds {dtype} of shape {self.shape} in arr_0, expected uint8 "
+                f"(N, {', '.join(self.axes)}, 3) in C order"
             )
-        self.description = {"npz": str(path), "images": len(self)}
+        self.description = {"npz": str(path), self.what: len(self)}
 
     def _open(self) -> Any:
         return zipfile.ZipFile(self.path).open("arr_0.npy")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
 SMALLEST_SIDE = 64  # of an image in a grid, in pixels
+AMOUNTS = ("classes", "num_images")  # of a recipe: what they change is which images there are
+MAX_RECIPE_BYTES = 1 << 20
 
 
 class Sample(NamedTuple):
@@ -32,6 +37,7 @@ def sample_classes(
     num_images: int,
     seed: int,
     batch_size: int,
+    drawn: Container[tuple[int, int]] = frozenset(),
     **options: Any,
 ) -> Iterator[Sample]:
     """Draws ``num_images`` images of each class, in order, with a progress bar.
@@ -39,9 +45,10 @@ def sample_classes(
     Args:
         seed: with the class and the number of the image, the seed of its noise.
         batch_size: images of one forward pass; the images do not depend on it.
+        drawn: classes and numbers of images to leave out.
         options: arguments of the pipeline's call, such as ``guidance_scale``.
     """
-    wanted = list(itertools.product(labels, range(num_images)))
+    wanted = [pair for pair in itertools.product(labels, range(num_images)) if pair not in drawn]
     with progress(total=len(wanted), unit="image", desc="sample") as bar:
         for start in range(0, len(wanted), batch_size):
             batch = wanted[start : start + batch_size]
@@ -78,22 +85,54 @@ def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 1
     return grid
 
 
-def write_grid(samples: Sequence[Sample], path: Path, recipe: dict[str, Any], names: dict[int, str]) -> None:
-    """The grid, and the recipe as JSON beside it."""
+def write_grid(samples: Sequence[Sample], path: Path, recipe: dict[str, Any], names: dict[int, str]) -> int:
+    """The grid, and the recipe as JSON beside it. Returns how many images there are in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(samples, names).save(path)
     files.replace(path.with_suffix(".json"), files.to_json(recipe))
+    return len(samples)
 
 
-def write_samples(samples: Sequence[Sample], folder: Path, recipe: dict[str, Any]) -> None:
-    """A PNG per image, named by class and number, and ``recipe.json``; each file is complete or absent."""
+def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
+    """A folder for images of this recipe, which is written into it as ``recipe.json``.
+
+    Returns:
+        class and number of the images that are there already, of an earlier call that may have been stopped.
+
+    Raises:
+        ConfigError: where it holds images of another recipe; more classes and images are the same one.
+    """
+    path = folder / "recipe.json"
+    now = json.loads(files.to_json(recipe))
+    if path.exists():
+        before = files.read_json(path, MAX_RECIPE_BYTES)
+        changed = [key for key in now if key not in AMOUNTS and before.get(key) != now[key]]
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"--out {folder} holds images of another recipe ({key}: {before.get(key)} -> {now[key]}); "
+                "remove it, or take another folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
+    files.replace(path, files.to_json(recipe))
+    names = (re.fullmatch(r"(\d{4,})-(\d{5,})\.png", name.name) for name in folder.iterdir())
+    return {(int(name[1]), int(name[2])) for name in names if name}
+
+
+def write_samples(samples: Iterable[Sample], folder: Path) -> int:
+    """A PNG per image, named by class and number, as it comes; each is complete or absent.
+
+    Returns:
+        how many.
+    """
+    count = 0
     for sample in samples:
         path = folder / f"{sample.label:04d}-{sample.number:05d}.png"
         temporary = path.with_name(f".tmp-{path.name}")
         sample.image.save(temporary, format="PNG")
         os.replace(temporary, path)
-    files.replace(folder / "recipe.json", files.to_json(recipe))
+        count += 1
+    return count
 
 
 def _row_title(label: int | str, name: str | None, limit: int = 28) -> str:

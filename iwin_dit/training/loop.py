@@ -78,7 +78,7 @@ def train(
     loader: Callable[[int], DataLoader],
     micro_batches: int,
     preview: Callable[[dict[str, Tensor], int, StopRequest], None],
-    evaluate: Callable[[int, StopRequest], dict[str, float] | None],
+    evaluate: Callable[[int, StopRequest], dict[str, float] | None] | None,
     flops_per_image: float,
 ) -> int:
     """Trains from the newest checkpoint, or from the beginning, to ``config.train.max_steps``.
@@ -94,7 +94,8 @@ def train(
         micro_batches: how many of them make a step.
         preview: ``preview(ema, step, stop)`` draws samples with these weights, on the main process.
         evaluate: ``evaluate(step, stop)`` gives figures of the EMA, by all processes together; None where
-            there are none, or it was stopped: then the resumed run asks again.
+            there are none, or it was stopped: then the resumed run asks again. Only needed with
+            ``evaluate_every_steps``.
         flops_per_image: of a training step on one image, for the log.
 
     Returns:
