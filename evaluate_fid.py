@@ -39,6 +39,9 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
     add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
+    add(
+        "--draw-batch", type=int, default=32, help="images drawn together; a pixel in 10^5 depends on it (32)"
+    )
     add("--inception-weights", help="torch-fidelity's file, for machines without a network")
     add("--save-images", metavar="PATH", help="keep what is drawn: a folder of PNGs, or an .npz as ADM's")
     add("--save-reference", metavar="PATH", help="keep the reference's statistics, as .safetensors")

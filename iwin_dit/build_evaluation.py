@@ -252,7 +252,7 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
         "plan": arguments.plan,
     }
     labels = label_plan(arguments.plan, arguments.num_images, num_classes, arguments.seed)
-    return SampledImages(drawer(pipeline, options), labels, arguments.seed, recipe)
+    return SampledImages(drawer(pipeline, options), labels, arguments.seed, recipe, arguments.draw_batch)
 
 
 def drawer(

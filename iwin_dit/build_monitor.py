@@ -68,7 +68,7 @@ def build_monitor(
             return draw(labels, generators)
 
         recipe = sampling_options(config) | {"weights_sha256": weights_sha256(pipeline.transformer)}
-        generated = SampledImages(draw_unless_stopped, labels, options.seed, recipe)
+        generated = SampledImages(draw_unless_stopped, labels, options.seed, recipe, options.batch_images)
         stopped = torch.zeros((), device=accelerator.device)
         try:
             if real is not None or known is not None:

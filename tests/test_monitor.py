@@ -47,7 +47,7 @@ def test_figures_are_those_of_evaluate_fid(watched, sets, train_here, script_her
     assert list(found) == [4, 8]
     assert found[4]["fid"] != found[8]["fid"]
     assert not (tmp_path / "run" / "evaluation").exists()
-    drawn = ("--num-images", COUNT, "--steps", 2, "--guidance-scale", 2.0, "--batch-size", 5)
+    drawn = ("--num-images", COUNT, "--steps", 2, "--guidance-scale", 2.0, "--draw-batch", 5)
     code, output = script_here(
         *("evaluate_fid.py", "--generated", tmp_path / "run", "--reference", sets / "real", *drawn),
         *("--metrics", "fid,kid", "--out", tmp_path / "result.json"),

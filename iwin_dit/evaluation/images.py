@@ -24,6 +24,7 @@ from iwin_dit.data.images import decode_image
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.seeds import generator
 
+DRAW_BATCH = 32
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # what zipfile and numpy raise for files that are not whole, encrypted, no .npz, or hold objects
 BROKEN_NPZ = (
@@ -171,6 +172,8 @@ class SampledImages:
         labels: of the images; see :func:`label_plan`.
         seed: with the label and its number among those of the class, of the noise.
         recipe: all that the images depend on, for the fingerprint and the result.
+        draw_batch: images that are drawn together, in groups that do not depend on what is read: in float32
+            the rounding of a matrix product depends on the batch, and with it a pixel in 10^5.
     """
 
     def __init__(
@@ -179,19 +182,33 @@ class SampledImages:
         labels: Sequence[int],
         seed: int,
         recipe: dict[str, Any],
+        draw_batch: int = DRAW_BATCH,
     ):
-        self.draw, self.labels, self.seed = draw, list(labels), seed
+        self.draw, self.labels, self.seed, self.draw_batch = draw, list(labels), seed, draw_batch
+        self._group: tuple[int, Tensor] | None = None  # the last one: its number and its images
         seen: dict[int, int] = {}
         self.numbers = []
         for label in self.labels:
             self.numbers.append(seen.get(label, 0))
             seen[label] = self.numbers[-1] + 1
-        self.description = recipe | {"images": len(self), "seed": seed}
+        self.description = recipe | {"images": len(self), "seed": seed, "draw_batch": draw_batch}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, start: int, stop: int) -> Tensor:
+        size = self.draw_batch
+        groups = [self._draw(group) for group in range(start // size, -(-stop // size))]
+        first = start // size * size
+        return torch.cat(groups)[start - first : stop - first]
+
+    def _draw(self, group: int) -> Tensor:
+        if self._group is None or self._group[0] != group:
+            start = group * self.draw_batch
+            self._group = group, self._draw_range(start, min(start + self.draw_batch, len(self)))
+        return self._group[1]
+
+    def _draw_range(self, start: int, stop: int) -> Tensor:
         labels = self.labels[start:stop]
         seeds = [
             generator(self.seed, "image", label, number)

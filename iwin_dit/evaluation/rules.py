@@ -33,7 +33,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     metrics = None if arguments.metrics is None else arguments.metrics.split(",")
     names = chosen_metrics(arguments.extractor, metrics, arguments.inception_weights)
     arguments.metrics = ",".join(names)
-    for name in ("num_images", "batch_size", "steps"):
+    for name in ("num_images", "batch_size", "draw_batch", "steps"):
         if (value := getattr(arguments, name)) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     kept = arguments.save_reference
