@@ -9,7 +9,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "IwinDiTTransformer2DModel": "iwin_dit.models.transformer",
+    "IwinDiTTransformer3DModel": "iwin_dit.models.transformer",
     "IwinDiTPipeline": "iwin_dit.pipelines.image",
+    "IwinDiTVideoPipeline": "iwin_dit.pipelines.video",
 }
 __all__ = ["__version__", *_HOME]
 

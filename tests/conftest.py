@@ -240,7 +240,7 @@ def run(*arguments, expect=0, **options):
     """Runs a script to its end and returns (stdout, stderr)."""
     process = start(*arguments, **options)
     stdout, stderr = process.communicate(timeout=280)
-    assert process.returncode == expect, f"exit {process.returncode}\n{stdout}\n{stderr[-3000:]}"
+    assert process.returncode == expect, f"exit {process.returncode}\n{stdout}\n{stderr[-20_000:]}"
     return stdout, stderr
 
 

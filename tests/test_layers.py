@@ -256,7 +256,7 @@ def test_bad_specs_say_what_would_fit():
         MixerSpec("global", window_size=4)
     with pytest.raises(ValueError, match="expected an odd number"):
         MixerSpec(kernel_size=2)
-    with pytest.raises(ValueError, match="expected positive integers or 'auto'"):
+    with pytest.raises(ValueError, match="expected positive integers, 'auto' or 'all'"):
         MixerSpec(window_size=0)
 
 

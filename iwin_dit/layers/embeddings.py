@@ -1,6 +1,7 @@
 """From latents, timesteps and labels to vectors of the model's width, and from tokens back to latents.
 
-Legend: B batch, C latent channels, D width, p patch size; a grid is the latent's sides over p, rank 2 or 3.
+Legend: B batch, C latent channels, D width, p patch size; a grid is (H/p, W/p) of images, (T, H/p, W/p) of
+clips: each frame of a latent has tokens of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of p x p latents becomes one token: ``(B, C, H, W) -> (B, H/p, W/p, D)``."""
+    """Each patch of p x p latents becomes one token: ``(B, C, [T,] H, W) -> (B, [T,] H/p, W/p, D)``."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int):
         super().__init__()
@@ -23,12 +24,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         p = self.patch_size
-        return self.proj(rearrange(latents, "b c (h p) (w q) -> b h w (c p q)", p=p, q=p))
+        return self.proj(rearrange(latents, "b c ... (h p) (w q) -> b ... h w (c p q)", p=p, q=p))
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
-    """Tokens of channels (p, q, channel) back to latents: ``(B, H/p, W/p, p p C) -> (B, C, H, W)``."""
-    return rearrange(tokens, "b h w (p q c) -> b c (h p) (w q)", p=patch_size, q=patch_size)
+    """Tokens of channels (p, q, channel) to latents: ``(B, [T,] H/p, W/p, p p C) -> (B, C, [T,] H, W)``."""
+    return rearrange(tokens, "b ... h w (p q c) -> b c ... (h p) (w q)", p=patch_size, q=patch_size)
 
 
 class TimestepEmbedder(nn.Module):
@@ -62,12 +63,20 @@ def sinusoid(x: Tensor, num_features: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sincos_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """DiT's fixed position embedding: first half by column, second by row, sines first: ``(H, W, D)``."""
-    rows, columns = (_sines_first(torch.arange(side, device=device), width // 2) for side in grid)
-    return torch.cat(
-        [columns[None, :, :].expand(grid[0], -1, -1), rows[:, None, :].expand(-1, grid[1], -1)], dim=-1
-    )
+def sincos_positions(grid: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """DiT's fixed position embedding: first half by column, second by row, sines first: ``(*grid, D)``.
+
+    Of clips, frames add theirs, over the whole width; the first frame's is 0, so that it is an image's.
+    """
+    *frames, height, width_ = grid
+    rows, columns = (_sines_first(torch.arange(side, device=device), width // 2) for side in (height, width_))
+    places = torch.cat(
+        [columns[None, :, :].expand(height, -1, -1), rows[:, None, :].expand(-1, width_, -1)], dim=-1
+    )  # (H/p, W/p, D)
+    if not frames:
+        return places
+    times = _sines_first(torch.arange(frames[0], device=device), width)  # (T, D)
+    return places + (times - times[0])[:, None, None]
 
 
 def _sines_first(x: Tensor, num_features: int) -> Tensor:

@@ -85,7 +85,7 @@ class IwinMixer(TokenMixer):
         self.spec = spec.mixer
         self.attention = SelfAttention(spec)
         self.convolution = (
-            DepthwiseConvolution(spec.width, spec.mixer.kernel_size, len(grid))
+            DepthwiseConvolution(spec.width, spec.mixer.kernel(grid))
             if spec.mixer.has_convolution(grid)
             else None
         )
@@ -125,14 +125,23 @@ class DepthwiseConvolution(nn.Module):
 
     Tokens have their channels last, so the view that the convolution sees is in the channels-last memory
     format: no copy, and on a CPU three times faster than the contiguous one.
+
+    Args:
+        kernel: its sides, one per axis of the grid.
     """
 
-    def __init__(self, width: int, kernel_size: int, rank: int):
+    def __init__(self, width: int, kernel: tuple[int, ...]):
         super().__init__()
-        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[rank]
-        self.conv = convolution(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
+        self.conv = convolution(width, width, kernel, padding=[side // 2 for side in kernel], groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        if x.ndim == 5 and (x.shape[1] == 1 or weight.shape[2] == 1):  # no frame meets another
+            frames = x.flatten(0, 1).movedim(-1, 1)  # (B T, C, H, W)
+            center = weight[:, :, weight.shape[2] // 2]
+            frames = F.conv2d(frames, center, self.conv.bias, padding="same", groups=x.shape[-1])
+            return frames.movedim(1, -1).view(x.shape)
         return self.conv(x.movedim(-1, 1)).movedim(1, -1)
 
 

@@ -6,7 +6,7 @@ Imports no torch, so that a config can use it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 # depth, width, heads. XL is DiT's (Peebles & Xie 2023, table 1), 1p0B and 1p6B are LightningDiT's.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -26,9 +26,11 @@ class MixerSpec:
     Args:
         name: ``iwin`` is interleaved-window attention beside a depthwise convolution (arXiv 2507.18405);
             ``global`` is attention over all tokens.
-        window_size: tokens per axis of one window: a number, one number per axis, or ``auto``, the smallest
-            divisor M of each side with ``kernel_size * M >= side``. Only ``iwin`` uses it.
-        kernel_size: side of the depthwise convolution, odd. Only ``iwin`` uses it.
+        window_size: tokens per axis of one window: a number, or ``auto``, the smallest divisor M of the side
+            with ``kernel_size * M >= side``, or ``all``, the whole side. One for all axes, or one per axis,
+            such as ``[all, 8, 8]`` for clips, whose first axis is time. Only ``iwin`` uses it.
+        kernel_size: side of the depthwise convolution, odd: one for all axes, or one per axis; clips whose
+            frames are convolved each by itself have ``[1, 3, 3]``. Only ``iwin`` uses it.
         convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid,
             since attention connects everything there. Only ``iwin`` uses it.
         mask_padding: hide the padded keys where the window does not divide the grid. ``False`` is what the
@@ -36,16 +38,18 @@ class MixerSpec:
     """
 
     name: Literal["iwin", "global"] = "iwin"
-    window_size: int | list[int] | Literal["auto"] = "auto"
-    kernel_size: int = 3
+    window_size: int | list[int | Literal["auto", "all"]] | Literal["auto", "all"] = "auto"
+    kernel_size: int | list[int] = 3
     convolution: bool | Literal["auto"] = "auto"
     mask_padding: bool = True
 
     def __post_init__(self):
-        if isinstance(
-            self.window_size, tuple
-        ):  # JSON and YAML know lists only: one form, so that specs compare equal
-            object.__setattr__(self, "window_size", list(self.window_size))
+        for name in (
+            "window_size",
+            "kernel_size",
+        ):  # JSON and YAML know lists only: one form, to compare equal
+            if isinstance(getattr(self, name), tuple):
+                object.__setattr__(self, name, list(getattr(self, name)))
         if self.name not in ("iwin", "global"):
             raise ValueError(f"mixer.name is {self.name!r}, expected 'iwin' or 'global'")
         if self.name == "global":
@@ -54,29 +58,45 @@ class MixerSpec:
                 raise ValueError(
                     f"the global mixer has no {' or '.join(unused)}: remove it, or take mixer.name iwin"
                 )
-        if self.window_size != "auto":
-            sides = self.window_size if isinstance(self.window_size, list) else [self.window_size]
-            if not all(isinstance(side, int) and side >= 1 for side in sides):
+        for side in _as_list(self.window_size):
+            if side not in ("auto", "all") and not (isinstance(side, int) and side >= 1):
                 raise ValueError(
-                    f"mixer.window_size is {self.window_size!r}, expected positive integers or 'auto'"
+                    f"mixer.window_size is {self.window_size!r}, expected positive integers, 'auto' or 'all'"
                 )
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"mixer.kernel_size is {self.kernel_size}, expected an odd number such as 3")
+        for side in _as_list(self.kernel_size):
+            if side < 1 or side % 2 == 0:
+                raise ValueError(f"mixer.kernel_size is {self.kernel_size}, expected an odd number such as 3")
 
     def window(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The window on this grid, one number per axis; never larger than the grid."""
-        if self.window_size == "auto":
-            return tuple(_smallest_connecting_divisor(side, self.kernel_size) for side in grid)
-        sides = self.window_size if isinstance(self.window_size, list) else [self.window_size] * len(grid)
-        if len(sides) != len(grid):
-            raise ValueError(
-                f"window_size {self.window_size} has {len(sides)} axes, the grid {grid} has {len(grid)}"
-            )
-        return tuple(min(window, side) for window, side in zip(sides, grid, strict=True))
+        sizes = _per_axis("window_size", self.window_size, grid)
+        return tuple(
+            _smallest_connecting_divisor(side, kernel)
+            if size == "auto"
+            else side
+            if size == "all"
+            else min(size, side)
+            for size, kernel, side in zip(sizes, self.kernel(grid), grid, strict=True)
+        )
+
+    def kernel(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The sides of the depthwise convolution, one number per axis of the grid."""
+        return tuple(_per_axis("kernel_size", self.kernel_size, grid))
 
     def has_convolution(self, grid: tuple[int, ...]) -> bool:
         """Whether a mixer that is made for this grid has the depthwise convolution."""
         return self.window(grid) != tuple(grid) if self.convolution == "auto" else self.convolution
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _per_axis(name: str, value: Any, grid: tuple[int, ...]) -> list[Any]:
+    values = value if isinstance(value, list) else [value] * len(grid)
+    if len(values) != len(grid):
+        raise ValueError(f"{name} {value} has {len(values)} axes, the grid {grid} has {len(grid)}")
+    return values
 
 
 def _smallest_connecting_divisor(side: int, kernel_size: int) -> int:

@@ -11,26 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iwin_dit.layers.mixers import DepthwiseConvolution
 from iwin_dit.layers.specs import BlockSpec
 from iwin_dit.models.backbone import IwinTransformer
 from iwin_dit.models.stages import Downsample
 
-ALL_FRAMES = 2**31 - 1  # a window is never longer than the clip
-
 
 class FrameDownsample(Downsample):
     """:class:`Downsample` of each frame: ``(B, T, H, W, D) -> (B, T, ceil(H/2), ceil(W/2), D')``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-class FrameConvolution(DepthwiseConvolution):
-    """A 2-D depthwise convolution of each frame: ``(B, T, H, W, D) -> (B, T, H, W, D)``."""
-
-    def __init__(self, width: int, kernel_size: int):
-        super().__init__(width, kernel_size, rank=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -77,12 +64,9 @@ class IwinTransformer3D(IwinTransformer):
     def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
         """Windows over all frames, and a convolution per frame."""
         size = spec.mixer.window_size
-        window = [ALL_FRAMES, *(size if isinstance(size, list) else [size] * 2)]
-        spec = replace(spec, mixer=replace(spec.mixer, window_size=window))
-        mixer = super().make_mixer(spec, grid, clip_window)
-        if mixer.convolution is not None:
-            mixer.convolution = FrameConvolution(spec.width, spec.mixer.kernel_size)
-        return mixer
+        window, kernel = ["all", *(size if isinstance(size, list) else [size] * 2)], [1, 3, 3]
+        spec = replace(spec, mixer=replace(spec.mixer, window_size=window, kernel_size=kernel))
+        return super().make_mixer(spec, grid, clip_window)
 
     def make_downsample(self, width: int, out_width: int) -> nn.Module:
         return FrameDownsample(width, out_width)

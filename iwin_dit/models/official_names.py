@@ -76,7 +76,7 @@ def to_our_layout(positions: Tensor, shape: torch.Size) -> Tensor:
 def to_our_names(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Official tensors under our names and in our layout; names that have no place keep theirs.
 
-    Projections without a bias get zeros.
+    Projections without a bias get zeros; convolutions of single frames get an axis of time.
     """
     expected = {official_name(name, rank): name for name in ours}
     renamed = {expected.get(name, name): tensor for name, tensor in weights.items()}
@@ -85,6 +85,8 @@ def to_our_names(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], rank
             renamed[name] = to_our_layout(renamed[name], like.shape)
         elif name not in renamed and name.endswith(".qkv.bias"):
             renamed[name] = torch.zeros(like.shape)
+        elif name in renamed and name.endswith(".convolution.conv.weight") and rank == 3:
+            renamed[name] = renamed[name].unsqueeze(2)
     return renamed
 
 

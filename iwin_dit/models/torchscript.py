@@ -47,7 +47,7 @@ class ScriptableIwinMixer(nn.Module):
         self.mask_padding = spec.mixer.mask_padding
         self.attention = ScriptableAttention(spec)
         self.convolution = (
-            DepthwiseConvolution(spec.width, spec.mixer.kernel_size, len(grid))
+            DepthwiseConvolution(spec.width, spec.mixer.kernel(grid))
             if spec.mixer.has_convolution(grid)
             else None
         )

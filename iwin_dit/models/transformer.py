@@ -1,10 +1,11 @@
-"""The class-conditional diffusion transformer with Iwin attention, as a diffusers model.
+"""The class-conditional diffusion transformer with Iwin attention, as a diffusers model of images or clips.
 
-Legend: B batch, C latent channels, D width, p patch size.
+Legend: B batch, C latent channels, D width, p patch size; a grid is (H/p, W/p), of clips (T, H/p, W/p).
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from iwin_dit.layers.block import Block, Modulation
 from iwin_dit.layers.embeddings import PatchEmbed, TimestepEmbedder, rope_angles, sincos_positions, unpatchify
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec
+from iwin_dit.models.inflation import inflate
 
 POSITIONS = ("none", "sincos", "rope", "sincos+rope")
 
@@ -46,11 +48,13 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             were trained in another time convention into ours.
         prediction_type: what the model was trained to predict, in the words of diffusers' schedulers:
             ``flow_prediction`` or ``epsilon``. The pipeline refuses a scheduler that expects the other.
+        sample_frames: frames of the latents, for :class:`IwinDiTTransformer3DModel` alone.
 
     Raises:
         ValueError: where heads, patch size or window cannot be combined; the message says what would fit.
     """
 
+    rank = 2  # axes of the grid
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
@@ -79,11 +83,22 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         timestep_scale: float = 1.0,
         timestep_shift: float = 0.0,
         prediction_type: str | None = None,
+        sample_frames: int | None = None,
     ):
         super().__init__()
+        if (self.rank == 3) != (sample_frames is not None):
+            raise ValueError(
+                f"sample_frames is {sample_frames}: IwinDiTTransformer3DModel needs a number of frames, "
+                "IwinDiTTransformer2DModel has none"
+            )
         if position_embedding not in POSITIONS:
             raise ValueError(
                 f"position_embedding is {position_embedding!r}, expected one of {', '.join(POSITIONS)}"
+            )
+        if self.rank == 3 and "rope" in position_embedding:
+            raise ValueError(
+                f"position_embedding is {position_embedding!r}, but rotary positions are those of images; "
+                "clips have none or sincos"
             )
         width = num_attention_heads * attention_head_dim
         spec = BlockSpec(
@@ -135,7 +150,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
     def initialize_weights(self) -> None:
         """DiT's initialisation: Xavier for every projection, zeros for all that modulates and the output."""
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
@@ -149,24 +164,29 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             nn.init.zeros_(module.weight)
 
     @property
-    def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents that the model is made for."""
-        size = self.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+    def latent_size(self) -> tuple[int, ...]:
+        """Height and width of the latents that the model is made for; of clips, frames first."""
+        size, frames = self.config.sample_size, self.config.sample_frames
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return sides if frames is None else (frames, *sides)
 
     @property
     def null_label(self) -> int | None:
         """The label of classifier-free guidance, or None where the model was built without one."""
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens per axis of a latent of this size."""
+    def grid(self, *size: int) -> tuple[int, ...]:
+        """Tokens per axis of a latent of this size: height and width, of clips frames first."""
+        if len(size) != self.rank:
+            axes = {2: "height and width", 3: "frames, height and width"}[self.rank]
+            raise ValueError(f"the latent has the axes {size}, this model takes {axes}")
+        *frames, height, width = size
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"the patch size {self.patch_size} does not divide the latent size {height} x {width}; "
                 f"sides must be multiples of {self.patch_size}"
             )
-        return height // self.patch_size, width // self.patch_size
+        return *frames, height // self.patch_size, width // self.patch_size
 
     def forward(
         self,
@@ -178,22 +198,22 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         """Predicts velocity (flow matching) or noise (DDPM).
 
         Args:
-            hidden_states: noisy latents ``(B, C, H, W)``; the patch size divides H and W.
+            hidden_states: noisy latents ``(B, C, [T,] H, W)``; the patch size divides H and W.
             timestep: ``(B,)`` or a scalar, integer or float; ``1000 t`` for flow matching, with t = 1 noise.
             class_labels: ``(B,)`` integers in ``[0, num_classes]``; the last is the null label.
             return_dict: return a ``Transformer2DModelOutput`` rather than a tuple.
 
         Returns:
-            the prediction ``(B, out_channels, H, W)`` in the dtype of ``hidden_states``.
+            the prediction ``(B, out_channels, [T,] H, W)`` in the dtype of ``hidden_states``.
         """
         dtype, device = hidden_states.dtype, hidden_states.device
-        grid = self.grid(*hidden_states.shape[-2:])
+        grid = self.grid(*hidden_states.shape[2:])
         timestep = torch.as_tensor(timestep, device=device).expand(len(hidden_states))
 
         condition = self.timestep_embedding(timestep, dtype) + self.label_embedding(class_labels).to(
             dtype
         )  # (B, D)
-        x = self.patch_embed(hidden_states).float()  # (B, H/p, W/p, D): the residual stream stays in float32
+        x = self.patch_embed(hidden_states).float()  # (B, *grid, D): the residual stream stays in float32
         if self.use_sincos:
             x = x + sincos_positions(grid, x.shape[-1], device)
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
@@ -205,11 +225,58 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             else:
                 x = block(x, condition, rope)
 
-        shift, scale = self.modulation_out(condition, rank=2)
-        x = self.proj_out(self.norm_out(x, shift, scale))  # (B, H/p, W/p, p p out_channels)
-        sample = unpatchify(x, self.patch_size).to(dtype)  # (B, out_channels, H, W)
+        shift, scale = self.modulation_out(condition, self.rank)
+        x = self.proj_out(self.norm_out(x, shift, scale))  # (B, *grid, p p out_channels)
+        sample = unpatchify(x, self.patch_size).to(dtype)  # (B, out_channels, [T,] H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
+    """The same of clips: latents ``(B, C, T, H, W)``, of any number of frames.
+
+    Args:
+        sample_frames: frames of the latents that the model is made for.
+        mixer: windows and kernels have a number for each of (time, height, width), or one for all:
+            ``{"window_size": ["all", 8, 8], "kernel_size": [1, 3, 3]}`` attends over all frames, and
+            convolves each by itself.
+        options: those of :class:`IwinDiTTransformer2DModel`; ``rope`` is for images alone.
+
+    With one frame it is the model of images with the same weights, which :meth:`from_2d` brings in.
+    """
+
+    rank = 3
+
+    @classmethod
+    def from_2d(
+        cls, model: IwinDiTTransformer2DModel, sample_frames: int, **changes: Any
+    ) -> IwinDiTTransformer3DModel:
+        """A model of clips that does to each frame what a model of images does.
+
+        Kernels get an axis of time, zero but in the middle; windows take the automatic number of frames.
+
+        Args:
+            model: of images; its weights are copied.
+            sample_frames: frames of the latents.
+            changes: of the config, such as ``mixer={"window_size": ["all", 8, 8]}``.
+
+        Raises:
+            ValueError: where the weights do not fit the changes.
+        """
+        spec = MixerSpec(**model.config.mixer)
+        mixer = dict(model.config.mixer)
+        if spec.name == "iwin":
+            grid = model.grid(*model.latent_size)
+            window, kernel = mixer["window_size"], spec.kernel(grid)
+            mixer["window_size"] = ["auto", *(window if isinstance(window, list) else [window] * 2)]
+            mixer["kernel_size"] = [kernel[0], *kernel]
+            mixer["convolution"] = spec.has_convolution(grid)
+        names = inspect.signature(IwinDiTTransformer2DModel).parameters
+        config = {name: value for name, value in model.config.items() if name in names}
+        config |= {"sample_frames": sample_frames, "mixer": mixer | changes.pop("mixer", {})} | changes
+        clips = cls(**config)
+        clips.load_state_dict(inflate(model.state_dict(), clips.state_dict()))
+        return clips.train(model.training)
+
+
 # Saved pipelines name the package, not this file: {"transformer": ["iwin_dit", "IwinDiTTransformer2DModel"]}.
-IwinDiTTransformer2DModel.__module__ = "iwin_dit"
+IwinDiTTransformer2DModel.__module__ = IwinDiTTransformer3DModel.__module__ = "iwin_dit"
