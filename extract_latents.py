@@ -1,4 +1,4 @@
-"""Turns images into the latents that training reads, on any number of processes.
+"""Turns images or videos into the latents that training reads, on any number of processes.
 
 ``accelerate launch extract_latents.py --images FOLDER --vae sd-vae-ft-ema --out data/mine``. Run the same
 command again to go on after an interruption.
@@ -29,6 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PIXELS",
         help="a side, or height and width (256)",
     )
+    add("--frames", type=int, help="frames of a clip: --images then holds class folders of videos (images)")
+    add("--frame-stride", type=int, default=1, help="take every n-th frame of a video (1)")
+    add("--clips-per-video", type=int, default=1, help="from random places (1)")
     add("--crop", choices=("center", "random"), default="center", help="(center: ADM's)")
     add("--batch-images", type=int, default=32, help="images of one pass through the VAE (32)")
     add("--shard-images", type=int, default=10_000, help="images of a shard (10,000)")
@@ -49,11 +52,14 @@ def parse_arguments() -> argparse.Namespace:
         missing = [name for name in ("images", "vae", "out") if getattr(arguments, name) is None]
         if missing:
             raise ConfigError(f"--{missing[0]} is missing; see --help")
-        if (
-            min(*arguments.size, arguments.batch_images, arguments.shard_images) < 1
-            or len(arguments.size) > 2
-        ):
+        numbers = [*arguments.size, arguments.batch_images, arguments.shard_images, arguments.frame_stride]
+        numbers += [arguments.clips_per_video, 1 if arguments.frames is None else arguments.frames]
+        if min(numbers) < 1 or len(arguments.size) > 2:
             raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
+        if arguments.frames is None and (arguments.frame_stride, arguments.clips_per_video) != (1, 1):
+            raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
+        if arguments.frames is not None and arguments.labels is not None:
+            raise ConfigError("--labels is for images; videos lie in a folder per class")
         if not files.can_write(arguments.out):
             raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
     return arguments

@@ -1,4 +1,7 @@
-"""Draws images: ``python sample.py --class 207 "golden retriever" --num-images 8 --out grid.png``."""
+"""Draws images: ``python sample.py --class 207 "golden retriever" --num-images 8 --out grid.png``.
+
+A model of clips draws clips: film strips as PNG, GIF and MP4.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--class", dest="labels", nargs="+", required=True, metavar="ID|NAME", help="class ids or names")
     add("--checkpoint", help="a run, a pipeline folder or a hub id (the newest run)")
-    add("--num-images", type=int, default=4, help="images per class (4)")
+    add("--num-images", type=int, default=4, help="images, or clips, per class (4)")
     add("--seed", type=int, default=0, help="image k depends on seed, class and k alone (0)")
     add("--batch-size", type=int, default=16, help="images of one forward pass (16)")
     add("--steps", type=int, default=50, help="steps of the sampler (50)")
@@ -24,13 +27,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
     add("--ema-std", type=float, help="average the weights anew, to this relative standard deviation")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (the model's own)")
+    add("--num-frames", type=int, help="of a clip (the model's own)")
+    add("--fps", type=float, default=8, help="frames per second of a clip (8)")
     add("--out", type=Path, default=Path("samples.png"), help="x.png is a grid, else a folder (samples.png)")
     add("--device", help="cuda, cpu, ... (a GPU where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     arguments = parser.parse_args()
-    for name in ("num_images", "batch_size", "steps"):
-        if (value := getattr(arguments, name)) < 1:
+    for name in ("num_images", "batch_size", "steps", "num_frames"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if arguments.fps <= 0:
+        raise ConfigError(f"--fps is {arguments.fps}, expected above 0")
     if not files.can_write(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a path in a folder that is yours")
     return arguments
@@ -57,25 +64,30 @@ def main() -> None:
         height=height,
         width=width,
     )
-    count, seed, out = arguments.num_images, arguments.seed, arguments.out
+    is_video = pipeline.transformer.rank == 3
+    if is_video:
+        options["num_frames"] = arguments.num_frames
+    elif arguments.num_frames is not None or arguments.out.suffix in (".gif", ".mp4"):
+        raise ConfigError(f"--num-frames, .gif and .mp4 are for clips, but {checkpoint} draws images")
+    count, seed, out, fps = arguments.num_images, arguments.seed, arguments.out, arguments.fps
     try:
         labels = list(dict.fromkeys(pipeline.get_label_ids(arguments.labels)))
         recipe = {"checkpoint": checkpoint, "weights_sha256": weights_sha256(pipeline.transformer)}
         recipe |= {"classes": labels, "num_images": count, "seed": seed, **options}
         recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std}
-        is_grid = out.suffix == ".png"
+        is_grid = out.suffix in (".png", ".gif", ".mp4") if is_video else out.suffix == ".png"
         drawn = set() if is_grid else open_folder(out, recipe)
         samples = sample_classes(pipeline, labels, count, seed, arguments.batch_size, drawn, **options)
         if is_grid:
-            made = write_grid(list(samples), out, recipe, pipeline.id2label)
+            made = write_grid(list(samples), out, recipe, pipeline.id2label, fps)
         else:
-            made = write_samples(samples, out)
+            made = write_samples(samples, out, fps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     kept = f", {len(drawn)} were there" if drawn else ""
-    print(f"{made} images in {out}{kept}")
+    print(f"{made} {'clips' if is_video else 'images'} in {out}{kept}")
 
 
 if __name__ == "__main__":

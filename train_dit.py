@@ -1,4 +1,4 @@
-"""Trains a class-conditional diffusion transformer.
+"""Trains a class-conditional diffusion transformer, of images or of clips.
 
 Run as ``accelerate launch train_dit.py [--config FILE] [--key value]``.
 """
@@ -42,10 +42,11 @@ def train(config: Config) -> int:
     dataset = build_data.build_dataset(config, accelerator)
     run = build.build_run(config, dataset.identity) if main_process else None
     build.start_trackers(config, accelerator)
-    state = build.build_state(config, accelerator, build.build_denoiser(config))
+    state = build.build_state(config, accelerator, build_pipeline.build_denoiser(config))
     loss, random_batch = build.build_loss(config, dataset, accelerator)
     micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
-    loader = build.build_loader(config, build.build_examples(config, dataset), accelerator, micro_batch)
+    examples = build.build_examples(config, dataset, build_data.build_images(config, dataset))
+    loader = build.build_loader(config, examples, accelerator, micro_batch)
     evaluate = None
     if config.train.evaluate_every_steps:
         from iwin_dit.build_monitor import build_monitor  # and all that evaluates

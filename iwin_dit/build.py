@@ -20,10 +20,10 @@ from iwin_dit.build_data import build_encoder
 from iwin_dit.config import Config
 from iwin_dit.config_rules import local_batch
 from iwin_dit.config_schema import MAY_CHANGE
-from iwin_dit.data.examples import Data, StepSampler, TrainingExamples
+from iwin_dit.data.examples import Data, MixedExamples, StepSampler, TrainingExamples
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import say
@@ -85,10 +85,12 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
     """The network, its weights drawn from the config's seed; the global random state is left as it was."""
     depth, width, heads, patch_size = config.model.shape
     learns_sigma = config.objective.name == "ddpm"
+    kind = IwinDiTTransformer2DModel if config.model.sample_frames is None else IwinDiTTransformer3DModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        return IwinDiTTransformer2DModel(
+        return kind(
             sample_size=config.model.sample_size,
+            sample_frames=config.model.sample_frames,
             patch_size=patch_size,
             in_channels=config.model.in_channels,
             out_channels=config.model.in_channels * (2 if learns_sigma else 1),
@@ -115,12 +117,19 @@ def build_objective(config: Config) -> FlowMatching | DDPM:
     return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
 
 
-def build_examples(config: Config, dataset: Data) -> TrainingExamples:
-    """What training sees at each position."""
+def build_examples(
+    config: Config, dataset: Data, images: Data | None = None
+) -> TrainingExamples | MixedExamples:
+    """What training sees at each position: of the dataset, and of images that are mixed in with it."""
     null_label = config.model.num_classes if config.model.label_dropout else None
-    return TrainingExamples(
-        dataset, config.seed, config.data.random_flip, config.model.label_dropout, null_label
-    )
+    examples = [
+        TrainingExamples(data, config.seed, config.data.random_flip, config.model.label_dropout, null_label)
+        for data in (dataset, images)
+        if data is not None
+    ]
+    if images is None:
+        return examples[0]
+    return MixedExamples(*examples, config.seed, config.data.image_share, config.train.batch_images)
 
 
 def build_loader(
@@ -152,15 +161,6 @@ def build_loader(
 def leave_group(worker: int) -> None:
     """A signal to the group, of Ctrl-C or of a launcher, is for the trainer alone: its workers are needed."""
     os.setpgid(0, 0)
-
-
-def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
-    """The network as it is trained: :func:`build_model` with gradient checkpointing where asked for."""
-    model = build_model(config)
-    if every := config.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-        model.checkpoint_every = every
-    return model
 
 
 def build_state(
@@ -252,7 +252,9 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
     Args:
         identity: what makes the data the same to a run that is resumed.
     """
-    return RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, identity)
+    return RunDirectory(
+        config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults=type(config)().to_dict()
+    )
 
 
 def start_trackers(config: Any, accelerator: Accelerator) -> None:

@@ -14,16 +14,29 @@ from torch import Tensor
 
 from iwin_dit.config import Config, load_yaml
 from iwin_dit.convert import from_ldm_vae, load_official
-from iwin_dit.data import digits
-from iwin_dit.data.codec import encode, load_vae, normalize, vae_statistics, weights_sha256
+from iwin_dit.data import digits, moving_digits
+from iwin_dit.data.clip_sources import ClipFolderSource
+from iwin_dit.data.codec import (
+    encode,
+    is_of_videos,
+    load_vae,
+    normalize,
+    pixel_frames,
+    spatial_factor,
+    vae_statistics,
+    weights_sha256,
+)
+from iwin_dit.data.examples import ImagesAsClips
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.latents import LatentDataset, published_index
 from iwin_dit.data.pixels import PixelDataset
-from iwin_dit.data.sources import open_source
+from iwin_dit.data.reading import Reader
+from iwin_dit.data.sources import Source, open_source
+from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError
 
-PREPARE = {"digits": digits.prepare}
+PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
 
 # VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator. It is
 # published as an original file, not for diffusers.
@@ -39,27 +52,50 @@ def build_dataset(config: Config, accelerator: Accelerator | None = None) -> Lat
     Raises:
         DataError: where they are missing, or do not fit the model.
     """
-    if config.data.kind == "images":
-        source = open_source(config.data.path, config.data.labels)
-        vae = load_autoencoder(config.data.vae)
-        dataset = PixelDataset(source, vae, config.data.vae, config.model.latent_size, config.data.crop)
-    else:
-        dataset = _latents(config, accelerator)
-    found = (dataset.latent_shape[0], dataset.latent_shape[1:], len(dataset.class_names))
-    expected = (config.model.in_channels, config.model.latent_size, config.model.num_classes)
-    for name, have, want, key in zip(
-        ("latent channels", "latent size", "classes"),
-        found,
-        expected,
-        ("in_channels", "sample_size", "num_classes"),
-        strict=True,
+    dataset = _pixels(config) if config.data.kind == "images" else _latents(config, accelerator)
+    shape, model = tuple(dataset.latent_shape), config.model
+    for key, name, have, want in (
+        ("in_channels", "latent channels", shape[0], model.in_channels),
+        ("sample_frames", "latent frames", shape[1] if len(shape) == 4 else None, model.sample_frames),
+        ("sample_size", "latent size", shape[-2:], model.latent_size[-2:]),
+        ("num_classes", "classes", len(dataset.class_names), model.num_classes),
     ):
         if have != want:
+            have = list(have) if isinstance(have, tuple) else have
             raise DataError(
                 f"{config.data.path} has {name} {have} (VAE {dataset.vae_name}), the config's model.{key} is "
-                f"{want}; set model.{key} to {have}, or take other data"
+                f"{getattr(model, key)}; set model.{key} to {have}, or take other data"
             )
     return dataset
+
+
+def build_images(config: Config, clips: LatentDataset | PixelDataset) -> ImagesAsClips | None:
+    """The images that are mixed into training on clips; None where there are none.
+
+    Raises:
+        DataError: where they are missing, or not of the clips' classes and autoencoder.
+    """
+    if config.data.images is None:
+        return None
+    path = Path(config.data.images)
+    images = LatentDataset(path, _published(config, path))
+    expected = {
+        "classes": (images.class_names, clips.class_names),
+        "channels, height and width": (_image_shape(images), _image_shape(clips)),
+        "the autoencoder of SHA-256": (images.identity["vae_sha256"], clips.identity["vae_sha256"]),
+    }
+    for name, (have, want) in expected.items():
+        if have != want:
+            raise DataError(
+                f"data.images {path} has {name} {have!s:.200}, the clips of {config.data.path} have "
+                f"{want!s:.200}; extract both from the same classes with the same autoencoder and size"
+            )
+    images.mean, images.std = clips.mean, clips.std
+    return ImagesAsClips(images)
+
+
+def _image_shape(data: LatentDataset | PixelDataset) -> tuple[int, ...]:
+    return data.latent_shape[0], *data.latent_shape[-2:]
 
 
 def build_encoder(
@@ -68,7 +104,9 @@ def build_encoder(
     """From what the dataset gives, on the device, to normalised latents; latents are that already."""
     if isinstance(dataset, LatentDataset):
         return lambda latents: latents
-    vae = load_autoencoder(dataset.vae_path).to(accelerator.device, memory_format=torch.channels_last)
+    vae = load_autoencoder(dataset.vae_path).to(accelerator.device)
+    if not is_of_videos(vae):
+        vae.to(memory_format=torch.channels_last)
 
     def to_latents(pixels: Tensor) -> Tensor:
         with accelerator.autocast():
@@ -85,9 +123,25 @@ def count_images(config: Config) -> int:
         DataError: where they are missing.
     """
     if config.data.kind == "images":
-        return len(open_source(config.data.path, config.data.labels))
+        return len(_source(config))
     path = Path(config.data.path)
     return len(LatentDataset(path, _published(config, path)))
+
+
+def _source(config: Config) -> Source | ClipFolderSource:
+    if config.model.sample_frames is not None:
+        return ClipFolderSource(config.data.path)
+    return open_source(config.data.path, config.data.labels)
+
+
+def _pixels(config: Config) -> PixelDataset:
+    vae, frames = load_autoencoder(config.data.vae), config.model.sample_frames
+    clip = None if frames is None else ClipSpec(pixel_frames(vae, frames), config.data.frame_stride)
+    if clip is None and is_of_videos(vae):
+        raise DataError(f"{config.data.vae} is an autoencoder of videos: set model.sample_frames")
+    height, width = (side * spatial_factor(vae) for side in config.model.latent_size[-2:])
+    reader = Reader(_source(config), (height, width), config.data.crop, clip)
+    return PixelDataset(reader, vae, config.data.vae)
 
 
 def _latents(config: Config, accelerator: Accelerator | None) -> LatentDataset:
@@ -157,7 +211,11 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         use_all_cores(1)  # the same threads on any number of processes, since they decide the rounding
         keep_freed_memory()
     size = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
-    source = open_source(arguments.images, arguments.labels)
+    clip = None if arguments.frames is None else ClipSpec(arguments.frames, arguments.frame_stride)
+    if clip is None:
+        source = open_source(arguments.images, arguments.labels)
+    else:
+        source = ClipFolderSource(arguments.images)
     vae = load_autoencoder(arguments.vae, arguments.vae_config)
     local = Path(arguments.vae).exists()
     settings = Settings(
@@ -168,6 +226,8 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         store=arguments.store,
         posterior=arguments.posterior,
+        clip=clip,
+        clips_per_video=None if clip is None else arguments.clips_per_video,
     )
     description = {"vae": LOCAL_VAE if local else arguments.vae, "vae_sha256": weights_sha256(vae)}
     bad = extract(
@@ -185,6 +245,7 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         for reason in bad:
             print(f"left out: {reason}")
-        count = len(source) - len(bad)
-        print(f"{count:,} images in {arguments.out}; look at them with --info {arguments.out}")
+        count = len(source) * (1 if clip is None else arguments.clips_per_video) - len(bad)
+        what = "images" if clip is None else "clips"
+        print(f"{count:,} {what} in {arguments.out}; look at them with --info {arguments.out}")
     accelerator.end_training()

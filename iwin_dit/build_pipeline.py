@@ -17,19 +17,24 @@ from iwin_dit.build import build_model, build_objective
 from iwin_dit.build_data import build_dataset, load_autoencoder
 from iwin_dit.config import Config, load_config
 from iwin_dit.data.examples import Data
+from iwin_dit.data.video import write_gif
+from iwin_dit.models.inflation import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
-from iwin_dit.pipelines.sampling import draw_grid, sample_classes
-from iwin_dit.pipelines.trust import check_pipeline_folder
+from iwin_dit.pipelines.sampling import FPS, draw_animation, draw_grid, sample_classes
+from iwin_dit.pipelines.trust import PIPELINES, check_pipeline_folder
+from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.training.posthoc import reconstruct
 
 
-def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPipeline:
+def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> ClassConditionalPipeline:
     """The pipeline that samples this model: the VAE of its data, the scheduler of its objective."""
-    return IwinDiTPipeline(
+    kind = IwinDiTPipeline if config.model.sample_frames is None else IwinDiTVideoPipeline
+    return kind(
         transformer=model,
         vae=load_autoencoder(dataset.vae_path).to(next(model.parameters()).device),
         scheduler=build_objective(config).scheduler(config.sample.sampler),
@@ -37,6 +42,47 @@ def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> IwinDiTPi
         latents_mean=dataset.mean,
         latents_std=dataset.std,
     )
+
+
+def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
+    """The network as it is trained: with the weights it begins with, and gradient checkpointing.
+
+    Raises:
+        CheckpointError: where ``model.init_from`` is not there, or of another network.
+    """
+    model = build_model(config)
+    if config.model.init_from is not None:
+        begin_from(model, config.model.init_from)
+    if every := config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        model.checkpoint_every = every
+    return model
+
+
+def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
+    """Copies the weights of a run or pipeline into a model; those of images serve clips, too.
+
+    The label embeddings of another number of classes stay as they are drawn.
+
+    Raises:
+        CheckpointError: where they are not there, or of another network.
+    """
+    tensors = inflate(load_pipeline(source).transformer.state_dict(), model.state_dict())
+    own, labels = model.state_dict(), "label_embedding.weight"
+    if tensors[labels].shape[0] != own[labels].shape[0]:
+        tensors[labels] = own[labels]
+    odd = sorted(
+        name
+        for name in {*own, *tensors}
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if odd:
+        raise CheckpointError(
+            f"model.init_from {source} is another network than the config's: "
+            f"{checkpoint.listed(odd)} differ; take its sizes, patch size, channels and kinds of norm, MLP "
+            "and modulation, and where its blocks have no convolution set model.mixer.convolution false"
+        )
+    model.load_state_dict(tensors)
 
 
 def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
@@ -52,7 +98,8 @@ def build_preview(
 ) -> Callable[[dict[str, Tensor], int, Any], None]:
     """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``, and gives it to the trackers.
 
-    The first ten classes with fixed seeds; nothing is written once ``stop`` is true.
+    The first ten classes with fixed seeds, clips as film strips and GIF; nothing is written once ``stop`` is
+    true.
     """
 
     def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
@@ -73,7 +120,10 @@ def build_preview(
                 return
             samples.append(sample)
         grid = draw_grid(samples, pipeline.id2label)
-        grid.save(run.samples / f"step-{step:08d}.png")
+        path = run.samples / f"step-{step:08d}.png"
+        grid.save(path)
+        if config.model.sample_frames:
+            write_gif(draw_animation(samples, pipeline.id2label), path.with_suffix(".gif"), FPS)
         for tracker in accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
@@ -112,8 +162,8 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     ema_std: float | None = None,
-) -> IwinDiTPipeline:
-    """A pipeline from a run, a pipeline folder or the hub, ready to sample without a bar of its own.
+) -> ClassConditionalPipeline:
+    """A pipeline of images or clips from a run, a folder or the hub, ready to sample without its own bar.
 
     A run is sampled from the EMA of its newest checkpoint: from the exported pipeline where that is as new.
     With ``ema_std``, from the average of that relative standard deviation, reconstructed from its snapshots.
@@ -129,10 +179,9 @@ def load_pipeline(
     elif ema_std is not None:
         raise CheckpointError(f"{source} is no run with snapshots; --ema-std takes a folder below runs/")
     elif path.exists():
-        check_pipeline_folder(path)
-        pipeline = _from_pretrained(source, "is a damaged pipeline")
+        pipeline = _from_folder(path)
     elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
-        pipeline = _from_pretrained(source, "is neither a folder here nor a pipeline on the hub")
+        pipeline = _from_hub(source)
     else:
         raise CheckpointError(
             f"{source} does not exist; expected a run, a pipeline folder, or a hub id such as user/model"
@@ -147,14 +196,30 @@ def load_pipeline(
     return pipeline
 
 
-def _from_pretrained(source: str | Path, otherwise: str) -> IwinDiTPipeline:
+def _from_folder(folder: Path) -> ClassConditionalPipeline:
+    return _from_pretrained(check_pipeline_folder(folder), folder, "is a damaged pipeline")
+
+
+def _from_hub(name: str) -> ClassConditionalPipeline:
+    otherwise = "is neither a folder here nor a pipeline on the hub"
     try:
-        return IwinDiTPipeline.from_pretrained(source, use_safetensors=True)
+        kind = IwinDiTPipeline.load_config(name)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{name} {otherwise}: {str(error).splitlines()[0]}") from error
+    kind = PIPELINES.get(kind[-1] if isinstance(kind, list) else kind, IwinDiTPipeline)
+    return _from_pretrained(kind, name, otherwise)
+
+
+def _from_pretrained(
+    kind: type[ClassConditionalPipeline], source: str | Path, otherwise: str
+) -> ClassConditionalPipeline:
+    try:
+        return kind.from_pretrained(source, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
 
 
-def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
+def _load_run(run: Path, ema_std: float | None) -> ClassConditionalPipeline:
     if "objective" not in read_config(run):
         raise CheckpointError(
             f"{run} is the run of a classifier, which does not draw; take one of train_dit.py"
@@ -168,8 +233,7 @@ def _load_run(run: Path, ema_std: float | None) -> IwinDiTPipeline:
     if exported.is_file() and (
         newest is None or json.loads(exported.read_text())["step"] >= checkpoint.step_of(newest)
     ):
-        check_pipeline_folder(run / "pipeline")
-        return _from_pretrained(run / "pipeline", "is a damaged pipeline")
+        return _from_folder(run / "pipeline")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
     config = load_config(run / "config.yaml")

@@ -24,11 +24,12 @@ def check(config: Config) -> None:
     _check_block(config.model)
     _check_sampling(config)
     _check_data(config.data)
+    _check_clips(config)
     check_ema(config.ema)
     check_train(config)
     asked = config.evaluation
     names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
-    if asked.extractor.startswith("i3d:"):
+    if asked.extractor.startswith("i3d:") and config.model.sample_frames is None:
         raise ConfigError("evaluation.extractor i3d compares clips, which this model does not draw")
     if config.train.evaluate_every_steps and config.evaluation.reference is None and names != ["is"]:
         raise ConfigError(
@@ -83,6 +84,35 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
 
 
+def _check_clips(config: Config) -> None:
+    """Keys that only clips have, and what clips do not have."""
+    data, model = config.data, config.model
+    if model.sample_frames is None:
+        for key, default in (("frame_stride", 1), ("images", None), ("image_share", 0.0)):
+            if getattr(data, key) != default:
+                raise ConfigError(f"data.{key} is for clips; set model.sample_frames, or remove it")
+        if data.prepare == "moving_digits":
+            raise ConfigError(
+                "data.prepare moving_digits makes clips; set model.sample_frames, or take digits"
+            )
+        return
+    if "rope" in model.position_embedding:
+        raise ConfigError(
+            f"model.position_embedding {model.position_embedding} turns by row and column, which clips have "
+            "not alone; take none or sincos"
+        )
+    if data.frame_stride != 1 and data.kind == "latents":
+        raise ConfigError(
+            f"data.frame_stride is {data.frame_stride}, but the clips of latents were taken by "
+            "extract_latents.py --frame-stride; remove it, or set data.kind images"
+        )
+    if (data.images is None) != (data.image_share == 0):
+        raise ConfigError(
+            f"data.images is {data.images} and data.image_share {data.image_share:g}: set both to mix images "
+            "in, such as a share of 0.2, or neither"
+        )
+
+
 MAX_POWER_STD = 12**-0.5  # of a flat average
 
 
@@ -105,10 +135,10 @@ def check_ema(ema: EmaConfig) -> None:
 
 
 def _check_block(model: ModelConfig) -> None:
-    _, width, heads, patch_size = model.shape
+    _, width, heads, _ = model.shape
     try:
         BlockSpec(width=width, heads=heads, mixer=model.mixer)
-        model.mixer.window(tuple(side // patch_size for side in model.latent_size))
+        model.mixer.window(model.grid)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     if "sincos" in model.position_embedding and width % 4:
@@ -160,7 +190,7 @@ def _check_shape(model: ModelConfig) -> None:
     patch = model.shape[3]
     if patch < 1:
         raise ConfigError(f"model.patch_size is {patch}, expected at least 1")
-    for side in model.latent_size:
+    for side in model.latent_size[-2:]:
         if side < 1 or side % patch:
             lower = max(side // patch, 1) * patch
             raise ConfigError(
@@ -188,7 +218,8 @@ TRAIN_ZERO_OR_MORE = (
 )
 Keys = dict[str, tuple[str, ...]]
 ABOVE_ZERO = {
-    "model": ("depth", "width", "heads", "in_channels", "num_classes", "mlp_ratio"),
+    "data": ("frame_stride",),
+    "model": ("depth", "width", "heads", "sample_frames", "in_channels", "num_classes", "mlp_ratio"),
     "objective": ("logit_std",),
     "optimizer": ("learning_rate", "eps", "max_grad_norm"),
     "train": TRAIN_ABOVE_ZERO,
@@ -201,7 +232,7 @@ ZERO_OR_MORE = {
     "ema": ("snapshot_every_steps",),
     "train": TRAIN_ZERO_OR_MORE,
 }
-SHARES = {"model": ("label_dropout",)}
+SHARES = {"data": ("image_share",), "model": ("label_dropout",)}
 
 
 def check_ranges(config: Any, above_zero: Keys, zero_or_more: Keys, shares: Keys) -> None:

@@ -55,16 +55,22 @@ MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The latents to train on, or the images.
+    """The latents to train on, or the images; with ``model.sample_frames`` the clips.
 
     Args:
-        kind: ``latents`` are read from shards; ``images`` are encoded by the autoencoder in every step.
+        kind: ``latents`` are read from shards; ``images``, or videos, are encoded by the autoencoder in every
+            step.
         path: folder of latent shards with their index.json; or of images, as ``extract_latents.py --images``.
         vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
             hub id.
         labels: for a flat folder of images, a CSV with the columns file and label.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
-        prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits.
+        prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits,
+            which ``moving_digits`` move.
+        frame_stride: of videos: take every n-th frame.
+        images: folder of latents of images, of the same classes and autoencoder as the clips, which are mixed
+            in as clips of one frame.
+        image_share: share of the steps that train on them.
         random_flip: train on mirror images too. Not for digits or text.
         normalization: ``channel`` takes mean and standard deviation from the index; ``vae`` the factor that
             the autoencoder declares, as DiT does; images have no index and need it.
@@ -75,7 +81,10 @@ class DataConfig:
     vae: str | None = None
     labels: str | None = None
     crop: Literal["center", "random"] = "center"
-    prepare: Literal["digits"] | None = None
+    prepare: Literal["digits", "moving_digits"] | None = None
+    frame_stride: int = 1
+    images: str | None = None
+    image_share: float = 0.0
     random_flip: bool = True
     normalization: Literal["channel", "vae"] = "channel"
 
@@ -91,6 +100,7 @@ class ModelConfig:
         heads: attention heads; they divide the width.
         patch_size: latents per side of a token.
         sample_size: side of the latent, or [height, width].
+        sample_frames: frames of the latent, which makes it a model of clips.
         in_channels: channels of the latent.
         num_classes: classes of the data.
         label_dropout: share of labels that are replaced by the null label; above 0 for guidance.
@@ -102,6 +112,8 @@ class ModelConfig:
         qk_norm: normalise queries and keys.
         modulation_shift: adaLN shifts and scales; without, it only scales.
         open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
+        init_from: weights to begin with: a run or a pipeline. Those of a model of images serve one of clips;
+            another number of classes gets new label embeddings.
     """
 
     size: str | None = None
@@ -110,6 +122,7 @@ class ModelConfig:
     heads: int | None = None
     patch_size: int | None = None
     sample_size: int | list[int] = 16
+    sample_frames: int | None = None
     in_channels: int = 32
     num_classes: int = 1000
     label_dropout: float = 0.1
@@ -121,6 +134,7 @@ class ModelConfig:
     qk_norm: bool = False
     modulation_shift: bool = True
     open_gates: bool = True
+    init_from: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -131,10 +145,18 @@ class ModelConfig:
         return (*SIZES[name], int(patch_size))
 
     @property
-    def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latent."""
+    def latent_size(self) -> tuple[int, ...]:
+        """Height and width of the latent; of clips, frames first."""
         size = self.sample_size
-        return (size[0], size[1]) if isinstance(size, list) else (size, size)
+        sides = (size[0], size[1]) if isinstance(size, list) else (size, size)
+        return sides if self.sample_frames is None else (self.sample_frames, *sides)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens per axis."""
+        *frames, height, width = self.latent_size
+        patch = self.shape[3]
+        return *frames, height // patch, width // patch
 
 
 @dataclass(frozen=True)
@@ -281,7 +303,7 @@ class EvaluationConfig:
     Args:
         reference: a folder or .npz of real images, or an .npz of their mu and sigma.
         metrics: of evaluate_fid.py. Default: fid, or fd with another extractor than Inception.
-        extractor: inception, dinov2, dinov2:FILE or iwin:RUN.
+        extractor: inception, dinov2, dinov2:FILE or iwin:RUN; of clips i3d:FILE.
         inception_weights: torch-fidelity's file, for machines without a network.
         num_images: to draw each time; figures of fewer than 50,000 compare with each other alone.
         batch_images: of one forward pass on one process.

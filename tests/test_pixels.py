@@ -15,6 +15,7 @@ from iwin_dit import build_data
 from iwin_dit.config import parse_arguments
 from iwin_dit.data.examples import TrainingExamples
 from iwin_dit.data.pixels import PixelDataset
+from iwin_dit.data.reading import Reader
 from iwin_dit.data.sources import open_source
 from iwin_dit.runtime.errors import ConfigError, DataError
 
@@ -40,7 +41,8 @@ def images(workshop, **more):
 
 def dataset(workshop, crop="center"):
     vae = make_vae()
-    return PixelDataset(open_source(str(workshop / "images")), vae, str(workshop / "vae"), (8, 8), crop)
+    reader = Reader(open_source(str(workshop / "images")), (16, 16), crop)
+    return PixelDataset(reader, vae, str(workshop / "vae"))
 
 
 def test_training_from_images_is_training_from_their_latents(

@@ -1,6 +1,9 @@
-"""Between images and normalised latents, through any diffusers autoencoder.
+"""Between images or clips and normalised latents, through any diffusers autoencoder.
 
-Legend: B images, C latent channels, f the autoencoder's spatial factor.
+An autoencoder of images takes a clip frame by frame; one of videos compresses time too, and takes an image as
+a clip of one frame.
+
+Legend: B images or clips, C latent channels, T frames, f and g the autoencoder's factors in space and time.
 """
 
 from __future__ import annotations
@@ -11,13 +14,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+)
 from torch import Tensor
 
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import ConfigError, DataError
 
-# Autoencoders of images that a folder or a hub repository may name.
-VAES: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+# Autoencoders that a folder or a hub repository may name.
+IMAGE_VAES: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+VIDEO_VAES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)
+}
+VAES = IMAGE_VAES | VIDEO_VAES
+FRAMES_AT_ONCE = 64  # through an autoencoder of images
 
 
 class Preset(NamedTuple):
@@ -46,11 +62,50 @@ def spatial_factor(vae: Any) -> int:
     return factor or 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def is_of_videos(vae: Any) -> bool:
+    """Whether it compresses time, and takes clips as they are."""
+    return type(vae).__name__ in VIDEO_VAES
+
+
+def temporal_factor(vae: Any) -> int:
+    """Frames per latent frame, g; the first frame has a latent frame of its own."""
+    if not is_of_videos(vae):
+        return 1
+    return int(vae.config.get("scale_factor_temporal") or vae.temporal_compression_ratio)
+
+
+def latent_frames(vae: Any, frames: int) -> int:
+    """Latent frames of a clip of so many frames, ``(T - 1) / g + 1``.
+
+    Raises:
+        ConfigError: where the autoencoder has no such clips, with the nearest numbers.
+    """
+    step = temporal_factor(vae)
+    if isinstance(vae, AutoencoderKLCogVideoX):
+        step *= 2  # it decodes an even number of latent frames to other frames than it encoded
+    before = (frames - 1) // step * step + 1
+    if frames < 1 or before != frames:
+        raise ConfigError(
+            f"{type(vae).__name__} has no clips of {frames} frames; nearest: {before} and {before + step}"
+        )
+    return (frames - 1) // temporal_factor(vae) + 1
+
+
+def pixel_frames(vae: Any, frames: int) -> int:
+    """Frames of a clip of so many latent frames: the inverse of :func:`latent_frames`."""
+    return (frames - 1) * temporal_factor(vae) + 1
+
+
+def latent_channels(vae: Any) -> int:
+    """C."""
+    return vae.config.get("latent_channels") or vae.config["z_dim"]
+
+
 def load_vae(name_or_path: str) -> Any:
     """A diffusers autoencoder by preset, folder or hub id, frozen and in evaluation mode; safetensors only.
 
     Raises:
-        DataError: where it is not there, or is no autoencoder of images that is known here.
+        DataError: where it is not there, or is no autoencoder that is known here.
     """
     preset = PRESETS.get(name_or_path, Preset(name_or_path, 0, 0, 0.0))
     where = dict(subfolder=preset.subfolder) if preset.subfolder else {}
@@ -80,12 +135,14 @@ def weights_sha256(vae: Any) -> str:
 
 
 def vae_statistics(vae: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per latent channel, C numbers each, from the autoencoder's own config.
+    """Mean and standard deviation per latent channel, C numbers each, from the autoencoder itself.
 
-    diffusers writes them there as ``latents_mean`` and ``latents_std``, or as one ``shift_factor`` and one
-    ``scaling_factor`` for all channels.
+    diffusers has them in the config as ``latents_mean`` and ``latents_std``, or as one ``shift_factor`` and
+    one ``scaling_factor`` for all channels, or, of LTX, among the weights.
     """
-    config, channels = vae.config, vae.config.latent_channels
+    config, channels = vae.config, latent_channels(vae)
+    if isinstance(vae, AutoencoderKLLTXVideo):
+        return vae.latents_mean.tolist(), (vae.latents_std / config["scaling_factor"]).tolist()
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         return list(config["latents_mean"]), list(config["latents_std"])
     return [config.get("shift_factor") or 0.0] * channels, [
@@ -108,15 +165,31 @@ def _per_channel(values: list[float], like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: Any, images: Tensor) -> Tensor:
-    """Posterior mean: images ``(B, 3, H, W)`` in [-1, 1] to raw float32 latents ``(B, C, H/f, W/f)``."""
-    return encode_posterior(vae, images)[0]
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Posterior mean, raw and in float32.
+
+    Args:
+        pixels: in [-1, 1], images ``(B, 3, H, W)`` or clips ``(B, 3, T, H, W)``.
+
+    Returns:
+        latents ``(B, C, H/f, W/f)``, or ``(B, C, (T - 1)/g + 1, H/f, W/f)``; an autoencoder of videos always
+        gives the latter.
+    """
+    return encode_posterior(vae, pixels)[0]
 
 
 @torch.no_grad()
-def encode_posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The posterior's mean and standard deviation, as :func:`encode`; zeros for a VAE without one."""
-    encoded = vae.encode(images.to(vae.dtype))
+    if pixels.ndim == 5 and not is_of_videos(vae):
+        parts = [_encode(vae, part) for part in _frames(pixels).split(FRAMES_AT_ONCE)]
+        mean, std = (_clips(torch.cat(part), len(pixels)) for part in zip(*parts, strict=True))
+        return mean, std
+    return _encode(vae, pixels[:, :, None] if pixels.ndim == 4 and is_of_videos(vae) else pixels)
+
+
+def _encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    encoded = vae.encode(pixels.to(vae.dtype))
     if not hasattr(encoded, "latent_dist"):
         return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
     return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
@@ -124,5 +197,22 @@ def encode_posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Raw latents ``(B, C, H/f, W/f)`` to images ``(B, 3, H, W)``, about [-1, 1], in the VAE's dtype."""
+    """Raw latents to images ``(B, 3, H, W)`` or clips ``(B, 3, T, H, W)``, about [-1, 1], in its dtype."""
+    if latents.ndim == 5 and not is_of_videos(vae):
+        parts = [_decode(vae, part) for part in _frames(latents).split(FRAMES_AT_ONCE)]
+        return _clips(torch.cat(parts), len(latents))
+    return _decode(vae, latents)
+
+
+def _decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
+
+def _frames(clips: Tensor) -> Tensor:
+    """``(B, C, T, H, W) -> (B T, C, H, W)``."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(frames: Tensor, batch: int) -> Tensor:
+    """``(B T, C, H, W) -> (B, C, T, H, W)``."""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,23 +49,41 @@ def prepare(root: Path, seed: int = 0) -> None:
     write_latents(root, [shard], description)
 
 
-def write_images(root: Path, seed: int) -> None:
-    """The scans, scaled to 32 x 32, as PNG in a folder per class."""
+class Scan(NamedTuple):
+    """A handwritten digit. number: among all scans; pixels: (8, 8) uint8, white on black."""
+
+    number: int
+    pixels: np.ndarray
+    digit: int
+
+    def resized(self, side: int) -> Image.Image:
+        """Of ``side x side`` pixels, smoothly."""
+        return Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def scans(seed: int) -> dict[str, list[Scan]]:
+    """1,500 scans to train on, as ``train``, and 297 others as ``test``."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("the digits come with scikit-learn: pip install 'iwin-dit[demo]'") from None
-    scans, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(scans), generator=generator(seed, "digits")).tolist()
-    for split, chosen in (("train", order[:NUM_TRAIN]), ("test", order[NUM_TRAIN:])):
+    values, labels = load_digits(return_X_y=True)
+    pixels = (values.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    order = torch.randperm(len(values), generator=generator(seed, "digits")).tolist()
+    drawn = [Scan(number, pixels[number], int(labels[number])) for number in order]
+    return {"train": drawn[:NUM_TRAIN], "test": drawn[NUM_TRAIN:]}
+
+
+def write_images(root: Path, seed: int) -> None:
+    """The scans, scaled to 32 x 32, as PNG in a folder per class."""
+    for split, chosen in scans(seed).items():
         if (root / split).is_dir():
             continue
         temporary = root / f".tmp-{split}"
-        for number in chosen:
-            folder = temporary / str(labels[number])
+        for scan in chosen:
+            folder = temporary / str(scan.digit)
             folder.mkdir(parents=True, exist_ok=True)
-            scan = Image.fromarray((scans[number].reshape(8, 8) * 255 / 16).round().astype(np.uint8))
-            scan.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.png")
+            scan.resized(IMAGE_SIZE).save(folder / f"{scan.number:04d}.png")
         os.replace(temporary, root / split)
 
 

@@ -40,8 +40,8 @@ class Data(Protocol):
 class Example(NamedTuple):
     """One image of a training step, or a batch of them.
 
-    x0: latent (C, h, w), or pixels (3, H, W) uint8; label: class, or the null label where it was dropped;
-        noise: (C, h, w); u: uniform in [0, 1).
+    x0: latent (C, [T,] h, w), or pixels (3, [T,] H, W) uint8; label: class, or the null label where it was
+        dropped; noise: as the latent; u: uniform in [0, 1).
     """
 
     x0: Tensor
@@ -96,6 +96,54 @@ class TrainingExamples(Dataset):
         noise = torch.randn(self.data.latent_shape, generator=rng)
         mirrored, dropped = self.random_flip and bool(flip < 0.5), bool(drop < self.label_dropout)
         return Draw(index, mirrored, dropped, noise, u, rng)
+
+
+class ImagesAsClips:
+    """Latents of images, as data of clips of one frame."""
+
+    def __init__(self, images: Data):
+        self.images = images
+        channels, *_, height, width = images.latent_shape
+        self.latent_shape = (channels, 1, height, width)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def draw(
+        self, indices: Sequence[int], mirrored: Sequence[bool], rngs: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[int]]:
+        x0, labels = self.images.draw(indices, mirrored, rngs)
+        return x0.view(-1, *self.latent_shape), labels
+
+
+class MixedExamples(Dataset):
+    """Steps of clips and steps of images, each by itself: ``examples[position] -> Example``.
+
+    Args:
+        clips, images: of the same kind, but for the number of frames.
+        seed: with the number of the step, tells which of the two it is.
+        image_share: share of the steps that are of images.
+        batch_images: examples of a step.
+    """
+
+    def __init__(
+        self,
+        clips: TrainingExamples,
+        images: TrainingExamples,
+        seed: int,
+        image_share: float,
+        batch_images: int,
+    ):
+        self.clips, self.images, self.seed = clips, images, seed
+        self.image_share, self.batch_images = image_share, batch_images
+
+    def __getitem__(self, position: int) -> Example:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[Example]:
+        """Of one step."""
+        drawn = torch.rand((), generator=generator(self.seed, "mixed", positions[0] // self.batch_images))
+        return (self.images if drawn < self.image_share else self.clips).__getitems__(positions)
 
 
 @lru_cache(maxsize=4)

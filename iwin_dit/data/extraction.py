@@ -1,4 +1,4 @@
-"""Images to latent shards, on any number of processes, resumable shard by shard.
+"""Images or clips to latent shards, on any number of processes, resumable shard by shard.
 
 Shard s holds the images ``[s n, (s + 1) n)`` of the source and is made by process ``s mod P``, in batches of
 its own. So the bytes of a shard depend on source, VAE and settings alone, not on processes or interruption. A
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iwin_dit.data.codec import encode_posterior, spatial_factor
-from iwin_dit.data.images import BadImage, center_crop, decode_image, random_crop
+from iwin_dit.data.codec import encode_posterior, is_of_videos, latent_frames, spatial_factor
+from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import Shard, write_index, write_shard
+from iwin_dit.data.reading import Reader
+from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
@@ -35,11 +37,13 @@ class Settings:
     Args:
         size: height and width of the images, in pixels.
         crop: ``center`` is the ADM centre crop of the published FIDs; ``random`` a random one.
-        batch_images: images of one pass through the VAE.
+        batch_images: images, or clips, of one pass through the VAE.
         shard_images: images of a shard.
         precision: of the VAE's computation.
         store: dtype of the latents on disk.
         posterior: keep the posterior's standard deviations too.
+        clip: frames and stride of clips; None for images.
+        clips_per_video: clips of each video, from random places.
     """
 
     size: tuple[int, int]
@@ -49,46 +53,37 @@ class Settings:
     precision: str = "float32"
     store: str = "float32"
     posterior: bool = False
+    clip: ClipSpec | None = None
+    clips_per_video: int | None = None
 
 
 class Batch(NamedTuple):
-    """Images ``(B, 3, H, W)`` uint8, labels ``(B,)``, and what was wrong with those that are left out."""
+    """Images or clips ``(B, 3, [T,] H, W)`` uint8, labels ``(B,)``, and why others are left out."""
 
     images: Tensor
     labels: Tensor
     bad: list[str]
 
 
-class ImageDataset(Dataset):
-    """Decoded and cropped images of a source; a bad one is its error's text. Runs in worker processes."""
+class Examples(Dataset):
+    """What the reader gives; a bad image is its error's text. Runs in worker processes."""
 
-    def __init__(self, source: Any, settings: Settings):
-        self.source, self.settings = source, settings
+    def __init__(self, reader: Reader):
+        self.reader = reader
 
     def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
-        name, size = self.source.name(i), self.settings.size
         try:
-            data, label = self.source.read(i)
-            image = decode_image(data, name)
-            if self.settings.crop == "center":
-                return center_crop(image, *size), label
-            return random_crop(image, *size, generator(0, "crop", i)), label
+            return self.reader.read(i, generator(0, "crop", i))
         except BadImage as error:
-            return str(error) if name in str(error) else f"{name}: {error}"
+            return str(error)
 
 
-class Collate:
-    """Joins images of one size to a batch; a class, so that worker processes can take it along."""
-
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
-
-    def __call__(self, items: list[tuple[Tensor, int] | str]) -> Batch:
-        good = [item for item in items if not isinstance(item, str)]
-        images = [image for image, _ in good] or [torch.empty(0, 3, *self.size, dtype=torch.uint8)]
-        joined = torch.stack(images) if good else images[0]
-        labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-        return Batch(joined, labels, [item for item in items if isinstance(item, str)])
+def collate(items: list[tuple[Tensor, int] | str]) -> Batch:
+    """Joins images of one size to a batch, which may be empty."""
+    good = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return Batch(images, labels, [item for item in items if isinstance(item, str)])
 
 
 def extract(
@@ -106,7 +101,7 @@ def extract(
     """Makes the shards that are missing, then the index. Returns what was wrong with the images left out.
 
     Args:
-        source: of encoded images, see :mod:`iwin_dit.data.sources`.
+        source: of encoded images or videos, see :class:`iwin_dit.data.reading.Reader`.
         vae: a diffusers autoencoder on its device.
         description: ``vae`` and ``vae_sha256``, for the index.
         max_bad_images: more broken images than this are an error.
@@ -121,21 +116,26 @@ def extract(
         raise DataError(
             f"the size {settings.size} is no multiple of the VAE's factor {factor}; nearest: {nearest}"
         )
+    if settings.clip is not None:
+        latent_frames(vae, settings.clip.frames)  # there are such clips
+        description = description | {"frames": settings.clip.frames, "frame_stride": settings.clip.stride}
+    reader = Reader(source, settings.size, settings.crop, settings.clip, settings.clips_per_video or 1)
     description = description | {"image_size": list(settings.size), "class_names": source.class_names}
-    numbers = range(-(-len(source) // settings.shard_images))
+    numbers = range(-(-len(reader) // settings.shard_images))
     if process == 0:
-        _begin(out, {**asdict(settings), **description, "images": len(source)})
+        _begin(out, {**asdict(settings), **description, "images": len(reader)})
         if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
             vae.save_pretrained(out / f".tmp-{LOCAL_VAE}")
             files.publish(out / f".tmp-{LOCAL_VAE}", out / LOCAL_VAE)
     wait()
     mine = [number for number in numbers[process::num_processes] if _entry(out, number) is None]
-    vae.to(memory_format=torch.channels_last)
+    if not is_of_videos(vae):
+        vae.to(memory_format=torch.channels_last)
     if vae.dtype != (dtype := getattr(torch, settings.precision)):
         vae.to(dtype=dtype)
-    for number, shard, bad in _encode_shards(source, vae, settings, mine, num_workers, main=process == 0):
+    for number, shard, bad in _encode_shards(reader, vae, settings, mine, num_workers, main=process == 0):
         _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images)
-        entry = write_shard(out, number, shard) if len(shard.labels) else {"count": 0}
+        entry = {"count": 0} if shard is None else write_shard(out, number, shard)
         files.replace(_entry_path(out, number), files.to_json(entry | {"bad": bad}))
     wait()
     bad = _bad_so_far(out, numbers)
@@ -166,43 +166,45 @@ def _begin(out: Path, begun: dict[str, Any]) -> None:
 
 
 def _encode_shards(
-    source: Any, vae: Any, settings: Settings, numbers: list[int], num_workers: int, main: bool
-) -> Iterator[tuple[int, Shard, list[str]]]:
-    """Each shard with its number and its bad images, from one stream of batches that never cross shards."""
+    reader: Reader, vae: Any, settings: Settings, numbers: list[int], num_workers: int, main: bool
+) -> Iterator[tuple[int, Shard | None, list[str]]]:
+    """Each shard (None without an image) with its number and its bad images.
+
+    They come from one stream of batches that never cross shards.
+    """
     device, dtype = next(vae.parameters()).device, getattr(torch, settings.store)
     batches = []
     for number in numbers:
-        end = min(len(source), (number + 1) * settings.shard_images)
+        end = min(len(reader), (number + 1) * settings.shard_images)
         starts = range(number * settings.shard_images, end, settings.batch_images)
         batches += [(number, list(range(start, min(end, start + settings.batch_images)))) for start in starts]
     loader = DataLoader(
-        ImageDataset(source, settings),
+        Examples(reader),
         batch_sampler=[indices for _, indices in batches],
         num_workers=num_workers,
-        collate_fn=Collate(settings.size),
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
     parts: list[Shard] = []
     bad: list[str] = []
+    unit = "image" if settings.clip is None else "clip"
     total = sum(len(indices) for _, indices in batches)
-    with progress(total=total, unit="image", desc="extract", disable=not main) as bar:
+    with progress(total=total, unit=unit, desc="extract", disable=not main) as bar:
         for position, batch in enumerate(loader):
-            images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
-            mean, std = encode_posterior(vae, images)
-            mean_flip, std_flip = encode_posterior(vae, images.flip(-1))
-            stored = [tensor.to("cpu", dtype) for tensor in (mean, mean_flip)]
-            stds = (
-                [tensor.to("cpu", dtype) for tensor in (std, std_flip)]
-                if settings.posterior
-                else [None, None]
-            )
-            parts.append(Shard(*stored, batch.labels, *stds))
+            if len(batch.labels):
+                images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
+                mean, std = encode_posterior(vae, images)
+                mean_flip, std_flip = encode_posterior(vae, images.flip(-1))
+                stored = [tensor.to("cpu", dtype) for tensor in (mean, mean_flip)]
+                stds = [t.to("cpu", dtype) if settings.posterior else None for t in (std, std_flip)]
+                parts.append(Shard(*stored, batch.labels, *stds))
             bad += batch.bad
             bar.update(len(batches[position][1]))
             number = batches[position][0]
             if position + 1 == len(batches) or batches[position + 1][0] != number:
                 columns = zip(*parts, strict=True)
-                yield number, Shard(*(None if c[0] is None else torch.cat(c) for c in columns)), bad
+                joined = [None if column[0] is None else torch.cat(column) for column in columns]
+                yield number, Shard(*joined) if parts else None, bad
                 parts, bad = [], []
 
 

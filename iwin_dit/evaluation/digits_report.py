@@ -76,7 +76,7 @@ def to_tensor(samples: list[Sample]) -> tuple[Tensor, Tensor]:
 def to_samples(images: Tensor, label: str) -> list[Sample]:
     """The inverse, for a grid."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
-    return [Sample(label, number, Image.fromarray(image)) for number, image in enumerate(pixels)]
+    return [Sample(label, number, [Image.fromarray(image)]) for number, image in enumerate(pixels)]
 
 
 class Distance:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime import files
 
 LOADER = '''"""Loads {name} from the installed package."""
@@ -26,7 +26,7 @@ __all__ = ["{name}"]
 '''
 
 
-def export_pipeline(pipeline: IwinDiTPipeline, folder: Path, recipe: dict[str, Any]) -> None:
+def export_pipeline(pipeline: ClassConditionalPipeline, folder: Path, recipe: dict[str, Any]) -> None:
     """Writes the pipeline and its recipe to ``folder``, replaced as a whole once the new one is complete."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -34,11 +34,11 @@ def export_pipeline(pipeline: IwinDiTPipeline, folder: Path, recipe: dict[str, A
 
     index = temporary / "model_index.json"
     config = json.loads(index.read_text())
-    config["_class_name"] = ["pipeline", "IwinDiTPipeline"]
+    name, model = type(pipeline).__name__, type(pipeline.transformer).__name__
+    config["_class_name"] = ["pipeline", name]
     config.pop("_name_or_path", None)
     index.write_bytes(files.to_json(config))
-    model = type(pipeline.transformer).__name__
-    (temporary / "pipeline.py").write_text(LOADER.format(name="IwinDiTPipeline"))
+    (temporary / "pipeline.py").write_text(LOADER.format(name=name))
     (temporary / "transformer" / "iwin_dit.py").write_text(LOADER.format(name=model))
     (temporary / "recipe.json").write_bytes(files.to_json(recipe))
 

@@ -1,4 +1,6 @@
-"""Images of classes, each from a seed of its own: image k of a class is the same whatever the batch size."""
+"""Images and clips of classes, each from a seed of its own: number k of a class is the same whatever the
+batch size.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,35 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.data.video import write_gif, write_mp4
+from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
 SMALLEST_SIDE = 64  # of an image in a grid, in pixels
+FPS = 8.0  # frames per second of a clip
+MAX_STRIP = 10  # frames of a clip that a film strip shows
 AMOUNTS = ("classes", "num_images")  # of a recipe: what they change is which images there are
 MAX_RECIPE_BYTES = 1 << 20
 
 
 class Sample(NamedTuple):
-    """Image ``number`` of a class, or of a named row."""
+    """Image or clip ``number`` of a class, or of a named row."""
 
     label: int | str
     number: int
-    image: Image.Image
+    frames: list[Image.Image]  # one of an image
+
+    @property
+    def image(self) -> Image.Image:
+        """The first frame."""
+        return self.frames[0]
 
 
 def sample_classes(
-    pipeline: IwinDiTPipeline,
+    pipeline: ClassConditionalPipeline,
     labels: Sequence[int],
     num_images: int,
     seed: int,
@@ -40,7 +50,7 @@ def sample_classes(
     drawn: Container[tuple[int, int]] = frozenset(),
     **options: Any,
 ) -> Iterator[Sample]:
-    """Draws ``num_images`` images of each class, in order, with a progress bar.
+    """Draws ``num_images`` images, or clips, of each class, in order, with a progress bar.
 
     Args:
         seed: with the class and the number of the image, the seed of its noise.
@@ -53,18 +63,23 @@ def sample_classes(
         for start in range(0, len(wanted), batch_size):
             batch = wanted[start : start + batch_size]
             generators = [generator(seed, "image", label, number) for label, number in batch]
-            images = pipeline([label for label, _ in batch], generator=generators, **options).images
-            for (label, number), image in zip(batch, images, strict=True):
-                yield Sample(label, number, image)
+            (drawn_now,) = pipeline(
+                [label for label, _ in batch], generator=generators, return_dict=False, **options
+            )
+            for (label, number), image in zip(batch, drawn_now, strict=True):
+                yield Sample(label, number, image if isinstance(image, list) else [image])
             bar.update(len(batch))
 
 
 def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 10) -> Image.Image:
-    """The images of a class in rows with its name at the left; small ones are enlarged without smoothing."""
+    """The images of a class in rows with its name at the left; small ones are enlarged without smoothing.
+
+    A clip has a row of its own, its frames from left to right: all, or ten from the first to the last.
+    """
     rows = [
         (label, images[start : start + columns])
         for label, group in itertools.groupby(samples, key=lambda sample: sample.label)
-        for images in [[sample.image for sample in group]]
+        for images in _lines(list(group))
         for start in range(0, len(images), columns)
     ]
     width, height = samples[0].image.size
@@ -85,10 +100,35 @@ def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 1
     return grid
 
 
-def write_grid(samples: Sequence[Sample], path: Path, recipe: dict[str, Any], names: dict[int, str]) -> int:
-    """The grid, and the recipe as JSON beside it. Returns how many images there are in it."""
+def _lines(samples: list[Sample]) -> list[list[Image.Image]]:
+    """One of all images, or one of each clip."""
+    if len(samples[0].frames) == 1:
+        return [[sample.image for sample in samples]]
+    count = len(samples[0].frames)
+    shown = [round(i * (count - 1) / (min(count, MAX_STRIP) - 1)) for i in range(min(count, MAX_STRIP))]
+    return [[sample.frames[i] for i in shown] for sample in samples]
+
+
+def draw_animation(samples: Sequence[Sample], names: dict[int, str]) -> list[Image.Image]:
+    """A grid for each frame of clips of one length."""
+    still = [[Sample(s.label, s.number, [frame]) for frame in s.frames] for s in samples]
+    return [draw_grid(frames, names) for frames in zip(*still, strict=True)]
+
+
+def write_grid(
+    samples: Sequence[Sample], path: Path, recipe: dict[str, Any], names: dict[int, str], fps: float = FPS
+) -> int:
+    """The grid, and the recipe as JSON beside it; of clips the film strips, and the grid as GIF and MP4.
+
+    Returns:
+        how many images or clips there are in it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(samples, names).save(path)
+    draw_grid(samples, names).save(path.with_suffix(".png"))
+    if len(samples[0].frames) > 1:
+        frames = draw_animation(samples, names)
+        write_gif(frames, path.with_suffix(".gif"), fps)
+        write_mp4(frames, path.with_suffix(".mp4"), fps)
     files.replace(path.with_suffix(".json"), files.to_json(recipe))
     return len(samples)
 
@@ -97,7 +137,8 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
     """A folder for images of this recipe, which is written into it as ``recipe.json``.
 
     Returns:
-        class and number of the images that are there already, of an earlier call that may have been stopped.
+        class and number of the images or clips that are there already, of an earlier call that may have been
+        stopped.
 
     Raises:
         ConfigError: where it holds images of another recipe; more classes and images are the same one.
@@ -119,17 +160,24 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
     return {(int(name[1]), int(name[2])) for name in names if name}
 
 
-def write_samples(samples: Iterable[Sample], folder: Path) -> int:
+def write_samples(samples: Iterable[Sample], folder: Path, fps: float = FPS) -> int:
     """A PNG per image, named by class and number, as it comes; each is complete or absent.
 
+    A clip is a GIF, an MP4 and, when these are complete, its film strip as PNG.
+
     Returns:
-        how many.
+        how many images or clips.
     """
     count = 0
     for sample in samples:
         path = folder / f"{sample.label:04d}-{sample.number:05d}.png"
+        image = sample.image
+        if len(sample.frames) > 1:
+            write_gif(sample.frames, path.with_suffix(".gif"), fps)
+            write_mp4(sample.frames, path.with_suffix(".mp4"), fps)
+            image = draw_grid([sample], {})
         temporary = path.with_name(f".tmp-{path.name}")
-        sample.image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
         os.replace(temporary, path)
         count += 1
     return count

@@ -18,18 +18,25 @@ from safetensors import SafetensorError, safe_open
 from iwin_dit.data.codec import VAES
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.checkpoint import listed
 from iwin_dit.runtime.errors import CheckpointError
 
-MODEL, PIPELINE = IwinDiTTransformer2DModel.__name__, IwinDiTPipeline.__name__
+PIPELINES: dict[str, type[ClassConditionalPipeline]] = {
+    kind.__name__: kind for kind in (IwinDiTPipeline, IwinDiTVideoPipeline)
+}
+MODELS: dict[str, type[IwinDiTTransformer2DModel]] = {  # by the name of their pipeline
+    IwinDiTPipeline.__name__: IwinDiTTransformer2DModel,
+    IwinDiTVideoPipeline.__name__: IwinDiTTransformer3DModel,
+}
 SCHEDULERS = sorted(
     {type(kind.scheduler(name)).__name__ for kind in (FlowMatching(), DDPM()) for name in kind.samplers}
 )
-COMPONENTS = {  # the package and the classes that each may name
-    "transformer": ("iwin_dit", [MODEL]),
+COMPONENTS = {  # the package and the classes that each may name, beside the transformer
     "vae": ("diffusers", list(VAES)),
     "scheduler": ("diffusers", SCHEDULERS),
 }
@@ -48,6 +55,7 @@ SIZES = {
     "out_channels": 65_536,
     "patch_size": 1_024,
     "sample_size": 65_536,
+    "sample_frames": 65_536,
     "mlp_ratio": 64,
 }
 MIXER_SIZES = {"window_size": 65_536, "kernel_size": 1_023}
@@ -61,8 +69,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def check_pipeline_folder(path: Path) -> None:
-    """Refuses a pipeline folder that is not one of ours, is damaged, or would build more than its files hold.
+def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
+    """The class of a pipeline folder; one that is not ours, damaged, or builds more than it holds is refused.
 
     ``model_index.json`` may name our classes and a few of diffusers; sizes in configs are bounded before
     anything is built; weights are safetensors, fit their config and are finite. All weights are read once.
@@ -73,31 +81,33 @@ def check_pipeline_folder(path: Path) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
-    vae = _check_index(path, index)
-    _check_transformer(path / "transformer" / "config.json")
+    name, vae = _check_index(path, index)
+    _check_transformer(path / "transformer" / "config.json", MODELS[name].__name__)
     _check_vae(path / "vae" / "config.json", vae)
     _check_scheduler(path / "scheduler" / "scheduler_config.json")
-    _check_weights(path / "transformer", IwinDiTTransformer2DModel)
+    _check_weights(path / "transformer", MODELS[name])
     _check_weights(path / "vae", VAES[vae])
+    return PIPELINES[name]
 
 
-def _check_index(path: Path, index: Path) -> str:
-    """Returns the class of the VAE."""
+def _check_index(path: Path, index: Path) -> tuple[str, str]:
+    """Returns the classes of the pipeline and of the VAE."""
     try:
         content = files.read_json(index, MAX_JSON)
         name = content["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not the index of a pipeline: {error!r}") from error
     name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
-    if name != PIPELINE:
-        raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {PIPELINE}")
-    unknown = sorted(set(content) - {*COMPONENTS, *SETTINGS})
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {' or '.join(PIPELINES)}")
+    components = {"transformer": ("iwin_dit", [MODELS[name].__name__]), **COMPONENTS}
+    unknown = sorted(set(content) - {*components, *SETTINGS})
     if unknown:
         raise CheckpointError(
-            f"{index} names {listed(unknown)!r:.300}, expected the components {', '.join(COMPONENTS)} alone; "
+            f"{index} names {listed(unknown)!r:.300}, expected the components {', '.join(components)} alone; "
             "take a pipeline that this package has exported"
         )
-    for component, (library, classes) in COMPONENTS.items():
+    for component, (library, classes) in components.items():
         found = content.get(component)
         if found not in [[library, name] for name in classes]:
             raise _unexpected(index, component, found, f"{library}'s {' or '.join(classes)}")
@@ -111,11 +121,11 @@ def _check_index(path: Path, index: Path) -> str:
         values = content.get(key)
         if values is not None and not (isinstance(values, list) and all(map(_is_number, values))):
             raise _unexpected(index, key, values, "a finite number for each channel")
-    return content["vae"][1]
+    return name, content["vae"][1]
 
 
-def _check_transformer(path: Path) -> None:
-    config = _read_config(path, MODEL)
+def _check_transformer(path: Path, kind: str) -> None:
+    config = _read_config(path, kind)
     parameters = inspect.signature(IwinDiTTransformer2DModel).parameters
     unknown = sorted(key for key in config if key not in parameters and not key.startswith("_"))
     if unknown:
@@ -128,12 +138,12 @@ def _check_transformer(path: Path) -> None:
     if not isinstance(mixer, dict):
         raise _unexpected(path, "mixer", mixer, "keys and values")
     for key, most in SIZES.items():
-        if not (config[key] is None and key == "out_channels"):  # as many as in_channels
+        if config[key] is not None or key not in ("out_channels", "sample_frames"):  # which are optional
             _check_size(path, key, config[key], most)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     _check_size(path, "num_attention_heads x attention_head_dim", width, MAX_WIDTH)
     for key, most in MIXER_SIZES.items():
-        if mixer.get(key, "auto") != "auto":
+        if key in mixer:
             _check_size(path, key, mixer[key], most)
     for key, value in config.items():
         if not all(map(_is_number, _numbers(value))):
@@ -141,11 +151,15 @@ def _check_transformer(path: Path) -> None:
 
 
 def _check_size(path: Path, key: str, value: Any, most: int) -> None:
-    """Numbers from 1, or above 0 for a ratio, to ``most``; sides may be two."""
-    values = value if isinstance(value, list) and key in ("sample_size", "window_size") else [value]
+    """Numbers from 1, or above 0 for a ratio, to ``most``; sides may be several, those of windows words."""
+    axes = {"sample_size": 2} | dict.fromkeys(MIXER_SIZES, 3)
+    values = value if isinstance(value, list) and key in axes else [value]
+    length = len(values)
+    if key == "window_size":
+        values = [number for number in values if number not in ("auto", "all")]
     kinds, least = ((int, float), 0) if key == "mlp_ratio" else ((int,), 1)
     if not (
-        1 <= len(values) <= 2
+        1 <= length <= axes.get(key, 1)
         and all(type(number) in kinds and least <= number <= most and number > 0 for number in values)
     ):
         kind = "a number above 0," if key == "mlp_ratio" else "a whole number from 1,"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import sys
 from collections.abc import Callable
 
@@ -55,6 +56,7 @@ def _one_line(error: UserError) -> str:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's ``main`` and ends the process: the user's mistakes as one line, bugs as a traceback."""
+    faulthandler.enable()  # a crash in a library says where, too
     try:
         sys.exit(main() or 0)
     except UserError as error:

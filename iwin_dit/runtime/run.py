@@ -37,13 +37,19 @@ class RunDirectory:
         config: the resolved config as nested dictionaries.
         may_change: dotted keys that a resumed run may set anew; any other difference is refused.
         data: what identifies the data; any difference is refused.
+        defaults: values of keys that the config of an older version does not have.
 
     Raises:
         ConfigError: where it cannot be written, is held by another process, or was begun with another config.
     """
 
     def __init__(
-        self, path: str | Path, config: dict[str, Any], may_change: frozenset[str], data: dict[str, Any]
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        may_change: frozenset[str],
+        data: dict[str, Any],
+        defaults: dict[str, Any] | None = None,
     ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
@@ -60,7 +66,7 @@ class RunDirectory:
                 f"output_dir {self.path} cannot be written: {error.strerror or error}"
             ) from error
         self.config, self.data = config, data
-        self._check_config(may_change)
+        self._check_config(may_change, flatten(defaults or {}))
         self._check_data()
 
     def _acquire_lock(self) -> Any:
@@ -78,9 +84,9 @@ class RunDirectory:
         lock.flush()
         return lock
 
-    def _check_config(self, may_change: frozenset[str]) -> None:
+    def _check_config(self, may_change: frozenset[str], defaults: dict[str, Any]) -> None:
         if (self.path / "config.yaml").exists():
-            before, now = flatten(read_config(self.path)), flatten(self.config)
+            before, now = defaults | flatten(read_config(self.path)), flatten(self.config)
             changed = [
                 f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
                 for key in sorted({*before, *now})

@@ -1,0 +1,63 @@
+"""Images and clips of a source, decoded and cropped, as extraction and training take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iwin_dit.data.images import BadImage, center_crop, decode_image, random_crop
+from iwin_dit.data.video import BadClip, ClipSpec
+
+
+@dataclass(frozen=True)
+class Reader:
+    """``reader.read(i, rng) -> (uint8 pixels, label)``: images ``(3, H, W)``, or clips ``(3, T, H, W)``.
+
+    Args:
+        source: of encoded images (:mod:`iwin_dit.data.sources`), or of videos
+            (:mod:`iwin_dit.data.clip_sources`) where there is a ``clip``.
+        size: height and width.
+        crop: ``center`` is the ADM centre crop of the published FIDs; ``random`` a random one.
+        clip: frames and stride of a clip, which is taken from a random place of its video.
+        clips_per_video: each video stands there so many times.
+    """
+
+    source: Any
+    size: tuple[int, int]
+    crop: str = "center"
+    clip: ClipSpec | None = None
+    clips_per_video: int = 1
+
+    def __len__(self) -> int:
+        return len(self.source) * self.clips_per_video
+
+    def read(self, i: int, rng: torch.Generator) -> tuple[Tensor, int]:
+        """Places of clips and random crops are drawn from ``rng``.
+
+        Raises:
+            BadImage: naming what cannot be decoded, or a video that is shorter than the clip.
+        """
+        number = i // self.clips_per_video
+        name = self.source.name(number)
+        try:
+            if self.clip is None:
+                data, label = self.source.read(number)
+                return self._crop(decode_image(data, name), rng), label
+            frames, label = self.source.read(number, self.clip, rng)
+            state = rng.get_state()
+            cropped = []
+            for frame in frames:
+                rng.set_state(state)  # the same crop for every frame
+                cropped.append(self._crop(frame, rng))
+            return torch.stack(cropped, 1), label
+        except BadImage as error:
+            kind = BadImage if self.clip is None else BadClip
+            raise kind(str(error) if name in str(error) else f"{name}: {error}") from None
+
+    def _crop(self, image: Any, rng: torch.Generator) -> Tensor:
+        return (
+            center_crop(image, *self.size) if self.crop == "center" else random_crop(image, *self.size, rng)
+        )

@@ -1,0 +1,215 @@
+"""What the pipelines of images and of clips have in common: labels, and from noise to latents.
+
+Legend: B images or clips, C latent channels, T, h and w sides of the latent.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import diffusers.pipelines
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+import iwin_dit
+from iwin_dit.data.codec import decode, denormalize, spatial_factor, vae_statistics
+from iwin_dit.diffusion.guidance import Guidance
+from iwin_dit.diffusion.sampling import (
+    check_scheduler,
+    model_input,
+    set_timesteps,
+    split_sigma,
+    step_arguments,
+)
+
+# diffusers looks for a component's library among the attributes of diffusers.pipelines before it asks for
+# trust in code that lies beside the weights: with the package installed, its own classes are used.
+diffusers.pipelines.iwin_dit = sys.modules[iwin_dit.__name__]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples a class-conditional latent diffusion transformer.
+
+    Args:
+        transformer: an :class:`~iwin_dit.IwinDiTTransformer2DModel`, or one of clips.
+        vae: any diffusers autoencoder.
+        scheduler: a diffusers scheduler that fits the transformer's objective.
+        id2label: names of the classes; several names of one class are separated by commas.
+        latents_mean, latents_std: per channel, how the transformer's latents are normalised. Default: what
+            the autoencoder's config says.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        scheduler: Any,
+        id2label: Any = None,
+        latents_mean: Any = None,
+        latents_std: Any = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        names = {
+            str(key): value for key, value in (id2label or {}).items()
+        }  # JSON knows strings as keys only
+        self.register_to_config(
+            id2label=names or None,
+            latents_mean=None if latents_mean is None else list(latents_mean),
+            latents_std=None if latents_std is None else list(latents_std),
+        )
+        self.id2label = {int(key): value for key, value in names.items()}
+        self.labels = {}
+        for index, names in self.id2label.items():
+            for name in (names, *names.split(",")):
+                self.labels.setdefault(name.strip().lower(), index)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
+        """The class name without the file that our folders add for where the package is missing."""
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][-1]
+        return config
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the call in progress; a callback may set ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call in progress."""
+        return self._num_timesteps
+
+    def get_label_ids(self, labels: Any) -> list[int]:
+        """Class ids of ids and names, in the order given.
+
+        Raises:
+            ValueError: for an id out of range, or an unknown name, with the nearest names.
+        """
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        if isinstance(labels, (int, str)):
+            labels = [labels]
+        ids = []
+        for label in labels:
+            ids += self.get_label_ids(label) if isinstance(label, (list, tuple)) else [self._label_id(label)]
+        return ids
+
+    def _label_id(self, label: int | str) -> int:
+        num_classes = self.transformer.config.num_classes
+        if isinstance(label, str) and label.strip().lower() in self.labels:
+            return self.labels[label.strip().lower()]
+        if isinstance(label, str) and not label.strip().lstrip("-").isdigit():
+            near = difflib.get_close_matches(label.lower(), self.labels, n=3, cutoff=0.4)
+            known = f"nearest names: {', '.join(near)}" if near else f"the model has {num_classes} classes"
+            example = "" if near or not self.labels else f", such as {', '.join(list(self.labels)[:3])}"
+            raise ValueError(f"unknown class name {label!r}; {known}{example}")
+        if not 0 <= int(label) < num_classes:
+            raise ValueError(
+                f"class {label} is out of range: this model has {num_classes} classes, 0 to {num_classes - 1}"
+            )
+        return int(label)
+
+    def _denoise(
+        self,
+        class_labels: Any,
+        size: tuple[int | None, ...],
+        guidance_scale: float,
+        num_inference_steps: int,
+        guidance_interval: tuple[float, float],
+        guidance_channels: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> Tensor:
+        """From noise to normalised latents ``(B, C, [T,] h, w)``; the call's arguments are checked first.
+
+        Args:
+            size: sides of the latent, None for the model's own.
+        """
+        model, device = self.transformer, self._execution_device
+        ids = self.get_label_ids(class_labels)
+        self._guidance_scale = guidance_scale
+        self._check(guidance_scale, guidance_interval, guidance_channels, num_inference_steps, output_type)
+        labels = torch.tensor(ids, device=device)
+        latents = self._initial_latents(len(ids), size, generator, latents)
+
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
+        self._num_timesteps = len(timesteps)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
+        times = (timesteps.float() / self.scheduler.config.num_train_timesteps).tolist()
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
+                guidance = Guidance(self.guidance_scale, guidance_channels, tuple(guidance_interval))
+                noisy = model_input(self.scheduler, latents, timestep).to(model.dtype)
+                prediction = guidance.predict(model, noisy, timestep, labels, model.null_label, t)
+                prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
+                latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
+                if callback_on_step_end is not None:
+                    given = {"latents": latents}
+                    wanted = {name: given[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
+                bar.update()
+        return latents
+
+    def _check(
+        self, scale: float, interval: tuple[float, float], channels: int | None, steps: int, output_type: str
+    ) -> None:
+        check_scheduler(self.scheduler, self.transformer.config.prediction_type)
+        Guidance(scale, channels, tuple(interval))
+        if scale != 1 and self.transformer.null_label is None:
+            raise ValueError(
+                f"guidance_scale is {scale}, but the model was trained without a null label "
+                "(class_dropout_prob 0): only guidance_scale 1 is possible"
+            )
+        if steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'")
+
+    def _sides(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        """Pixels to latents; None stays None."""
+        factor, multiple = spatial_factor(self.vae), spatial_factor(self.vae) * self.transformer.patch_size
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and pixels % multiple:
+                raise ValueError(
+                    f"{name} is {pixels}, expected a multiple of {multiple} (VAE factor times patch size)"
+                )
+        return tuple(None if pixels is None else pixels // factor for pixels in (height, width))
+
+    def _initial_latents(
+        self, batch: int, size: tuple[int | None, ...], generator: Any, latents: Tensor | None
+    ) -> Tensor:
+        """Noise ``(B, C, [T,] h, w)`` in float32, drawn where the generators live."""
+        own = self.transformer.latent_size
+        sides = (default if side is None else side for side, default in zip(size, own, strict=True))
+        shape = (batch, self.transformer.config.in_channels, *sides)
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(
+                f"got {len(generator)} generators for {batch} images, expected one, or one per image"
+            )
+        device = self._execution_device
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.ndim != len(shape) or latents.shape[0] != batch or latents.shape[1] != shape[1]:
+            axes = "frames x height x width" if len(shape) == 5 else "height x width"
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected {batch} x {shape[1]} x {axes}")
+        return latents.to(device=device, dtype=torch.float32)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents to float32 pixels, about [-1, 1]."""
+        mean, std = self.config.latents_mean, self.config.latents_std
+        if mean is None or std is None:
+            mean, std = vae_statistics(self.vae)
+        return decode(self.vae, denormalize(latents, mean, std)).float()
