@@ -21,6 +21,7 @@ from iwin_dit.convert.__main__ import main
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.backbone import IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
+from iwin_dit.models.inflation import inflate
 from iwin_dit.models.iwin_transformer import SIZES, VARIANTS, WINDOWS
 from iwin_dit.models.stages import IwinBlock, IwinMixer, PaddedIwinMixer
 from iwin_dit.runtime.errors import run_script
@@ -437,9 +438,7 @@ def test_clips_of_one_frame_are_images():
     """With one frame and no embedding, three dimensions say what two do; pooling is over space and time."""
     flat = toy(num_classes=0, global_pool="")
     solid = IwinTransformer3D(**(TOY | dict(img_size=(1, 64, 64), num_classes=0)), patch_size=(1, 4, 4))
-    weights = dict(flat.state_dict())
-    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].unsqueeze(2)
-    solid.load_state_dict(weights | {"pos_embed": torch.zeros(1, 1, 1, 1, 8)})
+    solid.load_state_dict(inflate(flat.state_dict(), solid.state_dict()))
     x = torch.randn(2, 3, 45, 70)
     check(lambda x: solid.eval()(x[:, :, None]), x, flat(x).movedim(-1, 1)[:, :, None])
     pooled = copy.deepcopy(solid)

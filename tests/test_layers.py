@@ -56,13 +56,12 @@ def masked_attention(attention, x, allowed, rope=None):
 def shifted_convolution(convolution, x):
     """The depthwise convolution as a sum of shifted products, zeros outside."""
     weight, bias = convolution.conv.weight, convolution.conv.bias
-    size, half = weight.shape[-1], weight.shape[-1] // 2
-    height, width = x.shape[1:3]
-    padded = F.pad(x, (0, 0, half, half, half, half))
+    kernel, grid = weight.shape[2:], x.shape[1:-1]
+    padded = F.pad(x, (0, 0, *(side // 2 for side in reversed(kernel) for _ in range(2))))
     total = bias.expand_as(x)
-    for i in range(size):
-        for j in range(size):
-            total = total + weight[:, 0, i, j] * padded[:, i : i + height, j : j + width]
+    for place in coordinates(kernel).tolist():
+        shifted = padded[(slice(None), *(slice(i, i + side) for i, side in zip(place, grid, strict=True)))]
+        total = total + weight[(slice(None), 0, *place)] * shifted
     return total
 
 
@@ -74,12 +73,21 @@ GRIDS = [
     ((5, 8), [2, 3]),
     ((9, 9), "auto"),
     ((3, 3), 8),
+    ((4, 6, 10), [2, 3, 5]),
+    ((4, 6, 10), "auto"),
+    ((4, 6, 10), ["all", 3, "auto"]),
+    ((4, 6, 10), 3),
+    ((3, 5, 7), [2, 4, 4]),
+    ((5, 4, 9), ["all", 2, 4]),
+    ((1, 6, 10), [2, 3, 5]),
 ]
 
 
+@pytest.mark.parametrize("kernel", [3, [1, 3, 3], [3, 1, 5]], ids=["3", "133", "315"])
 @pytest.mark.parametrize(("grid", "window"), GRIDS)
-def test_iwin_is_attention_masked_by_the_definition_plus_a_convolution(grid, window):
-    iwin = mixer(grid, window_size=window)
+def test_iwin_is_attention_masked_by_the_definition_plus_a_convolution(grid, window, kernel):
+    kernel = kernel[-len(grid) :] if isinstance(kernel, list) else kernel
+    iwin = mixer(grid, window_size=window, kernel_size=kernel)
     x = tokens(grid).requires_grad_()
     expected = masked_attention(iwin.attention, x, same_window(grid, iwin.spec.window(grid)))
     if iwin.convolution is not None:
@@ -196,6 +204,17 @@ def test_one_block_sees_its_window_and_its_neighbourhood():
 
 def test_two_blocks_connect_everything_when_groups_are_few():
     assert connected((12, 12), 6, depth=2) == 1  # G = 2 <= (K + 1) / 2
+
+
+def test_automatic_windows_connect_clips_in_two_blocks():
+    assert MixerSpec().window((4, 6, 8)) == (2, 2, 4)  # G is 2, 3 and 2
+    assert 0.9 < connected((4, 6, 4), "auto", depth=2) < 1
+    assert connected((4, 6, 4), "auto", depth=3) == 1
+    assert MixerSpec(kernel_size=[1, 3, 3]).window((8, 16, 16)) == (
+        8,
+        8,
+        8,
+    )  # no other way from frame to frame
 
 
 def test_three_groups_take_three_blocks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import sys
@@ -56,7 +57,8 @@ def _one_line(error: UserError) -> str:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's ``main`` and ends the process: the user's mistakes as one line, bugs as a traceback."""
-    faulthandler.enable()  # a crash in a library says where, too
+    with contextlib.suppress(OSError, RuntimeError):  # where stderr is no file
+        faulthandler.enable()  # a crash in a library says where, too
     try:
         sys.exit(main() or 0)
     except UserError as error:
