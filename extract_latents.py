@@ -70,7 +70,7 @@ def main() -> None:
     from iwin_dit.data import inspection
 
     if arguments.verify:
-        print(f"{inspection.verify(arguments.verify):,} images, every shard is what the index says")
+        print(f"{inspection.verify(arguments.verify)}, every shard is what the index says")
     elif arguments.info:
         print(inspection.describe(arguments.info))
         inspection.contact_sheet(arguments.info, arguments.info / "contact.png")

@@ -71,7 +71,9 @@ def temporal_factor(vae: Any) -> int:
     """Frames per latent frame, g; the first frame has a latent frame of its own."""
     if not is_of_videos(vae):
         return 1
-    return int(vae.config.get("scale_factor_temporal") or vae.temporal_compression_ratio)
+    config = vae.config
+    found = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio")
+    return int(found or vae.temporal_compression_ratio)
 
 
 def latent_frames(vae: Any, frames: int) -> int:

@@ -134,12 +134,12 @@ def extract(
     if vae.dtype != (dtype := getattr(torch, settings.precision)):
         vae.to(dtype=dtype)
     for number, shard, bad in _encode_shards(reader, vae, settings, mine, num_workers, main=process == 0):
-        _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images)
+        _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images, settings)
         entry = {"count": 0} if shard is None else write_shard(out, number, shard)
         files.replace(_entry_path(out, number), files.to_json(entry | {"bad": bad}))
     wait()
     bad = _bad_so_far(out, numbers)
-    _check_bad(bad, max_bad_images)
+    _check_bad(bad, max_bad_images, settings)
     if process == 0:
         entries = [_entry(out, number) for number in numbers]
         write_index(out, [entry for entry in entries if entry["count"]], description)
@@ -226,10 +226,11 @@ def _bad_so_far(out: Path, numbers: Any) -> list[str]:
     return [bad for number in numbers if (entry := _entry(out, number)) for bad in entry["bad"]]
 
 
-def _check_bad(bad: list[str], most: int) -> None:
+def _check_bad(bad: list[str], most: int, settings: Settings) -> None:
     if len(bad) > most:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        what = "images" if settings.clip is None else "clips"
         raise DataError(
-            f"{len(bad)} bad images, allowed are {most}: {'; '.join(bad[:5])}{more}; "
+            f"{len(bad)} bad {what}, allowed are {most}: {'; '.join(bad[:5])}{more}; "
             "mend or remove them, or raise --max-bad-images"
         )

@@ -1,4 +1,4 @@
-"""Looking at latents: their hashes, what they hold, and a few of them as pictures."""
+"""Looking at latents of images or clips: their hashes, what they hold, and a few of them as pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
 
 
-def verify(folder: Path) -> int:
-    """Reads every shard again and compares sizes, hashes and finiteness with the index. Returns the images.
+def verify(folder: Path) -> str:
+    """Reads every shard again and compares sizes, hashes and finiteness with the index. Returns how many
+    images or clips there are, such as "1,500 images".
 
     Raises:
         DataError: naming the shards that are damaged, and how to make them again.
@@ -33,7 +34,11 @@ def verify(folder: Path) -> int:
             f"{len(damaged)} shards of {folder} are not what the index says: {', '.join(damaged[:10])}; "
             "remove these files and run the extraction again: it makes the missing shards only"
         )
-    return len(dataset)
+    return f"{len(dataset):,} {_what(dataset)}"
+
+
+def _what(dataset: LatentDataset) -> str:
+    return "images" if len(dataset.latent_shape) == 3 else "clips"
 
 
 def describe(folder: Path) -> str:
@@ -41,14 +46,16 @@ def describe(folder: Path) -> str:
     dataset = LatentDataset(folder)
     counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
     shape = " x ".join(map(str, dataset.latent_shape))
+    what = _what(dataset)
     lines = {
-        "images": f"{len(dataset):,} in {len(dataset.shards)} shards",
+        what: f"{len(dataset):,} in {len(dataset.shards)} shards",
         "classes": f"{len(dataset.class_names):,}: {', '.join(dataset.class_names[:5])}"
         + (", ..." if len(dataset.class_names) > 5 else ""),
-        "images per class": f"{int(counts.min())} to {int(counts.max())}",
+        f"{what} per class": f"{int(counts.min())} to {int(counts.max())}",
         "latents": f"{shape}, {dataset.shards[0].entries['latents'].dtype}".replace("torch.", "")
         + (", with the posterior's std" if dataset.has_posterior else ""),
         "image size": " x ".join(map(str, dataset.index.get("image_size", ["unknown"]))),
+        **{key: str(dataset.index[key]) for key in ("frames", "frame_stride") if key in dataset.index},
         "VAE": dataset.index["vae"],
         "mean per channel": ", ".join(f"{m:.3f}" for m in dataset.mean[:8]),
         "std per channel": ", ".join(f"{s:.3f}" for s in dataset.std[:8]),
@@ -58,9 +65,18 @@ def describe(folder: Path) -> str:
 
 
 def contact_sheet(folder: Path, path: Path, count: int = 16) -> None:
-    """Decodes a few latents, evenly spread over the set, their mirror images below them."""
+    """Decodes a few latents, evenly spread over the set, their mirror images below them.
+
+    Of clips half as many, each a film strip, without mirror images.
+    """
     dataset = LatentDataset(folder)
-    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    is_clip = _what(dataset) == "clips"
+    count = min(count // 2 if is_clip else count, len(dataset))
+    chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()
     vae = load_vae(dataset.vae_path)
-    images = [decode(vae, dataset.read_raw(chosen, mirrored)).float() for mirrored in (False, True)]
-    save_image(torch.cat(images), path, nrow=len(chosen), normalize=True, value_range=(-1, 1))
+    shown = decode(vae, dataset.read_raw(chosen)).float()  # (N, 3, [T,] H, W)
+    if is_clip:
+        rows = shown.transpose(1, 2)  # (N, T, 3, H, W)
+    else:
+        rows = torch.stack([shown, decode(vae, dataset.read_raw(chosen, mirrored=True)).float()])
+    save_image(rows.flatten(0, 1), path, nrow=rows.shape[1], normalize=True, value_range=(-1, 1))

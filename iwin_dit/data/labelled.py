@@ -24,7 +24,7 @@ from iwin_dit.runtime.seeds import derive_seed
 class LabelledExample(NamedTuple):
     """One image of a training step, or a batch of them.
 
-    image: (3, H, W), normalised; label: class; mixing: (4,), see
+    image: (3, H, W), normalised, or a clip (3, T, H, W); label: class; mixing: (4,), see
         :func:`iwin_dit.training.classification.mix_weights`.
     """
 
@@ -58,25 +58,21 @@ class LabelledImages(Dataset):
     @property
     def identity(self) -> dict[str, Any]:
         """What makes these images the same to a run that is resumed."""
-        names = "\n".join(self.source.name(i).rpartition("/")[2] for i in range(len(self)))
-        return {
-            "images": len(self),
-            "classes": self.source.class_names,
-            "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
-        }
+        return identity_of(self.source)
 
 
 class LabelledExamples(Dataset):
     """``examples[position] -> LabelledExample``: a pure function of (seed, position).
 
     Args:
-        images: their transform may draw random numbers.
+        images: :class:`LabelledImages` or :class:`~iwin_dit.data.labelled_clips.LabelledClips`; what they do
+            may draw random numbers.
         seed: of order, augmentation and mixing.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of CutMix; 0 for none.
     """
 
-    def __init__(self, images: LabelledImages, seed: int, mixup: float, cutmix: float):
+    def __init__(self, images: Dataset, seed: int, mixup: float, cutmix: float):
         self.images, self.seed, self.mixup, self.cutmix = images, seed, mixup, cutmix
 
     def __getitem__(self, position: int) -> LabelledExample:
@@ -94,16 +90,31 @@ class LabelledExamples(Dataset):
         return torch.tensor([share, float(cuts), *rng.random(2)], dtype=torch.float32)
 
 
+def identity_of(source: Any) -> dict[str, Any]:
+    """Number, classes and names of what a source has."""
+    names = "\n".join(source.name(i).rpartition("/")[2] for i in range(len(source)))
+    return {
+        "images": len(source),
+        "classes": source.class_names,
+        "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
+    }
+
+
 @contextlib.contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """All global generators begin with this seed, and are left as they were: augmentation draws from them."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_generators(seed)
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def seed_generators(seed: int) -> None:
+    """Those of the CPU, which augmentation draws from: PyTorch's, Python's and NumPy's."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -105,27 +105,9 @@ class FolderSource(_FilesSource):
     """
 
     def __init__(self, root: str | Path):
-        self.root = _real_folder(root)
-        folders = sorted(name for name, is_folder in _entries(self.root, self.root) if is_folder)
-        self._files = []
-        self._labels = []
-        empty = []
-        for label, folder in enumerate(folders):
-            files = _images_below(self.root, folder)
-            self._files += files
-            self._labels += [label] * len(files)
-            if not files:
-                empty.append(folder)
-        if not self._files:
-            raise DataError(
-                f"there are no images in {listed(folders) or 'any class folder'} of {self.root}; expected "
-                f"{self.root}/CLASS/IMAGE with {' '.join(EXTENSIONS)}"
-            )
-        if empty:
-            raise DataError(
-                f"{len(empty)} of {len(folders)} class folders of {self.root} have no images: "
-                f"{listed(empty)}; fill or remove them"
-            )
+        self.root = real_folder(root)
+        expected = f"IMAGE with {' '.join(EXTENSIONS)}"
+        folders, self._files, self._labels = by_class(self.root, files_below, "images", expected)
         ids = hashlib.sha256("\n".join(folders).encode(errors="replace")).hexdigest()
         self.class_names = list(_IMAGENET_CATEGORIES) if ids == SYNSETS_SHA256 else folders
 
@@ -141,7 +123,7 @@ class CsvSource(_FilesSource):
     """
 
     def __init__(self, root: str | Path, csv_file: str | Path):
-        self.root = _real_folder(root)
+        self.root = real_folder(root)
         self._files = []
         labels: list[str] = []
         lines: list[int] = []
@@ -188,7 +170,32 @@ class CsvSource(_FilesSource):
             raise DataError(f"{where}: {file} in {self.root} is not a file")
 
 
-def _real_folder(root: str | Path) -> str:
+def by_class(
+    root: str, below: Callable[[str, str], list[str]], what: str, expected: str
+) -> tuple[list[str], list[str], list[int]]:
+    """Class folders, sorted, then what ``below(root, folder)`` finds in each, with their labels.
+
+    Raises:
+        DataError: where nothing is found, or in a class nothing.
+    """
+    folders = sorted(name for name, is_folder in _entries(root, root) if is_folder)
+    found = [below(root, folder) for folder in folders]
+    if not any(found):
+        raise DataError(
+            f"there are no {what} in {listed(folders) or 'any class folder'} of {root}; expected "
+            f"{root}/CLASS/{expected}"
+        )
+    empty = [folder for folder, files in zip(folders, found, strict=True) if not files]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(folders)} class folders of {root} have no {what}: {listed(empty)}; fill "
+            "or remove them"
+        )
+    labels = [label for label, files in enumerate(found) for _ in files]
+    return folders, [file for files in found for file in files], labels
+
+
+def real_folder(root: str | Path) -> str:
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder; give the folder of the images")
     return os.path.realpath(root)
@@ -198,8 +205,8 @@ def _is_inside(root: str, real: str) -> bool:
     return os.path.commonpath([root, real]) == root
 
 
-def _entries(root: str, folder: str) -> Iterator[tuple[str, bool]]:
-    """Names in a folder, with whether each is a folder; neither hidden ones nor what is no image."""
+def _entries(root: str, folder: str, extensions: tuple[str, ...] = EXTENSIONS) -> Iterator[tuple[str, bool]]:
+    """Names in a folder, with whether each is a folder; neither hidden ones nor of other extensions."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -211,7 +218,7 @@ def _entries(root: str, folder: str) -> Iterator[tuple[str, bool]]:
                 else:
                     real = None
                     is_folder, is_file = entry.is_dir(), entry.is_file()
-                if is_folder or (is_file and entry.name.lower().endswith(EXTENSIONS)):
+                if is_folder or (is_file and entry.name.lower().endswith(extensions)):
                     if real is not None and not _is_inside(root, real):
                         raise DataError(
                             f"{printable(entry.path)} is a link to {real}, out of {root}; copy the images "
@@ -231,7 +238,7 @@ def _follow(link: str) -> str:
         ) from None
 
 
-def _images_below(root: str, class_folder: str) -> list[str]:
+def files_below(root: str, class_folder: str, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Paths of images, relative to root, in the order of ``ImageFolder``: by folder, then by name."""
     found: list[tuple[str, list[str]]] = []
     waiting, seen = [class_folder], {root}
@@ -245,7 +252,7 @@ def _images_below(root: str, class_folder: str) -> list[str]:
                 "remove the link"
             )
         seen.add(real)
-        entries = list(_entries(root, path))
+        entries = list(_entries(root, path, extensions))
         found.append((folder, sorted(name for name, is_folder in entries if not is_folder)))
         waiting += [os.path.join(folder, name) for name, is_folder in entries if is_folder]
     return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]

@@ -1,0 +1,92 @@
+"""Where clips come from: class folders of video files and of folders of frames."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from iwin_dit.data import packed_sources
+from iwin_dit.data.packed_sources import printable
+from iwin_dit.data.sources import by_class, files_below, real_folder
+from iwin_dit.data.video import EXTENSIONS, ClipSpec, check_numbers, choose_clip, spread_clips
+from iwin_dit.runtime.errors import DataError
+
+
+class ClipFolderSource:
+    """A folder per class, with video files and folders of frames below it at any depth, in sorted order.
+
+    A folder that directly holds images is one clip, its frames in the order of their names. Hidden files and
+    folders are ignored, and links followed inside ``root`` only. No file stays open, so that this can be sent
+    to worker processes.
+
+    Raises:
+        DataError: where there are no clips; a class has none; a link loops, is dead or leads out; images lie
+            directly in a class folder or beside videos; or names put frame 10 before frame 2.
+    """
+
+    class_names: list[str]
+
+    def __init__(self, root: str | Path):
+        self.root = real_folder(root)
+        expected = (
+            f"CLIP with {' '.join(EXTENSIONS)}, or frames CLASS/CLIP/FRAME with "
+            f"{' '.join(packed_sources.EXTENSIONS)}"
+        )
+        self.class_names, self._clips, self._labels = by_class(self.root, _clips_below, "clips", expected)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def name(self, i: int) -> str:
+        """What to call clip i in an error."""
+        return printable(self.path(i))
+
+    def path(self, i: int) -> str:
+        """The video file or the folder of frames."""
+        return os.path.join(self.root, self._clips[i])
+
+    def label(self, i: int) -> int:
+        """The number of its class."""
+        return self._labels[i]
+
+    def read(self, i: int, spec: ClipSpec, rng: torch.Generator | None) -> tuple[list[Image.Image], int]:
+        """Frames, from a place drawn from ``rng`` or without one from the middle, and the label.
+
+        Raises:
+            DataError: as of :func:`iwin_dit.data.video.choose_clip`.
+        """
+        return choose_clip(self.path(i), spec, rng), self._labels[i]
+
+    def views(self, i: int, spec: ClipSpec, number: int) -> tuple[list[list[Image.Image]], int]:
+        """``number`` clips that are evenly spread over the video, and the label.
+
+        Raises:
+            DataError: as of :func:`iwin_dit.data.video.spread_clips`.
+        """
+        return spread_clips(self.path(i), spec, number), self._labels[i]
+
+
+def _clips_below(root: str, class_folder: str) -> list[str]:
+    """Paths of clips, relative to root: by folder, then by name."""
+    clips: list[str] = []
+    paths = files_below(root, class_folder, EXTENSIONS + packed_sources.EXTENSIONS)
+    for folder, group in groupby(paths, os.path.dirname):
+        files = list(group)
+        videos = [file for file in files if file.lower().endswith(EXTENSIONS)]
+        if len(videos) == len(files):
+            clips += videos
+            continue
+        path = os.path.join(root, folder)
+        if videos or folder == class_folder:
+            where = "beside videos" if videos else "directly in a class folder"
+            raise DataError(
+                f"{printable(path)} has images {where}; expected a folder of its own for a clip's frames, "
+                f"{root}/CLASS/CLIP/FRAME"
+            )
+        check_numbers(path, [os.path.basename(file) for file in files])
+        clips.append(folder)
+    return clips
