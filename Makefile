@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow lint
+.PHONY: demo demo-video test test-slow lint
 
 demo: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
@@ -11,6 +11,11 @@ demo: $(READY)
 	$(BIN)/accelerate launch train_dit.py
 	$(BIN)/python sample.py --class 0 1 2 3 4 5 6 7 8 9 --num-images 8 --out runs/quickstart/samples.png
 	$(BIN)/python -m iwin_dit.evaluation.digits_report runs/quickstart
+
+demo-video: $(READY)
+	$(BIN)/accelerate launch train_dit.py --config configs/video_quickstart.yaml
+	$(BIN)/python sample.py --checkpoint runs/video_quickstart --class "3 left" "8 up" --num-images 4 --out runs/video_quickstart/samples.png
+	$(BIN)/python -m iwin_dit.evaluation.moving_digits_report runs/video_quickstart
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -32,7 +32,7 @@ from iwin_dit.evaluation.images import BROKEN_NPZ, Images, SampledImages, label_
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
 from iwin_dit.evaluation.rules import name_figures
 from iwin_dit.evaluation.statistics import identity, read_statistics, write_statistics
-from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError, DataError
@@ -234,9 +234,13 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
                     f"--{name.replace('_', '-')} is for what a model draws; {path} holds images already"
                 )
         return open_set(arguments.generated, arguments.extractor)
-    if arguments.extractor.startswith("i3d:"):
-        raise ConfigError(f"{arguments.generated} draws images, i3d compares clips; give a folder of clips")
     pipeline = load_pipeline(arguments.generated, device)
+    draws_clips = pipeline.transformer.rank == 3
+    if draws_clips != arguments.extractor.startswith("i3d:"):
+        what = "clips, which i3d:FILE alone compares" if draws_clips else "images, i3d compares clips"
+        raise ConfigError(f"{arguments.generated} draws {what}; take another --extractor, or other samples")
+    if draws_clips and arguments.save_images is not None:
+        raise ConfigError("--save-images is for images; sample.py writes clips to a folder")
     options = dict(
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
@@ -256,18 +260,22 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
 
 
 def drawer(
-    pipeline: IwinDiTPipeline, options: dict[str, Any]
+    pipeline: ClassConditionalPipeline, options: dict[str, Any]
 ) -> Callable[[list[int], list[torch.Generator]], Tensor]:
-    """``draw(labels, generators)``: uint8 images, rounded as saving a PNG rounds them.
+    """``draw(labels, generators)``: uint8 images ``(B, 3, H, W)``, or clips ``(B, 3, T, H, W)``.
+
+    They are rounded as saving a PNG rounds them.
 
     Raises, when called:
         DataError: where the model draws what is not finite.
     """
 
     def draw(labels: list[int], generators: list[torch.Generator]) -> Tensor:
-        images = pipeline(labels, generator=generators, output_type="pt", **options).images.float()
+        (images,) = pipeline(labels, generator=generators, output_type="pt", return_dict=False, **options)
+        if images.ndim == 5:  # (B, T, 3, H, W)
+            images = images.transpose(1, 2)
         if not torch.isfinite(images).all():
             raise DataError("the model draws images that are not finite; its weights are not usable")
-        return (images * 255).round().to(torch.uint8)
+        return (images.float() * 255).round().to(torch.uint8)
 
     return draw

@@ -29,8 +29,14 @@ def check(config: Config) -> None:
     check_train(config)
     asked = config.evaluation
     names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
-    if asked.extractor.startswith("i3d:") and config.model.sample_frames is None:
+    draws_clips, of_clips = config.model.sample_frames is not None, asked.extractor.startswith("i3d:")
+    if of_clips and not draws_clips:
         raise ConfigError("evaluation.extractor i3d compares clips, which this model does not draw")
+    if draws_clips and not of_clips and config.train.evaluate_every_steps:
+        raise ConfigError(
+            f"evaluation.extractor {asked.extractor} compares images, this model draws clips: give i3d:FILE, "
+            "or set train.evaluate_every_steps 0"
+        )
     if config.train.evaluate_every_steps and config.evaluation.reference is None and names != ["is"]:
         raise ConfigError(
             f"train.evaluate_every_steps is {config.train.evaluate_every_steps}, but evaluation.reference is "

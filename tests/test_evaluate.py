@@ -16,17 +16,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, start
+from conftest import give_zeros_noise, make_vae, run, start
 from evaluation_stub import COUNT, Stub, frechet_of_few, make_sets
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from iwin_dit import build_evaluation
+from iwin_dit import IwinDiTTransformer3DModel, IwinDiTVideoPipeline, build_evaluation
+from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit.data.video import write_gif
+from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
 from iwin_dit.evaluation.export import NpzFile, PngFolder
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
+from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.runtime.seeds import generator
 
 TWO_PROCESSES = (
     *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
@@ -235,17 +241,20 @@ def test_other_extractors_have_names_of_their_own(sets, evaluate, tmp_path, monk
     assert result["arguments"]["metrics"] == "fd"
 
 
+class Motion(nn.Module):
+    """Six features of clips: each colour's mean, and how it changes from frame to frame."""
+
+    name, sha256, preprocessing, layers = "i3d", "0" * 64, "none", ("logits",)
+
+    def __init__(self, weights):
+        super().__init__()
+
+    def forward(self, clips):
+        x = clips.float().mean((3, 4)) / 255
+        return {"logits": torch.cat([x.mean(2), (x[:, :, 1:] - x[:, :, :-1]).mean(2)], 1)}
+
+
 def test_clips_are_compared_by_an_extractor_of_clips(sets, evaluate, tmp_path, monkeypatch):
-    class Motion(nn.Module):
-        name, sha256, preprocessing, layers = "i3d", "0" * 64, "none", ("logits",)
-
-        def __init__(self, weights):
-            super().__init__()
-
-        def forward(self, clips):
-            x = clips.float().mean((3, 4)) / 255
-            return {"logits": torch.cat([x.mean(2), (x[:, :, 1:] - x[:, :, :-1]).mean(2)], 1)}
-
     monkeypatch.setattr(build_evaluation, "I3D", Motion)
     rng = np.random.default_rng(0)
     clips = {
@@ -260,6 +269,64 @@ def test_clips_are_compared_by_an_extractor_of_clips(sets, evaluate, tmp_path, m
         x = clips[name].astype(np.float64).mean((2, 3)) / 255
         features.append(torch.from_numpy(np.concatenate([x.mean(1), (x[:, 1:] - x[:, :-1]).mean(1)], 1)))
     assert found == {"FVD (i3d)": pytest.approx(frechet_of_few(*features), rel=1e-4)}
+
+
+def test_clips_that_a_model_draws_are_those_that_sampling_writes(
+    sets, evaluate, refused_here, run_here, tmp_path, monkeypatch
+):
+    """GIFs of three colours and MP4s of sample.py are read as clips; the figure is that of the drawn ones."""
+    monkeypatch.setattr(build_evaluation, "I3D", Motion)
+    torch.manual_seed(0)
+    model = IwinDiTTransformer3DModel(
+        sample_frames=3,
+        sample_size=8,
+        in_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=3,
+        prediction_type="flow_prediction",
+    )
+    pipeline = IwinDiTVideoPipeline(give_zeros_noise(model).eval(), make_vae(), FlowMatching().scheduler())
+    export_pipeline(pipeline, tmp_path / "model", {"step": 1})
+    for i in range(12):
+        greys = [Image.new("L", (16, 16), 20 * i + 5 * k) for k in range(3)]
+        folder = tmp_path / "real" / str(i % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_gif(greys, folder / f"{i:02d}.gif", 8)
+    common = ("--extractor", "i3d:weights.pt", "--reference", tmp_path / "real")
+    drawing = ("--num-images", 9, "--steps", 2, "--guidance-scale", 2)
+    found, result = evaluate(tmp_path / "model", *common, *drawing)
+    draw = build_evaluation.drawer(
+        load_pipeline(str(tmp_path / "model")), {"num_inference_steps": 2, "guidance_scale": 2.0}
+    )
+    labels = [0, 1, 2] * 3
+    clips = draw(labels, [generator(0, "image", label, k // 3) for k, label in enumerate(labels)])
+    assert clips.shape == (9, 3, 3, 16, 16)
+    real = torch.tensor([[(20 * i + 5 * k) / 255 for k in range(3)] for i in range(12)], dtype=torch.float64)
+    real = torch.stack([real.mean(1), (real[:, 2] - real[:, 0]) / 2], 1).repeat_interleave(3, 1)
+    own = Motion(None)(clips)["logits"].double()
+    assert found == {"FVD (i3d)": pytest.approx(frechet_of_few(own, real), rel=1e-3)}
+    assert result["reference"]["clips"] == 12
+
+    assert "is for images" in refused_here(
+        *("evaluate_fid.py", "--generated", tmp_path / "model", *common, *drawing),
+        *("--save-images", tmp_path / "x.npz", "--out", tmp_path / "x.json"),
+    )
+    assert "draws clips, which i3d:FILE alone compares" in refused_here(
+        *("evaluate_fid.py", "--generated", tmp_path / "model", "--reference", sets / "real"),
+        *("--out", tmp_path / "x.json"),
+    )
+    drawn = tmp_path / "drawn"
+    sample = ("sample.py", "--checkpoint", tmp_path / "model", "--class", 0, 1, 2, "--num-images", 3)
+    run_here(*sample, "--steps", 2, "--guidance-scale", 2, "--out", drawn)
+    assert "are one clip twice" in refused_here(
+        *("evaluate_fid.py", "--generated", drawn, *common, "--out", tmp_path / "x.json")
+    )
+    for path in drawn.glob("*.gif"):
+        path.unlink()
+    again, _ = evaluate(drawn, *common)
+    assert again["FVD (i3d)"] == pytest.approx(found["FVD (i3d)"], rel=0.2)  # H.264 is not exact
 
 
 def test_statistics_stand_in_for_the_reference(sets, evaluate, stub, script_here, tmp_path):

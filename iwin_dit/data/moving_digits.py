@@ -28,12 +28,12 @@ from iwin_dit.data.video import ClipSpec, write_gif
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
-SIDE, NUM_FRAMES, DIGIT_SIDE = 32, 8, 18
-MAX_DRIFT = 3  # pixels from the middle, across the direction of motion
+SIDE, NUM_FRAMES, DIGIT_SIDE = 32, 8, 20
+MAX_DRIFT = 2  # pixels from the middle, across the direction of motion
 TRAVEL = (8, 12)  # pixels from the first frame to the last, least and most
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 PAIRS = (("left", "right"), ("up", "down"))  # each scan moves in one direction of each
-NUM_VAE_CLIPS = 500
+NUM_VAE_CLIPS, VAE_STEPS = 500, 200
 FPS = 8
 
 
@@ -46,7 +46,7 @@ def prepare(root: Path, seed: int = 0) -> None:
         order = torch.randperm(len(reader), generator=generator(seed, "frames"))[:NUM_VAE_CLIPS].tolist()
         clips = torch.stack([reader.read(i, torch.Generator())[0] for i in order])  # (N, 3, T, H, W)
         frames = clips.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1
-        train_vae(frames, seed).save_pretrained(root / ".tmp-vae")
+        train_vae(frames, seed, VAE_STEPS).save_pretrained(root / ".tmp-vae")
         os.replace(root / ".tmp-vae", root / LOCAL_VAE)
     vae = AutoencoderKL.from_pretrained(root / LOCAL_VAE).eval().requires_grad_(False)
     description = {"vae": LOCAL_VAE, "vae_sha256": weights_sha256(vae)}

@@ -49,21 +49,27 @@ Look at samples.png, loss.png and reconstructions.png in {report}. Then try
 
 
 class Recogniser:
-    """A support vector machine on the pixels of real scans."""
+    """A support vector machine on the pixels of real scans.
 
-    def __init__(self, images: Tensor, labels: Tensor):
+    Args:
+        images: ``(B, 3, H, W)`` in [-1, 1].
+        labels: ``(B,)``.
+        side: of what it looks at; 8 is the resolution of the scans.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, side: int = 8):
         from sklearn.svm import SVC
 
+        self.side = side
         self.machine = SVC(gamma="scale", C=10).fit(self._pixels(images), labels.numpy())
 
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images ``(B, 3, H, W)`` in [-1, 1] that are recognised as their labels ``(B,)``."""
-        return float((self.machine.predict(self._pixels(images)) == labels.numpy()).mean())
+    def __call__(self, images: Tensor) -> Tensor:
+        """The label that each image is recognised as: ``(B,)``."""
+        return torch.from_numpy(self.machine.predict(self._pixels(images)))
 
-    @staticmethod
-    def _pixels(images: Tensor) -> np.ndarray:
-        """Grey, at the resolution of the scans."""
-        small = torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 8)
+    def _pixels(self, images: Tensor) -> np.ndarray:
+        """Grey, of ``side x side``."""
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), self.side)
         return small.flatten(1).numpy()
 
 
@@ -116,6 +122,11 @@ class Distance:
         return torch.cat([self.extractor(part)["pool"] for part in pixels.split(100)])
 
 
+def percent(right: Tensor) -> str:
+    """The share that is true."""
+    return f"{100 * right.float().mean():.1f} %"
+
+
 def draw(pipeline: IwinDiTPipeline, options: dict[str, Any]) -> list[Sample]:
     """Equally many of each digit, with the options of the pipeline."""
     return list(sample_classes(pipeline, range(10), NUM_PER_CLASS, SEED, batch_size=50, **options))
@@ -159,7 +170,7 @@ def main() -> None:
     rows[f"samples with guidance {scale:g}"] = to_tensor(samples)
 
     recogniser = Recogniser(known, known_labels)
-    columns = {"recognised": lambda images, labels: f"{100 * recogniser.accuracy(images, labels):.1f} %"}
+    columns = {"recognised": lambda images, labels: percent(recogniser(images) == labels)}
     if Path(classifier).is_dir():
         distance = Distance(classifier, real)
         columns["FD (iwin)"] = lambda images, labels: f"{distance(images):.3f}"
