@@ -97,6 +97,8 @@ def _check_clips(config: Config) -> None:
         for key, default in (("frame_stride", 1), ("images", None), ("image_share", 0.0)):
             if getattr(data, key) != default:
                 raise ConfigError(f"data.{key} is for clips; set model.sample_frames, or remove it")
+        if model.position_embedding == "time":
+            raise ConfigError("model.position_embedding time is for clips; set model.sample_frames, or none")
         if data.prepare == "moving_digits":
             raise ConfigError(
                 "data.prepare moving_digits makes clips; set model.sample_frames, or take digits"
@@ -105,7 +107,7 @@ def _check_clips(config: Config) -> None:
     if "rope" in model.position_embedding:
         raise ConfigError(
             f"model.position_embedding {model.position_embedding} turns by row and column, which clips have "
-            "not alone; take none or sincos"
+            "not alone; take none, time or sincos"
         )
     if data.frame_stride != 1 and data.kind == "latents":
         raise ConfigError(

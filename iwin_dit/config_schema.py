@@ -105,7 +105,8 @@ class ModelConfig:
         num_classes: classes of the data.
         label_dropout: share of labels that are replaced by the null label; above 0 for guidance.
         mixer: the token mixer.
-        position_embedding: none (Iwin needs none), fixed sin-cos, rotary, or both.
+        position_embedding: none (Iwin needs none in an image), fixed sin-cos, rotary, or both; of clips,
+            none, ``time`` (sin-cos of frames alone), or sin-cos of all axes.
         norm: RMS norm with a weight, or layer norm without.
         mlp: SwiGLU, or GELU.
         mlp_ratio: hidden width of the MLP over the width.
@@ -127,7 +128,7 @@ class ModelConfig:
     num_classes: int = 1000
     label_dropout: float = 0.1
     mixer: MixerSpec = field(default_factory=MixerSpec)
-    position_embedding: Literal["none", "sincos", "rope", "sincos+rope"] = "none"
+    position_embedding: Literal["none", "time", "sincos", "rope", "sincos+rope"] = "none"
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_ratio: float = 4.0

@@ -43,6 +43,8 @@ def test_one_frame_is_an_image_bit_for_bit(options):
     expected, found = flat(x, TIMES, LABELS).sample, solid(x[:, :, None], TIMES, LABELS).sample
     assert torch.equal(found[:, :, 0], expected)
     assert solid.latent_size == (8, 8, 8)
+    timed = IwinDiTTransformer3DModel.from_2d(flat, sample_frames=8, position_embedding="time")
+    assert options.get("position_embedding") or torch.equal(timed(x[:, :, None], TIMES, LABELS).sample, found)
     cotangent = torch.randn_like(expected)
     ours = torch.autograd.grad(found[:, :, 0], x, cotangent)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, x, cotangent)[0], rtol=1e-4, atol=1e-5)
@@ -72,10 +74,11 @@ def test_any_number_of_frames_is_valid_and_frames_are_joined():
         assert (moved > 0).all(), "the last frame is seen by all"
 
 
-def test_positions_of_frames_begin_with_the_images():
+@pytest.mark.parametrize("positions", ["time", "sincos"])
+def test_positions_of_frames_tell_them_apart(positions):
     model = filled(
         IwinDiTTransformer3DModel(
-            sample_frames=4, sample_size=4, mixer={"name": "global"}, position_embedding="sincos", **SIZES
+            sample_frames=4, sample_size=4, mixer={"name": "global"}, position_embedding=positions, **SIZES
         )
     )
     clip = torch.randn(1, 4, 1, 4, 4).expand(-1, -1, 4, -1, -1)
@@ -96,7 +99,11 @@ def test_what_does_not_fit_is_named():
     for kind, options, message in (
         (IwinDiTTransformer3DModel, {}, "IwinDiTTransformer3DModel needs a number of frames"),
         (IwinDiTTransformer2DModel, {"sample_frames": 4}, "IwinDiTTransformer2DModel has none"),
-        (IwinDiTTransformer3DModel, {"sample_frames": 4, "position_embedding": "rope"}, "those of images"),
+        (
+            IwinDiTTransformer3DModel,
+            {"sample_frames": 4, "position_embedding": "rope"},
+            "expected one of none, time, sincos",
+        ),
         (
             IwinDiTTransformer3DModel,
             {"sample_frames": 4, "mixer": {"window_size": [4, 4]}},

@@ -17,7 +17,11 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()
 ]
-INSTALLS = ("make demo", "pip install -c constraints.txt -e '.[demo]'")  # .ci/run, from a bare checkout
+INSTALLS = (
+    "make demo",
+    "make demo-video",
+    "pip install -c constraints.txt -e '.[demo]'",
+)  # .ci/run, from a bare checkout
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -28,19 +32,22 @@ def checkout(tmp_path_factory):
     ignore = shutil.ignore_patterns(".*", "runs", "data", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, root, ignore=ignore)
     shutil.copytree(ROOT / "iwin_dit" / "data", root / "iwin_dit" / "data", dirs_exist_ok=True)
-    quickstart = yaml.safe_load((root / "configs" / "quickstart.yaml").read_text())
-    quickstart["train"] |= {"max_steps": 4, "sample_every_steps": 0}
-    quickstart["sample"]["num_inference_steps"] = 2
-    (root / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(quickstart))
-    classifier = yaml.safe_load((root / "configs" / "classifier" / "digits.yaml").read_text())
-    classifier["train"] |= {"max_steps": 4, "sample_every_steps": 0}
-    (root / "configs" / "classifier" / "digits.yaml").write_text(yaml.safe_dump(classifier))
-    source = root / "iwin_dit" / "data" / "digits.py"
-    shortened = source.read_text().replace(f"VAE_STEPS = {digits.VAE_STEPS}", "VAE_STEPS = 4")
-    assert shortened != source.read_text()
-    source.write_text(shortened)
-    benchmark = root / "benchmarks" / "mixers.py"
-    benchmark.write_text(benchmark.read_text().replace("HEADS = 4096, 768, 12", "HEADS = 4096, 24, 2"))
+    for name in ("quickstart", "video_quickstart", "classifier/digits", "classifier/moving_digits"):
+        path = root / "configs" / f"{name}.yaml"
+        recipe = yaml.safe_load(path.read_text())
+        recipe["train"] |= {"max_steps": 4, "sample_every_steps": 0, "evaluate_every_steps": 0}
+        if "sample" in recipe:
+            recipe["sample"]["num_inference_steps"] = 2
+        path.write_text(yaml.safe_dump(recipe))
+    for path, words, fewer in (
+        ("iwin_dit/data/digits.py", f"VAE_STEPS = {digits.VAE_STEPS}", "VAE_STEPS = 4"),
+        ("iwin_dit/data/moving_digits.py", "VAE_STEPS = 500, 200", "VAE_STEPS = 8, 2"),
+        ("iwin_dit/data/moving_digits.py", "in progress(chosen,", "in progress(chosen[:150],"),
+        ("benchmarks/mixers.py", "HEADS = 4096, 768, 12", "HEADS = 4096, 24, 2"),
+    ):
+        text = (root / path).read_text()
+        assert words in text
+        (root / path).write_text(text.replace(words, fewer))
     return root
 
 
@@ -68,6 +75,10 @@ def test_the_commands_of_the_readme(checkout):
         "samples.png",
         "samples/0007-00007.png",
         "data/mine/contact.png",
+        "clips.mp4",
+        "runs/video_quickstart/report/samples.gif",
+        "data/my_clips/index.json",
+        "runs/moving_digits_classifier/model.safetensors",
     ):
         assert (checkout / made).is_file()
     assert "FD (iwin)" in (checkout / "runs/quickstart/report/report.md").read_text()

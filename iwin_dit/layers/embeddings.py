@@ -66,17 +66,20 @@ def sinusoid(x: Tensor, num_features: int) -> Tensor:
 def sincos_positions(grid: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """DiT's fixed position embedding: first half by column, second by row, sines first: ``(*grid, D)``.
 
-    Of clips, frames add theirs, over the whole width; the first frame's is 0, so that it is an image's.
+    Of clips, :func:`frame_positions` are added.
     """
     *frames, height, width_ = grid
     rows, columns = (_sines_first(torch.arange(side, device=device), width // 2) for side in (height, width_))
     places = torch.cat(
         [columns[None, :, :].expand(height, -1, -1), rows[:, None, :].expand(-1, width_, -1)], dim=-1
     )  # (H/p, W/p, D)
-    if not frames:
-        return places
-    times = _sines_first(torch.arange(frames[0], device=device), width)  # (T, D)
-    return places + (times - times[0])[:, None, None]
+    return places + frame_positions(frames[0], width, device) if frames else places
+
+
+def frame_positions(frames: int, width: int, device: torch.device) -> Tensor:
+    """Sines and cosines of the frame, less those of the first, which is an image: ``(T, 1, 1, D)``."""
+    times = _sines_first(torch.arange(frames, device=device), width)  # (T, D)
+    return (times - times[0])[:, None, None]
 
 
 def _sines_first(x: Tensor, num_features: int) -> Tensor:

@@ -84,10 +84,9 @@ class IwinMixer(TokenMixer):
         super().__init__()
         self.spec = spec.mixer
         self.attention = SelfAttention(spec)
+        convolution = {2: DepthwiseConvolution, 3: DepthwiseConvolution3D}[len(grid)]
         self.convolution = (
-            DepthwiseConvolution(spec.width, spec.mixer.kernel(grid))
-            if spec.mixer.has_convolution(grid)
-            else None
+            convolution(spec.width, spec.mixer.kernel(grid)) if spec.mixer.has_convolution(grid) else None
         )
         self.num_branches = 1 if self.convolution is None else 2
 
@@ -121,28 +120,51 @@ class IwinMixer(TokenMixer):
 
 
 class DepthwiseConvolution(nn.Module):
-    """Convolves each channel by itself over the grid, zero padding: ``(B, *grid, C) -> (B, *grid, C)``.
+    """Convolves each channel by itself over the grid, zero padding: ``(B, H, W, C) -> (B, H, W, C)``.
 
     Tokens have their channels last, so the view that the convolution sees is in the channels-last memory
     format: no copy, and on a CPU three times faster than the contiguous one.
 
     Args:
-        kernel: its sides, one per axis of the grid.
+        kernel: its sides.
     """
 
     def __init__(self, width: int, kernel: tuple[int, ...]):
         super().__init__()
-        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
-        self.conv = convolution(width, width, kernel, padding=[side // 2 for side in kernel], groups=width)
+        self.conv = nn.Conv2d(width, width, kernel, padding=[side // 2 for side in kernel], groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight
-        if x.ndim == 5 and (x.shape[1] == 1 or weight.shape[2] == 1):  # no frame meets another
-            frames = x.flatten(0, 1).movedim(-1, 1)  # (B T, C, H, W)
-            center = weight[:, :, weight.shape[2] // 2]
-            frames = F.conv2d(frames, center, self.conv.bias, padding="same", groups=x.shape[-1])
-            return frames.movedim(1, -1).view(x.shape)
         return self.conv(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class DepthwiseConvolution3D(nn.Module):
+    """The same over time, too: ``(B, T, H, W, C) -> (B, T, H, W, C)``.
+
+    Computed as the sum of 2-D convolutions of all frames, one for each frame of the kernel, moved in time: on
+    a CPU the backward pass is three times as fast as that of PyTorch's 3-D convolution, and a single frame is
+    an image, bit for bit.
+    """
+
+    def __init__(self, width: int, kernel: tuple[int, ...]):
+        super().__init__()
+        self.conv = nn.Conv3d(width, width, kernel, padding=[side // 2 for side in kernel], groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, length = self.conv.weight, x.shape[1]
+        frames = x.flatten(0, 1).movedim(-1, 1)  # (B T, C, H, W)
+        total = None
+        for step in range(-(weight.shape[2] // 2), weight.shape[2] // 2 + 1):
+            if abs(step) >= length:  # it meets zeros only
+                continue
+            slice_ = weight[:, :, weight.shape[2] // 2 + step]
+            bias = self.conv.bias if step == 0 else None
+            y = F.conv2d(frames, slice_, bias, padding=self.conv.padding[1:], groups=weight.shape[0])
+            y = y.movedim(1, -1).view(x.shape)
+            if step:
+                y = y[:, max(step, 0) : length + min(step, 0)]
+                y = F.pad(y, (0, 0, 0, 0, 0, 0, max(-step, 0), max(step, 0)))
+            total = y if total is None else total + y
+        return total
 
 
 MIXERS: dict[str, type[TokenMixer]] = {"iwin": IwinMixer, "global": GlobalMixer}

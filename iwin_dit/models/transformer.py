@@ -16,12 +16,19 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from iwin_dit.layers.block import Block, Modulation
-from iwin_dit.layers.embeddings import PatchEmbed, TimestepEmbedder, rope_angles, sincos_positions, unpatchify
+from iwin_dit.layers.embeddings import (
+    PatchEmbed,
+    TimestepEmbedder,
+    frame_positions,
+    rope_angles,
+    sincos_positions,
+    unpatchify,
+)
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec
 from iwin_dit.models.inflation import inflate
 
-POSITIONS = ("none", "sincos", "rope", "sincos+rope")
+POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
 
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -91,15 +98,9 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
                 f"sample_frames is {sample_frames}: IwinDiTTransformer3DModel needs a number of frames, "
                 "IwinDiTTransformer2DModel has none"
             )
-        if position_embedding not in POSITIONS:
-            raise ValueError(
-                f"position_embedding is {position_embedding!r}, expected one of {', '.join(POSITIONS)}"
-            )
-        if self.rank == 3 and "rope" in position_embedding:
-            raise ValueError(
-                f"position_embedding is {position_embedding!r}, but rotary positions are those of images; "
-                "clips have none or sincos"
-            )
+        if position_embedding not in POSITIONS[self.rank]:
+            expected = ", ".join(POSITIONS[self.rank])
+            raise ValueError(f"position_embedding is {position_embedding!r}, expected one of {expected}")
         width = num_attention_heads * attention_head_dim
         spec = BlockSpec(
             width=width,
@@ -115,7 +116,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.register_to_config(mixer=asdict(spec.mixer))
         self.patch_size = patch_size
         self.out_channels = in_channels if out_channels is None else out_channels
-        self.use_sincos = "sincos" in position_embedding
+        self.use_sincos, self.use_time = "sincos" in position_embedding, position_embedding == "time"
         self.use_rope = "rope" in position_embedding
         self.gradient_checkpointing = False
         self.checkpoint_every = 1  # of so many blocks one is computed twice
@@ -216,6 +217,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         x = self.patch_embed(hidden_states).float()  # (B, *grid, D): the residual stream stays in float32
         if self.use_sincos:
             x = x + sincos_positions(grid, x.shape[-1], device)
+        if self.use_time:
+            x = x + frame_positions(grid[0], x.shape[-1], device)
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
 
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
@@ -239,7 +242,9 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         mixer: windows and kernels have a number for each of (time, height, width), or one for all:
             ``{"window_size": ["all", 8, 8], "kernel_size": [1, 3, 3]}`` attends over all frames, and
             convolves each by itself.
-        options: those of :class:`IwinDiTTransformer2DModel`; ``rope`` is for images alone.
+        position_embedding: ``none``; ``time``, sines and cosines of the frame's number, which is what tells
+            the order of frames where windows span many of them; or ``sincos`` for place and time.
+        options: those of :class:`IwinDiTTransformer2DModel`.
 
     With one frame it is the model of images with the same weights, which :meth:`from_2d` brings in.
     """
