@@ -227,7 +227,16 @@ TRAIN_ZERO_OR_MORE = (
 Keys = dict[str, tuple[str, ...]]
 ABOVE_ZERO = {
     "data": ("frame_stride",),
-    "model": ("depth", "width", "heads", "sample_frames", "in_channels", "num_classes", "mlp_ratio"),
+    "model": (
+        "depth",
+        "width",
+        "heads",
+        "sample_frames",
+        "in_channels",
+        "num_classes",
+        "mlp_ratio",
+        "label_embedding_std",
+    ),
     "objective": ("logit_std",),
     "optimizer": ("learning_rate", "eps", "max_grad_norm"),
     "train": TRAIN_ABOVE_ZERO,

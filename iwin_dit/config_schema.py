@@ -113,6 +113,8 @@ class ModelConfig:
         qk_norm: normalise queries and keys.
         modulation_shift: adaLN shifts and scales; without, it only scales.
         open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
+        label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
+            say sooner from a larger one.
         init_from: weights to begin with: a run or a pipeline. Those of a model of images serve one of clips;
             another number of classes gets new label embeddings.
     """
@@ -135,6 +137,7 @@ class ModelConfig:
     qk_norm: bool = False
     modulation_shift: bool = True
     open_gates: bool = True
+    label_embedding_std: float = 0.02
     init_from: str | None = None
 
     @property

@@ -55,6 +55,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             were trained in another time convention into ours.
         prediction_type: what the model was trained to predict, in the words of diffusers' schedulers:
             ``flow_prediction`` or ``epsilon``. The pipeline refuses a scheduler that expects the other.
+        label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
+            say sooner from a larger one.
         sample_frames: frames of the latents, for :class:`IwinDiTTransformer3DModel` alone.
 
     Raises:
@@ -90,6 +92,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         timestep_scale: float = 1.0,
         timestep_shift: float = 0.0,
         prediction_type: str | None = None,
+        label_embedding_std: float = 0.02,
         sample_frames: int | None = None,
     ):
         super().__init__()
@@ -154,7 +157,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        nn.init.normal_(self.label_embedding.weight, std=self.config.label_embedding_std)
         nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
         for module in [
