@@ -1,4 +1,4 @@
-"""Trains an image classifier: an Iwin Transformer, or any of timm's models for comparison.
+"""Trains a classifier of images, an Iwin Transformer or any of timm's models for comparison; or of clips.
 
 Run as ``accelerate launch train_classifier.py [--config FILE] [--key value]``.
 """
@@ -29,13 +29,14 @@ def main() -> int:
 
 
 def train(config: ClassifierConfig) -> int:
-    from iwin_dit import build
+    from iwin_dit import build, build_labelled
     from iwin_dit import build_classifier as classifier
+    from iwin_dit.export_classifier import export
     from iwin_dit.report import draw_loss_curve
     from iwin_dit.training import loop
 
     accelerator = build.build_accelerator(config)
-    images, held_out = classifier.build_images(config, accelerator)
+    images, held_out = build_labelled.build_images(config, accelerator)
     run = build.build_run(config, images.identity) if accelerator.is_main_process else None
     build.start_trackers(config, accelerator)
     state = build.build_state(
@@ -43,7 +44,7 @@ def train(config: ClassifierConfig) -> int:
     )
     loss, random_batch = classifier.build_loss(config)
     micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
-    examples = classifier.build_examples(config, images, micro_batch)
+    examples = build_labelled.build_examples(config, images, micro_batch)
     loader = build.build_loader(config, examples, accelerator, micro_batch)
 
     with build.attention_backend(config):
@@ -67,10 +68,11 @@ def train(config: ClassifierConfig) -> int:
         return 143
     if accelerator.is_main_process:
         draw_loss_curve(run)
-        classifier.export_timm(config, state, run)
+        exported = export(config, state, run)
         found = [record for record in run.read_log() if "top1" in record]
         accuracy = f", top-1 {found[-1]['top1']} %, top-5 {found[-1]['top5']} %" if found else ""
-        print(f"trained to step {step}{accuracy}; curves in {run.path}/loss.png, for timm in {run.path}/timm")
+        kind = "for timm" if config.data.frames is None else "weights"
+        print(f"trained to step {step}{accuracy}; curves in {run.path}/loss.png, {kind} in {exported}")
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,31 +14,29 @@ import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
-from timm.data import create_transform
 from timm.models import load_state_dict
-from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build import leave_group
+from iwin_dit.build_labelled import HeldOutData
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
-from iwin_dit.data import digits
 from iwin_dit.data.codec import weights_sha256
-from iwin_dit.data.labelled import LabelledExamples, LabelledImages
-from iwin_dit.data.sources import open_source
 from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
-from iwin_dit.runtime import checkpoint, files
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.models.backbone_3d import IwinTransformer3D
+from iwin_dit.models.inflation import inflate
+from iwin_dit.models.video_models import VIDEO_MODELS
+from iwin_dit.runtime import checkpoint
+from iwin_dit.runtime.errors import CheckpointError, ConfigError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.runtime.seeds import derive_seed
-from iwin_dit.training.classification import classification_loss
+from iwin_dit.training.classification import class_scores, classification_loss
 from iwin_dit.training.state import State
 
-PREPARE = {"digits": partial(digits.write_images, seed=0)}
 MAX_SHOWN = 40  # predictions in a picture
 
 
@@ -59,47 +55,6 @@ class LoadedClassifier(NamedTuple):
     sha256: str
 
 
-def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages]:
-    """Images to train on, varied, and held-out ones, not; made first where the config says how.
-
-    Raises:
-        DataError: where they are missing, or their classes are not the model's.
-    """
-    data, augment = config.data, config.augment
-    if data.prepare and accelerator.is_main_process and not Path(data.held_out).is_dir():
-        PREPARE[data.prepare](Path(data.held_out).parent)
-    accelerator.wait_for_everyone()
-    common = dict(input_size=(3, *data.size), interpolation="bicubic", mean=data.mean, std=data.std)
-    varied = create_transform(
-        **common,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=0.5 if augment.random_flip else 0.0,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=None if augment.rand_augment == "none" else augment.rand_augment,
-        re_prob=augment.random_erasing,
-        re_mode="pixel",
-    )
-    train = LabelledImages(open_source(data.path, data.labels), varied)
-    held_out = LabelledImages(
-        open_source(data.held_out, data.held_out_labels), create_transform(**common, crop_pct=data.crop_share)
-    )
-    names, others = train.source.class_names, held_out.source.class_names
-    if names != others:
-        odd = sorted(set(names) ^ set(others))[:5]
-        raise DataError(
-            f"{data.path} has {len(names)} classes and {data.held_out} has {len(others)}, which are not the "
-            f"same (such as {', '.join(odd)}); give both the same class folders"
-        )
-    if len(names) != config.model.num_classes:
-        raise DataError(
-            f"{data.path} has {len(names)} classes, the config's model.num_classes is "
-            f"{config.model.num_classes}; set it to {len(names)}"
-        )
-    return train, held_out
-
-
 def build_model(config: ClassifierConfig) -> nn.Module:
     """The network, its weights drawn from the config's seed or read from ``model.init_from``.
 
@@ -107,15 +62,16 @@ def build_model(config: ClassifierConfig) -> nn.Module:
         ConfigError: where timm does not know it, or not its options.
         CheckpointError: where the weights are not there, or not of this network.
     """
-    name = config.model.name
-    if not timm.is_model(name):
+    name, is_of_clips = config.model.name, config.data.frames is not None
+    if not is_of_clips and not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ConfigError(f"model.name {name} is not one of timm's; such as {', '.join(near) or 'iwin_tiny'}")
     options = model_options(config)
+    create = IwinTransformer3D if is_of_clips else partial(timm.create_model, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         try:
-            model = timm.create_model(name, num_classes=config.model.num_classes, **options)
+            model = create(num_classes=config.model.num_classes, **options)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"model.options {options} do not make a {name}: {error}") from None
     if config.model.init_from is not None:
@@ -125,10 +81,13 @@ def build_model(config: ClassifierConfig) -> nn.Module:
 
 def model_options(config: ClassifierConfig) -> dict[str, Any]:
     """What the constructor takes beside the number of classes."""
-    options = dict(config.model.options)
-    known = timm.get_pretrained_cfg(config.model.name)
-    if config.model.name.startswith("iwin") or (known and known.fixed_input_size):
-        options.setdefault("img_size", list(config.data.size))
+    name, options = config.model.name, dict(config.model.options)
+    if config.data.frames is not None:
+        options = VIDEO_MODELS[name] | {"img_size": list(config.data.shape)} | options
+    else:
+        known = timm.get_pretrained_cfg(name)
+        if name.startswith("iwin") or (known and known.fixed_input_size):
+            options.setdefault("img_size", list(config.data.size))
     if config.model.drop_path:
         options.setdefault("drop_path_rate", config.model.drop_path)
     return options
@@ -138,24 +97,15 @@ def begin_from(model: nn.Module, source: str) -> None:
     """Copies weights of a run or a file into a model; a head of other classes stays as it is drawn.
 
     A larger image may give the last stage convolutions that the smaller one had no use for: they stay too.
+    A model of clips takes those of images as well, see :func:`iwin_dit.models.inflation.inflate`.
 
     Raises:
         CheckpointError: where they are not there, or not of this network.
     """
-    path = Path(source)
-    if (path / "config.yaml").is_file():
-        tensors = load_classifier(source).model.state_dict()
-    elif path.is_file():
-        try:
-            tensors = load_state_dict(str(path), weights_only=True)
-        except Exception as error:  # torch.load and safetensors raise many kinds
-            raise CheckpointError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from None
-        if isinstance(model, IwinTransformer):
-            tensors = checkpoint_filter_fn(tensors, model)
-    else:
-        raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
-    own = model.state_dict()
-    head = tuple(model.default_cfg["classifier"].split())
+    tensors, own = _stored_weights(model, source), model.state_dict()
+    if isinstance(model, IwinTransformer3D):
+        tensors = inflate(tensors, own)
+    head = head_names(model)
     fitting = {
         name: tensor
         for name, tensor in tensors.items()
@@ -170,6 +120,34 @@ def begin_from(model: nn.Module, source: str) -> None:
             f"missing {missing[:3]}, unknown or of another shape {odd[:3]}"
         )
     model.load_state_dict(fitting, strict=False)
+
+
+def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
+    path = Path(source)
+    if (path / "config.yaml").is_file():
+        _, stored = read_run(source)
+        if isinstance(model, IwinTransformer3D) and isinstance(stored, IwinTransformer):
+            heads, wanted = _heads(stored), _heads(model)
+            if heads != wanted:  # which shapes do not tell
+                raise CheckpointError(f"{source} has {heads} heads, the model {wanted}; set its num_heads")
+        return stored.state_dict()
+    if not path.is_file():
+        raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
+    try:
+        tensors = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # torch.load and safetensors raise many kinds
+        raise CheckpointError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+    return checkpoint_filter_fn(tensors, model) if isinstance(model, IwinTransformer) else tensors
+
+
+def _heads(model: IwinTransformer) -> list[int]:
+    return [stage.blocks[0].mixer.attention.heads for stage in model.layers]
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """With what the names of the head's tensors begin."""
+    known = getattr(model, "default_cfg", None) or {"classifier": "head.fc"}  # timm's know it themselves
+    return tuple(known["classifier"].split())
 
 
 def build_trained(config: ClassifierConfig) -> nn.Module:
@@ -188,23 +166,24 @@ def parameter_groups(config: ClassifierConfig) -> Callable[[nn.Module, float], l
         found = param_groups_layer_decay(
             model, weight_decay, unchanged, layer_decay=config.optimizer.layer_decay
         )
-        return [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in found]
+        found = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in found]
+        scale = config.optimizer.backbone_lr_scale
+        return found if scale == 1 else _scale_backbone(found, model, scale)
 
     return groups
 
 
-def build_examples(config: ClassifierConfig, images: LabelledImages, micro_batch: int) -> LabelledExamples:
-    """What training sees at each position.
-
-    Raises:
-        ConfigError: where mixup or CutMix would have to join images of two micro-batches.
-    """
-    if config.mixes and micro_batch % 2:
-        raise ConfigError(
-            f"micro-batches of {micro_batch} images cannot be joined two by two, as mixup and CutMix do; set "
-            "train.micro_batch to an even divisor of the images of a process, or both alphas to 0"
-        )
-    return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
+def _scale_backbone(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """The groups, each split into what belongs to the head and the rest, whose learning rate is scaled."""
+    head = {id(p) for name, p in model.named_parameters() if name.startswith(head_names(model))}
+    split = []
+    for group in groups:
+        for is_head in (False, True):
+            chosen = [p for p in group["params"] if (id(p) in head) == is_head]
+            if chosen:
+                rate = group["lr_scale"] * (1 if is_head else scale)
+                split.append(group | {"params": chosen, "lr_scale": rate})
+    return split
 
 
 def build_loss(config: ClassifierConfig) -> tuple[Callable[..., Tensor], Callable[[int], Sequence[Tensor]]]:
@@ -217,7 +196,7 @@ def build_loss(config: ClassifierConfig) -> tuple[Callable[..., Tensor], Callabl
     )
 
     def batch(images: int) -> Sequence[Tensor]:
-        pixels = torch.randn(images, 3, *config.data.size)
+        pixels = torch.randn(images, 3, *config.data.shape)
         return pixels, torch.zeros(images, dtype=torch.long), torch.ones(images, 4)
 
     return loss, batch
@@ -230,19 +209,20 @@ def without_content(config: ClassifierConfig) -> nn.Module:
 
 
 def multiply_adds(config: ClassifierConfig) -> int:
-    """Multiply-adds of one forward pass of one image, counted operation by operation."""
+    """Multiply-adds of one forward pass of one image or clip, counted operation by operation."""
     model = without_content(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, *config.data.size, device="meta"))
+        model(torch.empty(1, 3, *config.data.shape, device="meta"))
     return counter.get_total_flops() // 2
 
 
 def build_evaluation(
-    config: ClassifierConfig, images: LabelledImages, state: State, accelerator: Accelerator
+    config: ClassifierConfig, images: HeldOutData, state: State, accelerator: Accelerator
 ) -> Callable[[int, Any], dict[str, float] | None]:
     """``evaluate(step, stop)``: top-1 and top-5 accuracy of the EMA on all held-out images, in percent.
 
-    At step 0 only of weights that come from elsewhere.
+    Of a video, it is the mean of its views' probabilities that counts. At step 0 only of weights that come
+    from elsewhere.
     """
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     loader = held_out_loader(config, Subset(images, own), accelerator)
@@ -260,8 +240,8 @@ def build_evaluation(
                 found[3] = 1
                 break
             with accelerator.autocast():
-                logits = model(pixels.to(accelerator.device))
-            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None].to(accelerator.device)
+                scores = class_scores(model, pixels.to(accelerator.device))
+            best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None].to(accelerator.device)
             found[:2] += torch.stack([best[:, 0].sum(), best.sum()])
             found[2] += len(labels)
         if config.ema.on_cpu:
@@ -275,10 +255,11 @@ def build_evaluation(
 
 
 def held_out_loader(config: ClassifierConfig, images: Any, accelerator: Accelerator) -> DataLoader:
-    """Batches of held-out images, in order."""
+    """Batches of held-out images, in order; views of a video count as so many."""
+    clips, crops = config.data.views
     return DataLoader(
         images,
-        batch_size=min(config.train.batch_images, 256),
+        batch_size=max(1, min(config.train.batch_images, 256) // (clips * crops)),
         num_workers=config.train.num_workers,
         worker_init_fn=leave_group,
         pin_memory=accelerator.device.type == "cuda",
@@ -286,10 +267,14 @@ def held_out_loader(config: ClassifierConfig, images: Any, accelerator: Accelera
 
 
 def build_preview(
-    config: ClassifierConfig, images: LabelledImages, run: RunDirectory | None, accelerator: Accelerator
+    config: ClassifierConfig, images: HeldOutData, run: RunDirectory | None, accelerator: Accelerator
 ) -> Callable[[dict[str, Tensor], int, Any], None]:
-    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``: held-out images, classified."""
+    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``: held-out images, classified.
+
+    Of a video, it shows the middle frame of the middle view.
+    """
     chosen = torch.linspace(0, len(images) - 1, min(MAX_SHOWN, len(images))).round().long().tolist()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
 
     @torch.no_grad()
     def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
@@ -297,11 +282,18 @@ def build_preview(
             return
         model = build_model(without_init(config))
         model.load_state_dict(ema)
-        pixels, labels = zip(*(images[i] for i in chosen), strict=True)
-        logits = model.eval().to(accelerator.device)(torch.stack(pixels).to(accelerator.device))
-        mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
-        shown = ((torch.stack(pixels) * std + mean).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
-        picture = draw_predictions(shown, labels, logits.argmax(1).tolist(), images.source.class_names)
+        model.eval().to(accelerator.device)
+        shown, labels, predictions = [], [], []
+        for i in chosen:
+            pixels, label = images[i]
+            scores = class_scores(model, pixels[None].to(accelerator.device))
+            if pixels.ndim == 5:  # (V, 3, T, H, W)
+                view = pixels[len(pixels) // 2]
+                pixels = view[:, view.shape[1] // 2]
+            shown.append(((pixels * std + mean).clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy())
+            labels.append(label)
+            predictions.append(int(scores.argmax()))
+        picture = draw_predictions(shown, labels, predictions, images.source.class_names)
         picture.save(run.samples / f"step-{step:08d}.png")
         for tracker in accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -311,9 +303,9 @@ def build_preview(
 
 
 def draw_predictions(
-    images: np.ndarray, labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]
+    images: Sequence[np.ndarray], labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]
 ) -> Image.Image:
-    """Images ``(N, H, W, 3)`` uint8, each over the class that was found: green if right, red if wrong."""
+    """Images ``(H, W, 3)`` uint8, each over the class that was found: green if right, red if wrong."""
     columns = 8
     side, gap, text = 96, 8, 14
     rows = -(-len(images) // columns)
@@ -331,6 +323,20 @@ def load_classifier(run: str) -> LoadedClassifier:
     """The EMA of a run's newest checkpoint, and what it was made for.
 
     Raises:
+        CheckpointError: where there is no run of a classifier of images, or no checkpoint.
+    """
+    config, model = read_run(run)
+    data = config.data
+    if data.frames is not None:
+        raise CheckpointError(f"{run} is the run of a classifier of clips; expected one of images")
+    names = json.loads((Path(run) / "data.json").read_bytes())["classes"]
+    return LoadedClassifier(model, data.size, data.mean, data.std, names, weights_sha256(model))
+
+
+def read_run(run: str) -> tuple[ClassifierConfig, nn.Module]:
+    """The config of a classifier's run, and the EMA of its newest checkpoint.
+
+    Raises:
         CheckpointError: where there is no classifier's run, or no checkpoint.
     """
     path = Path(run)
@@ -344,30 +350,7 @@ def load_classifier(run: str) -> LoadedClassifier:
     config = load_config(path / "config.yaml", ClassifierConfig)
     model = build_model(without_init(config))
     model.load_state_dict(checkpoint.read_tensors(newest, "ema", like=model.state_dict()))
-    names = json.loads((path / "data.json").read_bytes())["classes"]
-    data = config.data
-    return LoadedClassifier(
-        model.eval().requires_grad_(False), data.size, data.mean, data.std, names, weights_sha256(model)
-    )
-
-
-def export_timm(config: ClassifierConfig, state: State, run: RunDirectory) -> None:
-    """``RUN/timm``, for ``timm.create_model("local-dir:RUN/timm")`` after ``import iwin_dit.models``."""
-    model, data = state.emas["ema"], config.data
-    folder, temporary = run.path / "timm", run.path / ".tmp-timm"
-    shutil.rmtree(temporary, ignore_errors=True)
-    preprocessing = {
-        "input_size": (3, *data.size),
-        "mean": data.mean,
-        "std": data.std,
-        "crop_pct": data.crop_share,
-        "interpolation": "bicubic",
-    }
-    settings = {"pretrained_cfg": preprocessing, "label_names": run.data["classes"]}
-    save_for_hf(model, str(temporary), settings, model_options(config), safe_serialization=True)
-    if folder.exists():
-        files.remove_tree(files.set_aside(folder))
-    os.replace(temporary, folder)
+    return config, model.eval().requires_grad_(False)
 
 
 def without_init(config: ClassifierConfig) -> ClassifierConfig:

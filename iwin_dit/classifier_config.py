@@ -20,18 +20,25 @@ from iwin_dit.config_schema import EmaConfig, OptimizerConfig, TrainConfig, list
 from iwin_dit.runtime.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VIDEO_MODELS = ("iwin_tiny_video", "iwin_small_video")  # a test compares them with the models' own table
 
 
 @dataclass(frozen=True)
 class ClassifierDataConfig:
-    """Images to train on, and images to be judged by.
+    """Images or clips to train on, and others to be judged by.
 
     Args:
-        path: a folder of class folders, .tar or .parquet files, or hf:NAME, as for extract_latents.py.
+        path: a folder of class folders, .tar or .parquet files, or hf:NAME, as for extract_latents.py; of
+            clips, a folder of class folders with video files and folders of frames.
         labels: for a flat folder of images, a CSV with the columns file and label.
         held_out: as ``path``, of the same classes; what accuracy is measured on.
         held_out_labels: as ``labels``.
-        prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits.
+        prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits,
+            ``moving_digits`` clips of them.
+        frames: of a clip, which makes the data videos; without, they are images.
+        frame_stride: of clips: take every n-th frame of a video.
+        views: of a held-out video, whose class probabilities are averaged: clips that are spread evenly over
+            it, and crops of each along the longer side, 1 (the centre) or 3 (both ends too).
         image_size: height and width, or one side.
         crop_share: of the shorter side that the centre crop of a held-out image keeps.
         mean: of each colour, subtracted.
@@ -42,7 +49,10 @@ class ClassifierDataConfig:
     labels: str | None = None
     held_out: str = "data/digits/test"
     held_out_labels: str | None = None
-    prepare: Literal["digits"] | None = None
+    prepare: Literal["digits", "moving_digits"] | None = None
+    frames: int | None = None
+    frame_stride: int = 1
+    views: tuple[int, int] = (1, 1)
     image_size: int | list[int] = 224
     crop_share: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -53,6 +63,11 @@ class ClassifierDataConfig:
         """Height and width."""
         size = self.image_size
         return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Frames, where there are any, height and width."""
+        return self.size if self.frames is None else (self.frames, *self.size)
 
 
 @dataclass(frozen=True)
@@ -88,12 +103,14 @@ class ClassifierModelConfig:
     """The network.
 
     Args:
-        name: any of timm's names, ``iwin_tiny_patch4_window7_224`` and the like among them.
+        name: any of timm's names, ``iwin_tiny_patch4_window7_224`` and the like among them; of clips,
+            ``iwin_tiny_video`` or ``iwin_small_video``.
         options: what else its constructor takes, such as ``{embed_dim: 32, depths: [2, 2]}``.
         num_classes: of the data.
         drop_path: share of residual branches that are dropped (stochastic depth), rising with depth.
         init_from: weights to begin with: a classifier's run, or a file that timm or the Iwin authors wrote.
-            Another number of classes gets a new head; any image size is fine for Iwin.
+            Another number of classes gets a new head; any image size is fine for Iwin. A network of clips
+            begins from one of images, too.
     """
 
     name: str = "iwin_tiny_patch4_window7_224"
@@ -105,10 +122,12 @@ class ClassifierModelConfig:
 
 @dataclass(frozen=True)
 class ClassifierOptimizerConfig(OptimizerConfig):
-    """AdamW, and layer decay.
+    """AdamW, and learning rates that differ between layers.
 
     Args:
         layer_decay: each layer's learning rate is this times the next one's; 1 for the same everywhere.
+        backbone_lr_scale: learning rate of everything but the head, over that of the head, which
+            ``learning_rate`` is.
     """
 
     learning_rate: float = 1e-3
@@ -117,6 +136,7 @@ class ClassifierOptimizerConfig(OptimizerConfig):
     weight_decay: float = 0.05
     max_grad_norm: float = 5.0
     layer_decay: float = 1.0
+    backbone_lr_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ class ClassifierConfig:
     Args:
         output_dir: the run directory.
         seed: of initial weights, data order and augmentation.
-        data: the images.
+        data: the images or clips.
         augment: how they are varied.
         model: the network.
         optimizer: AdamW.
@@ -152,6 +172,7 @@ class ClassifierConfig:
         check_ranges(self, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
         check_ema(self.ema)
         check_train(self)
+        _check_clips(self)
         if isinstance(self.data.image_size, list) and len(self.data.image_size) != 2:
             raise ConfigError(
                 f"data.image_size is {self.data.image_size}, expected a side or [height, width]"
@@ -185,9 +206,44 @@ class ClassifierConfig:
         return self.augment.mixup > 0 or self.augment.cutmix > 0
 
 
+def _check_clips(config: ClassifierConfig) -> None:
+    """Keys that only clips have, and what clips do not have."""
+    data, name = config.data, config.model.name
+    if data.frames is None:
+        for key, default in (("frame_stride", 1), ("views", (1, 1))):
+            if getattr(data, key) != default:
+                raise ConfigError(f"data.{key} is for clips; set data.frames, or remove it")
+        if data.prepare == "moving_digits":
+            raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
+        if name in VIDEO_MODELS:
+            raise ConfigError(
+                f"model.name {name} takes clips, the data are images; set data.frames, such as 32, or take a "
+                "model of images"
+            )
+        return
+    for key in ("labels", "held_out_labels"):
+        if getattr(data, key) is not None:
+            raise ConfigError(
+                f"data.{key} is for images; clips (data.frames {data.frames}) have class folders: remove it"
+            )
+    if data.prepare == "digits":
+        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")
+    if data.views[0] < 1 or data.views[1] not in (1, 3):
+        raise ConfigError(
+            f"data.views is {list(data.views)}, expected the number of clips of a video, 1 or more, and of "
+            "crops, 1 or 3; such as [4, 3]"
+        )
+    if name not in VIDEO_MODELS:
+        raise ConfigError(
+            f"model.name {name} does not take clips (data.frames {data.frames}); expected one of "
+            f"{', '.join(VIDEO_MODELS)}"
+        )
+
+
 ABOVE_ZERO = {
+    "data": ("frames", "frame_stride"),
     "model": ("num_classes",),
-    "optimizer": ("learning_rate", "eps", "max_grad_norm", "layer_decay"),
+    "optimizer": ("learning_rate", "eps", "max_grad_norm", "layer_decay", "backbone_lr_scale"),
     "train": TRAIN_ABOVE_ZERO,
 }
 ZERO_OR_MORE = {

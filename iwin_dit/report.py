@@ -13,7 +13,6 @@ from iwin_dit.build import build_model
 from iwin_dit.build_data import count_images
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config
-from iwin_dit.data.sources import open_source
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import say
@@ -57,24 +56,27 @@ def describe_run(config: Config) -> str:
 
 def describe_classifier(config: ClassifierConfig) -> str:
     """The resolved config of a classifier, and what the run takes."""
-    from iwin_dit import build_classifier  # for this alone: a generator's start need not wait for it
+    # for this alone: a generator's start need not wait for them
+    from iwin_dit import build_classifier, build_labelled
 
     model = build_classifier.without_content(config)
     parameters = sum(p.numel() for p in model.parameters())
     averages = len(config.ema.decays) + len(config.ema.power_stds)
     checkpoint = 4 * parameters * (3 + averages)
+    macs = build_classifier.multiply_adds(config)
+    unit = "image" if config.data.frames is None else "clip"
     try:
-        images = len(open_source(config.data.path, config.data.labels))
-        epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
+        images = len(build_labelled.open_training(config))
+        epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} {unit}s)"
     except DataError as error:
         epoch = f"unknown: {error}"
     size = files.in_units
     free = files.free_bytes(Path(config.output_dir))
     lines = {
         "parameters": f"{parameters:,}",
-        "multiply-adds per image": f"{build_classifier.multiply_adds(config) / 1e9:,.3f} G, one forward pass",
+        f"multiply-adds per {unit}": f"{macs / 1e9:,.3f} G, one forward pass",
         "checkpoint": f"{size(checkpoint)}, {config.train.keep_checkpoints} are kept, {size(free)} are free",
-        "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
+        "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} {unit}s",
         "an epoch": epoch,
     }
     return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{_table(lines)}"

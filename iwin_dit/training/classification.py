@@ -1,6 +1,7 @@
-"""The loss of a classifier, with images mixed two by two: mixup and CutMix as one formula.
+"""The loss of a classifier, with images mixed two by two: mixup and CutMix as one formula; and its scores.
 
-Legend: B images, K classes; w is the weight of an image's own pixels, 1 - w that of its partner's.
+Legend: B images or clips of T frames, V views of a video, K classes; w is the weight of an image's own
+pixels, 1 - w that of its partner's.
 """
 
 from __future__ import annotations
@@ -35,16 +36,18 @@ def mix_weights(mixing: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, mixing: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Images 2k and 2k + 1 are mixed into each other: images ``(B, 3, H, W)``, targets ``(B, K)``.
+    """Images 2k and 2k + 1 are mixed into each other: images as they came, targets ``(B, K)``.
 
     Args:
-        images: ``(B, 3, H, W)``, B even.
+        images: ``(B, 3, H, W)``, B even, or clips ``(B, 3, T, H, W)``, whose frames are mixed alike.
         labels: ``(B,)``.
         mixing: ``(B, 4)``, see :func:`mix_weights`; the same for both images of a pair.
     """
-    weights = mix_weights(mixing, (images.shape[2], images.shape[3]))
+    weights = mix_weights(mixing, (images.shape[-2], images.shape[-1]))
     targets = F.one_hot(labels, num_classes).float()
     share = weights.mean((1, 2, 3))[:, None]
+    if images.ndim == 5:
+        weights = weights.unsqueeze(2)
     mixed = images * weights + _partners(images) * (1 - weights)
     return mixed, targets * share + _partners(targets) * (1 - share)
 
@@ -74,3 +77,16 @@ def classification_loss(
         images, targets = mix(images, labels, mixing, num_classes)
     targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
     return -(targets * model(images).float().log_softmax(-1)).sum(-1)
+
+
+def class_scores(model: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """What ranks the classes, ``(B, K)``: logits of images, mean probabilities over the views of videos.
+
+    Args:
+        model: from images or clips to logits.
+        pixels: ``(B, 3, H, W)``, or views ``(B, V, 3, T, H, W)``.
+    """
+    if pixels.ndim == 4:
+        return model(pixels)
+    logits = model(pixels.flatten(0, 1)).float()
+    return logits.softmax(-1).unflatten(0, pixels.shape[:2]).mean(1)

@@ -1,0 +1,106 @@
+"""Where a classifier's data come from: images or clips, varied for training, as they are for judging."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from timm.data import create_transform
+from torchvision.transforms import Compose
+
+from iwin_dit.classifier_config import ClassifierConfig
+from iwin_dit.data import digits, moving_digits
+from iwin_dit.data.clip_sources import ClipFolderSource
+from iwin_dit.data.labelled import LabelledExamples, LabelledImages
+from iwin_dit.data.labelled_clips import HeldOutClips, LabelledClips
+from iwin_dit.data.sources import Source, open_source
+from iwin_dit.data.video import ClipSpec
+from iwin_dit.runtime.errors import ConfigError, DataError
+
+PREPARE = {
+    "digits": partial(digits.write_images, seed=0),
+    "moving_digits": partial(moving_digits.write_clips, seed=0),
+}
+TrainingData = LabelledImages | LabelledClips
+HeldOutData = LabelledImages | HeldOutClips
+
+
+def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[TrainingData, HeldOutData]:
+    """Images or clips to train on, varied, and held-out ones, not; made first where the config says how.
+
+    Raises:
+        DataError: where they are missing, or their classes are not the model's.
+    """
+    data = config.data
+    if data.prepare and accelerator.is_main_process and not Path(data.held_out).is_dir():
+        PREPARE[data.prepare](Path(data.held_out).parent)
+    accelerator.wait_for_everyone()
+    varied, plain = _transforms(config)
+    train, held_out = open_training(config), _open(config, data.held_out, data.held_out_labels)
+    _check_classes(config, train.class_names, held_out.class_names)
+    if data.frames is None:
+        return LabelledImages(train, varied), LabelledImages(held_out, plain)
+    spec = ClipSpec(data.frames, data.frame_stride)
+    return LabelledClips(train, spec, varied), HeldOutClips(held_out, spec, plain, data.views)
+
+
+def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:
+    """Where the images or clips to train on come from.
+
+    Raises:
+        DataError: where they are missing.
+    """
+    return _open(config, config.data.path, config.data.labels)
+
+
+def build_examples(config: ClassifierConfig, images: TrainingData, micro_batch: int) -> LabelledExamples:
+    """What training sees at each position.
+
+    Raises:
+        ConfigError: where mixup or CutMix would have to join images of two micro-batches.
+    """
+    if config.mixes and micro_batch % 2:
+        raise ConfigError(
+            f"micro-batches of {micro_batch} images cannot be joined two by two, as mixup and CutMix do; set "
+            "train.micro_batch to an even divisor of the images of a process, or both alphas to 0"
+        )
+    return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
+
+
+def _transforms(config: ClassifierConfig) -> tuple[Compose, Compose]:
+    """timm's, of an image: for training, and for held-out ones."""
+    data, augment = config.data, config.augment
+    common = dict(input_size=(3, *data.size), interpolation="bicubic", mean=data.mean, std=data.std)
+    varied = create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=0.5 if augment.random_flip else 0.0,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=None if augment.rand_augment == "none" else augment.rand_augment,
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
+    )
+    return varied, create_transform(**common, crop_pct=data.crop_share)
+
+
+def _open(config: ClassifierConfig, location: str, labels: str | None) -> Source | ClipFolderSource:
+    return open_source(location, labels) if config.data.frames is None else ClipFolderSource(location)
+
+
+def _check_classes(config: ClassifierConfig, names: list[str], others: list[str]) -> None:
+    """Of the data to train on, and of the held-out ones."""
+    data = config.data
+    if names != others:
+        odd = sorted(set(names) ^ set(others))[:5]
+        raise DataError(
+            f"{data.path} has {len(names)} classes and {data.held_out} has {len(others)}, which are not the "
+            f"same (such as {', '.join(odd)}); give both the same class folders"
+        )
+    if len(names) != config.model.num_classes:
+        raise DataError(
+            f"{data.path} has {len(names)} classes, the config's model.num_classes is "
+            f"{config.model.num_classes}; set it to {len(names)}"
+        )

@@ -1,0 +1,62 @@
+"""A trained classifier, written for use elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save
+from timm.models._hub import save_for_hf
+
+from iwin_dit.build_classifier import model_options
+from iwin_dit.classifier_config import ClassifierConfig
+from iwin_dit.runtime import files
+from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.training.state import State
+
+
+def export(config: ClassifierConfig, state: State, run: RunDirectory) -> Path:
+    """The EMA for use elsewhere: a folder for timm, or of a model of clips its weights; returns where."""
+    return export_timm(config, state, run) if config.data.frames is None else export_clips(config, state, run)
+
+
+def export_clips(config: ClassifierConfig, state: State, run: RunDirectory) -> Path:
+    """``RUN/model.safetensors``, and ``RUN/model.json`` with the arguments of ``IwinTransformer3D``.
+
+    Beside them stand the classes, in the order of the logits, and how clips are made.
+    """
+    data = config.data
+    settings = {
+        "arguments": {"num_classes": config.model.num_classes, **model_options(config)},
+        "class_names": run.data["classes"],
+        "frame_stride": data.frame_stride,
+        "crop_share": data.crop_share,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    path = run.path / "model.safetensors"
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.emas["ema"].state_dict().items()}
+    files.replace(path.with_suffix(".json"), files.to_json(settings))
+    files.replace(path, save(tensors))
+    return path
+
+
+def export_timm(config: ClassifierConfig, state: State, run: RunDirectory) -> Path:
+    """``RUN/timm``, for ``timm.create_model("local-dir:RUN/timm")`` after ``import iwin_dit.models``."""
+    model, data = state.emas["ema"], config.data
+    folder, temporary = run.path / "timm", run.path / ".tmp-timm"
+    shutil.rmtree(temporary, ignore_errors=True)
+    preprocessing = {
+        "input_size": (3, *data.size),
+        "mean": data.mean,
+        "std": data.std,
+        "crop_pct": data.crop_share,
+        "interpolation": "bicubic",
+    }
+    settings = {"pretrained_cfg": preprocessing, "label_names": run.data["classes"]}
+    save_for_hf(model, str(temporary), settings, model_options(config), safe_serialization=True)
+    if folder.exists():
+        files.remove_tree(files.set_aside(folder))
+    os.replace(temporary, folder)
+    return folder
