@@ -40,12 +40,14 @@ def train(config: Config) -> int:
     accelerator = build.build_accelerator(config)
     main_process = accelerator.is_main_process
     dataset = build_data.build_dataset(config, accelerator)
-    run = build.build_run(config, dataset.identity) if main_process else None
+    images = build_data.build_images(config, dataset)
+    identity = dataset.identity | (images.identity if images is not None else {})
+    run = build.build_run(config, identity) if main_process else None
     build.start_trackers(config, accelerator)
     state = build.build_state(config, accelerator, build_pipeline.build_denoiser(config))
     loss, random_batch = build.build_loss(config, dataset, accelerator)
     micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
-    examples = build.build_examples(config, dataset, build_data.build_images(config, dataset))
+    examples = build.build_examples(config, dataset, images)
     loader = build.build_loader(config, examples, accelerator, micro_batch)
     evaluate = None
     if config.train.evaluate_every_steps:

@@ -3,7 +3,7 @@
     python benchmarks/video.py [--device cuda] [--rounds 7]
 
 Width 384, 6 heads, MLP ratio 4 (GELU), layer norm, float32, 16,384 tokens a batch, forward and backward of
-the whole block. *factorised* attends to the tokens of each frame, then to the frames of each place, with
+the whole block. *iwin* has the automatic window, *iwin, half* half of it along the width. *factorised* attends to the tokens of each frame, then to the frames of each place, with
 projections for both; *alternating* is the mean of a block of the one and a block of the other kind, as Latte
 (Ma et al. 2024) stacks them. All are timed in turn in one process; a ratio is the median over rounds of a
 kind's time over Iwin's: above 1, Iwin is faster. Memory is the peak above weights and input, in a process of
@@ -33,7 +33,7 @@ from iwin_dit.runtime.cpu import keep_freed_memory
 
 TOKENS, WIDTH, HEADS = 16_384, 384, 6
 GRIDS = [(8, 16, 16), (16, 32, 32)]
-KINDS = ("iwin", "full", "factorised", "spatial", "temporal")
+KINDS = ("iwin", "iwin, half", "full", "factorised", "spatial", "temporal")
 COLUMNS = (
     "attention",
     "window",
@@ -84,12 +84,17 @@ OTHERS: dict[str, type[nn.Module]] = {
 }
 
 
+def mixer_of(kind: str, grid: tuple[int, ...]) -> MixerSpec:
+    if not kind.startswith("iwin"):
+        return MixerSpec("global")
+    frames, height, width = MixerSpec().window(grid)
+    return MixerSpec(window_size=[frames, height, width // 2 if kind == "iwin, half" else width])
+
+
 def make(kind: str, grid: tuple[int, ...], device: str) -> tuple[Block, Tensor, Tensor]:
     """The block, its residual stream (B, T, H, W, D), and the condition (B, D)."""
     torch.manual_seed(0)
-    spec = BlockSpec(
-        WIDTH, HEADS, mixer=MixerSpec("iwin" if kind == "iwin" else "global"), mlp="gelu", norm="layer_norm"
-    )
+    spec = BlockSpec(WIDTH, HEADS, mixer=mixer_of(kind, grid), mlp="gelu", norm="layer_norm")
     with torch.device(device):
         block = Block(spec, grid)
         if kind in OTHERS:
@@ -169,12 +174,14 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # a fresh process gives freed tensors back: the peak shows
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for grid in GRIDS:
-            rounds, spec = times(grid, options.device, options.rounds), MixerSpec()
+            rounds = times(grid, options.device, options.rounds)
             memory = {kind: fresh.apply(peak_memory, (kind, grid, options.device)) for kind in KINDS}
             memory["alternating"] = (memory["spatial"] + memory["temporal"]) / 2
-            connected = {"iwin": blocks_to_connect(grid, spec), "full": 1, "factorised": 1, "alternating": 2}
-            for kind in ("iwin", "full", "factorised", "alternating"):
-                window = spec.window(grid) if kind == "iwin" else ()
+            connected = {"full": 1, "factorised": 1, "alternating": 2}
+            for kind in ("iwin", "iwin, half"):
+                connected[kind] = blocks_to_connect(grid, mixer_of(kind, grid))
+            for kind in ("iwin", "iwin, half", "full", "factorised", "alternating"):
+                window = mixer_of(kind, grid).window(grid) if kind.startswith("iwin") else ()
                 ratio = median(one[kind] / one["iwin"] for one in rounds)
                 allowed = multiply_adds(kind, grid) / multiply_adds("iwin", grid)
                 cells = [

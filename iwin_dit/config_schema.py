@@ -16,6 +16,8 @@ MAY_CHANGE = frozenset(
     (
         "output_dir",
         "data.path",
+        "data.images",
+        "model.init_from",
         "train.max_steps",
         "train.micro_batch",
         "train.sharding",

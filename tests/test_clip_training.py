@@ -1,6 +1,7 @@
 """From folders of videos to a generator of clips, by the commands that people type."""
 
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -207,6 +208,14 @@ def test_train_resume_and_sample(latents, recipe, tmp_path, run_here, refused_he
             assert torch.equal(tensor, two[group][name]), name
     assert (whole / "samples" / "step-00000012.gif").exists()
     assert (whole / "samples" / "step-00000012.png").exists()
+
+    other = tmp_path / "other"  # images of the same names elsewhere, but not the same
+    shutil.copytree(latents / "latents of images", other)
+    index = json.loads((other / "index.json").read_text())
+    index["mean"][0] += 1
+    (other / "index.json").write_text(json.dumps(index))
+    longer = ("--config", config, "--output_dir", whole, "--train.max_steps", 13, "--data.images", other)
+    assert "was begun on other data (mixed_in" in refused_here("train_dit.py", *longer)
 
     draw = (
         "sample.py",

@@ -103,6 +103,7 @@ class ImagesAsClips:
 
     def __init__(self, images: Data):
         self.images = images
+        self.identity = {"mixed_in": images.identity}
         channels, *_, height, width = images.latent_shape
         self.latent_shape = (channels, 1, height, width)
 

@@ -245,8 +245,9 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         mixer: windows and kernels have a number for each of (time, height, width), or one for all:
             ``{"window_size": ["all", 8, 8], "kernel_size": [1, 3, 3]}`` attends over all frames, and
             convolves each by itself.
-        position_embedding: ``none``; ``time``, sines and cosines of the frame's number, which is what tells
-            the order of frames where windows span many of them; or ``sincos`` for place and time.
+        position_embedding: ``none``: the order of frames, as of rows, then comes from the zeros that the
+            convolution sees beyond the first and the last; ``time``, sines and cosines of the frame's number,
+            with which a short training learns it sooner; or ``sincos`` for place and time.
         options: those of :class:`IwinDiTTransformer2DModel`.
 
     With one frame it is the model of images with the same weights, which :meth:`from_2d` brings in.

@@ -15,8 +15,8 @@ from iwin_dit.runtime.run import RunDirectory, flatten
 # What decides what is computed, key by key: all of these are refused. The rest may change.
 FIXED = {
     *("seed", "data.kind", "data.vae", "data.labels", "data.crop", "data.prepare", "data.random_flip"),
-    "data.normalization",
-    *(f"model.{f.name}" for f in fields(Config().model) if f.name != "mixer"),
+    *("data.normalization", "data.frame_stride", "data.image_share"),
+    *(f"model.{f.name}" for f in fields(Config().model) if f.name not in ("mixer", "init_from")),
     *(f"model.mixer.{f.name}" for f in fields(Config().model.mixer)),
     *(f"objective.{f.name}" for f in fields(Config().objective)),
     *(f"optimizer.{f.name}" for f in fields(Config().optimizer)),
