@@ -3,11 +3,12 @@
     python benchmarks/video.py [--device cuda] [--rounds 7]
 
 Width 384, 6 heads, MLP ratio 4 (GELU), layer norm, float32, 16,384 tokens a batch, forward and backward of
-the whole block. *iwin* has the automatic window, *iwin, half* half of it along the width. *factorised* attends to the tokens of each frame, then to the frames of each place, with
-projections for both; *alternating* is the mean of a block of the one and a block of the other kind, as Latte
-(Ma et al. 2024) stacks them. All are timed in turn in one process; a ratio is the median over rounds of a
-kind's time over Iwin's: above 1, Iwin is faster. Memory is the peak above weights and input, in a process of
-its own. The last column counts stacked blocks until every token depends on every other.
+the whole block. *iwin* has the automatic window, *iwin, half* half of it along the width. *factorised* is
+attention over the tokens of each frame, then over the frames of each place, with projections for both;
+*alternating* is the mean of a block of the one and a block of the other kind, as Latte (Ma et al. 2024) has
+them. All are timed in turn in one process; a ratio is the median over rounds of a kind's time over Iwin's:
+above 1, Iwin is faster. Memory is the peak above weights and input, in a process of its own. The last column
+counts stacked blocks until every token depends on every other.
 """
 
 from __future__ import annotations
