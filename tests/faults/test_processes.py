@@ -1,6 +1,7 @@
 """Two processes see what one sees, stop together, and share a split model (rows 12, 15 and 24)."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,15 @@ def watched(tmp_path):
         environment = (
             {"ACCELERATE_USE_CPU": "true", "SEEN": str(seen)} if processes == 2 else {"SEEN": str(seen)}
         )
-        return run(script, *arguments, launcher=launcher, **environment, **options)
+        try:
+            return run(script, *arguments, launcher=launcher, **environment, **options)
+        except AssertionError as failure:
+            if "(SIGABRT)" not in str(failure):
+                raise
+            # A process of gloo's was seen to abort once in a hundred runs or so, not why. What is promised is
+            # that the same command goes on from there, to the same end.
+            warnings.warn(f"aborted, and run again: {failure!s:.8000}", stacklevel=2)
+            return run(script, *arguments, launcher=launcher, **environment, **options)
 
     return call
 
