@@ -88,7 +88,11 @@ def multiply_adds(mixer: str, side: int, window: int) -> int:
 
 def peak_memory(mixer: str, side: int, window: int, dtype: str, device: str) -> float:
     """MiB above weights, gradients and input."""
-    arguments = make(mixer, side, window, DTYPES[dtype], device)
+    return peak_of(make(mixer, side, window, DTYPES[dtype], device), device)
+
+
+def peak_of(arguments: tuple[Block, torch.Tensor, torch.Tensor], device: str) -> float:
+    """MiB of forward and backward, above what is there before."""
     forward_backward(*arguments)
     if device == "cuda":
         before = torch.cuda.memory_allocated()

@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 from einops import rearrange
-from mixers import CLEAR_REFS, forward, forward_backward, resident, seconds
+from mixers import forward, forward_backward, peak_of, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,17 +126,7 @@ def multiply_adds(kind: str, grid: tuple[int, ...]) -> float:
 
 def peak_memory(kind: str, grid: tuple[int, ...], device: str) -> float:
     """MiB above weights, gradients and input."""
-    arguments = make(kind, grid, device)
-    forward_backward(*arguments)
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        forward_backward(*arguments)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    CLEAR_REFS.write_text("5")  # resets the high-water mark of the resident set (Linux)
-    before = resident("VmRSS")
-    forward_backward(*arguments)
-    return (resident("VmHWM") - before) / 2**10
+    return peak_of(make(kind, grid, device), device)
 
 
 def blocks_to_connect(grid: tuple[int, ...], spec: MixerSpec, sources: int = 256) -> int:
