@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import attrgetter
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from iwin_dit.data.video import EXTENSIONS, count_frames, read_frames
+from iwin_dit.data.video import EXTENSIONS, check_numbers, count_frames, read_frames
 from iwin_dit.evaluation.images import FolderImages, NpzImages
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
@@ -48,12 +47,7 @@ class FolderClips:
                     f"{clip[0].parent} has {len(clip)} frames, {clips[0][0].parent} has {self.num_frames}; "
                     "a metric compares clips of one length"
                 )
-            for frame, following in zip(clip, sorted(clip, key=_by_number), strict=True):
-                if frame != following:
-                    raise DataError(
-                        f"{frame} comes before {following.name} in the order of names, not of numbers; "
-                        "number frames with leading zeros"
-                    )
+            check_numbers(str(clip[0].parent), [frame.name for frame in clip])
         self.description = {"folder": str(folder), "clips": self.num_clips, "frames": self.num_frames}
 
     def __len__(self) -> int:
@@ -67,13 +61,6 @@ class FolderClips:
     @property
     def fingerprint(self) -> str:
         return self._images.fingerprint
-
-
-def _by_number(path: Path) -> list[str | int]:
-    """Sorts frame2 before frame10."""
-    parts: list[str | int] = list(re.split(r"(\d+)", path.name))
-    parts[1::2] = map(int, parts[1::2])
-    return parts
 
 
 class VideoClips:
