@@ -21,14 +21,13 @@ import platform
 from statistics import median
 
 import torch
-from einops import rearrange
 from mixers import forward, forward_backward, peak_of, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.layers import windows
 from iwin_dit.layers.block import Block
-from iwin_dit.layers.mixers import SelfAttention, TokenMixer
+from iwin_dit.layers.factorised import FactorisedMixer, SpatialMixer, TemporalMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.runtime.cpu import keep_freed_memory
 
@@ -44,38 +43,6 @@ COLUMNS = (
     "peak, MiB",
     "blocks to connect all",
 )
-
-
-class SpatialMixer(TokenMixer):
-    """Attention over the tokens of each frame: ``(B, T, H, W, C) -> (B, T, H, W, C)``."""
-
-    def __init__(self, spec: BlockSpec):
-        super().__init__()
-        self.attention = SelfAttention(spec)
-
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        frames = rearrange(x, "b t h w c -> (b t) (h w) c")
-        return (self.attention(frames).view(x.shape),)
-
-
-class TemporalMixer(SpatialMixer):
-    """Attention over the frames of each place."""
-
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        places = rearrange(x, "b t h w c -> (b h w) t c")
-        b, _, h, w, _ = x.shape
-        return (rearrange(self.attention(places), "(b h w) t c -> b t h w c", b=b, h=h, w=w),)
-
-
-class FactorisedMixer(TokenMixer):
-    """The one after the other."""
-
-    def __init__(self, spec: BlockSpec):
-        super().__init__()
-        self.spatial, self.temporal = SpatialMixer(spec), TemporalMixer(spec)
-
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self.temporal.branches(self.spatial(x))
 
 
 OTHERS: dict[str, type[nn.Module]] = {
@@ -99,7 +66,7 @@ def make(kind: str, grid: tuple[int, ...], device: str) -> tuple[Block, Tensor, 
     with torch.device(device):
         block = Block(spec, grid)
         if kind in OTHERS:
-            block.mixer = OTHERS[kind](spec)
+            block.mixer = OTHERS[kind](spec, grid)
         batch = TOKENS // math.prod(grid)
         return block, torch.randn(batch, *grid, WIDTH), torch.randn(batch, WIDTH)
 

@@ -17,7 +17,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from iwin_dit.layers.mixers import IwinMixer
+from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.stages import IwinBlock
 from iwin_dit.runtime import files

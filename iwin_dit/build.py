@@ -107,6 +107,7 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
             qk_norm=config.model.qk_norm,
             modulation_shift=config.model.modulation_shift,
             open_gates=config.model.open_gates,
+            post_norm=config.model.post_norm,
             label_embedding_std=config.model.label_embedding_std,
             prediction_type=build_objective(config).prediction_type,
         )

@@ -145,10 +145,15 @@ def check_ema(ema: EmaConfig) -> None:
 def _check_block(model: ModelConfig) -> None:
     _, width, heads, _ = model.shape
     try:
-        BlockSpec(width=width, heads=heads, mixer=model.mixer)
+        BlockSpec(width=width, heads=heads, mixer=model.mixer, qk_norm=model.qk_norm)
         model.mixer.window(model.grid)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    if model.mixer.name == "factorised" and model.sample_frames is None:
+        raise ConfigError(
+            "model.mixer factorised attends over space, then over time: it is for clips; "
+            "set model.sample_frames, or take another mixer"
+        )
     if "sincos" in model.position_embedding and width % 4:
         raise ConfigError(f"sin-cos positions need a model.width that 4 divides, found {width}")
     if "rope" in model.position_embedding and width // heads % 4:

@@ -115,6 +115,7 @@ class ModelConfig:
         qk_norm: normalise queries and keys.
         modulation_shift: adaLN shifts and scales; without, it only scales.
         open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
+        post_norm: normalise what a branch returns (Swin V2), rather than what it reads.
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
             say sooner from a larger one.
         init_from: weights to begin with: a run or a pipeline. Those of a model of images serve one of clips;
@@ -139,6 +140,7 @@ class ModelConfig:
     qk_norm: bool = False
     modulation_shift: bool = True
     open_gates: bool = True
+    post_norm: bool = False
     label_embedding_std: float = 0.02
     init_from: str | None = None
 

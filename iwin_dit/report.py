@@ -29,7 +29,7 @@ def describe_run(config: Config) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     grid = model.grid(*model.latent_size)
     mixer = config.model.mixer
-    window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.name == "iwin" else ""
+    window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.has_windows else ""
     try:
         images = count_images(config)
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from iwin_dit.layers import windows
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.embeddings import apply_rope, rope_angles, sincos_positions
-from iwin_dit.layers.mixers import MIXERS, GlobalMixer, IwinMixer
-from iwin_dit.layers.specs import BlockSpec, MixerSpec
+from iwin_dit.layers.iwin import IwinMixer
+from iwin_dit.layers.mixers import MIXERS, GlobalMixer
+from iwin_dit.layers.specs import MIXER_FIELDS, BlockSpec, MixerSpec
 
 WIDTH, HEADS = 16, 2
 
@@ -234,14 +235,16 @@ def test_the_convolution_is_left_out_where_a_window_covers_the_grid():
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_block_compiles_without_a_graph_break(name, mlp, norm):
-    options = {"window_size": 4} if name == "iwin" else {}
-    spec = BlockSpec(WIDTH, HEADS, mixer=MixerSpec(name, **options), mlp=mlp, norm=norm, qk_norm=True)
-    block = Block(spec, (8, 8))
+    options = {"window_size": 4} if "window_size" in MIXER_FIELDS[name] else {}
+    mixer = MixerSpec(name, **options)
+    spec = BlockSpec(WIDTH, HEADS, mixer=mixer, mlp=mlp, norm=norm, qk_norm=name != "swin_v2")
+    frames = (2,) if name == "factorised" else ()
+    block = Block(spec, (*frames, 8, 8), index=1)
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     for grid in ((8, 8), (6, 10)):  # divided by the window, and padded
-        x, condition = torch.randn(2, *grid, WIDTH), torch.randn(2, WIDTH)
-        rope = rope_angles(grid, WIDTH // HEADS, x.device)
+        x, condition = torch.randn(2, *frames, *grid, WIDTH), torch.randn(2, WIDTH)
+        rope = None if frames else rope_angles(grid, WIDTH // HEADS, x.device)
         torch.testing.assert_close(compiled(x, condition, rope), block(x, condition, rope))
 
 

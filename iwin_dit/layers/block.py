@@ -7,7 +7,6 @@ Legend: B batch, D width.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from iwin_dit.layers.mixers import MIXERS
 from iwin_dit.layers.mlp import MLPS
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.token_mixer import add
 
 
 class Modulation(nn.Module):
@@ -34,13 +34,18 @@ class Block(nn.Module):
     """``x + gate * mixer(norm(x) (1 + scale) + shift)``, then the same with the MLP.
 
     x ``(B, *grid, D)`` is the residual stream, always float32; the branches compute in the condition's dtype.
+    With ``spec.post_norm``, ``x + gate * (norm(mixer(x)) (1 + scale) + shift)`` (Swin V2).
+
+    Args:
+        grid: that the model is made for.
+        index: number of the block.
     """
 
-    def __init__(self, spec: BlockSpec, grid: tuple[int, ...]):
+    def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
         super().__init__()
         self.spec = spec
         self.norm_1 = NORMS[spec.norm](spec.width)
-        self.mixer = MIXERS[spec.mixer.name](spec, grid)
+        self.mixer = MIXERS[spec.mixer.name](spec, grid, index)
         self.norm_2 = NORMS[spec.norm](spec.width)
         self.mlp = MLPS[spec.mlp](spec.width, spec.mlp_hidden)
         # shift (unless left out), scale and gate of attention, the same of the MLP, gates of further branches
@@ -54,12 +59,14 @@ class Block(nn.Module):
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, *branch_gates = chunks
         else:
             (scale_1, gate_1, scale_2, gate_2, *branch_gates), shift_1, shift_2 = chunks, None, None
+        gates = [1 + gate if self.spec.open_gates else gate for gate in (gate_1, *branch_gates, gate_2)]
+        *mixer_gates, mlp_gate = gates
 
-        branches = self.mixer.branches(self.norm_1(x, shift_1, scale_1), rope)
-        for gate, branch in zip((gate_1, *branch_gates), branches, strict=True):
-            x = self.add(x, gate, branch)
-        return self.add(x, gate_2, self.mlp(self.norm_2(x, shift_2, scale_2)))
+        if self.spec.post_norm:
+            branches = self.mixer.branches(x.to(scale_1.dtype), rope)
+            for gate, branch in zip(mixer_gates, branches, strict=True):
+                x = add(x, gate, self.norm_1(branch, shift_1, scale_1))
+            return add(x, mlp_gate, self.norm_2(self.mlp(x.to(scale_2.dtype)), shift_2, scale_2))
 
-    def add(self, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        gate = 1 + gate if self.spec.open_gates else gate
-        return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
+        x = self.mixer.add_branches(x, self.norm_1(x, shift_1, scale_1), mixer_gates, rope)
+        return add(x, mlp_gate, self.mlp(self.norm_2(x, shift_2, scale_2)))

@@ -19,28 +19,46 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 
 
+# Which fields of a MixerSpec each mixer reads.
+MIXER_FIELDS: dict[str, tuple[str, ...]] = {
+    "iwin": ("window_size", "kernel_size", "convolution", "convolution_on", "mask_padding"),
+    "global": (),
+    "swin": ("window_size",),
+    "swin_v2": ("window_size",),
+    "neighborhood": ("window_size",),
+    "factorised": (),
+}
+
+
 @dataclass(frozen=True)
 class MixerSpec:
     """How the tokens of a block exchange information.
 
     Args:
         name: ``iwin`` is interleaved-window attention beside a depthwise convolution (arXiv 2507.18405);
-            ``global`` is attention over all tokens.
+            ``global`` is attention over all tokens; ``swin`` and ``swin_v2`` are windows that every second
+            block shifts (Liu et al. 2021, 2022); ``neighborhood`` is the window around each token (Hassani et
+            al. 2023); ``factorised``, of clips, is attention over space, then over time.
         window_size: tokens per axis of one window: a number, or ``auto``, the smallest divisor M of the side
             with ``kernel_size * M >= side``, or ``all``, the whole side. One for all axes, or one per axis,
-            such as ``[all, 8, 8]`` for clips, whose first axis is time. Only ``iwin`` uses it.
+            such as ``[all, 8, 8]`` for clips, whose first axis is time. A neighbourhood is odd: the largest
+            odd number up to this.
         kernel_size: side of the depthwise convolution, odd: one for all axes, or one per axis; clips whose
             frames are convolved each by itself have ``[1, 3, 3]``. Only ``iwin`` uses it.
         convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid,
             since attention connects everything there. Only ``iwin`` uses it.
+        convolution_on: what it reads: ``input``, beside attention as in the paper; ``values``, whose
+            convolution is added to what attention makes of them (locally enhanced, Dong et al. 2022); or
+            ``attention``, one after the other, so that one block connects more. Only ``iwin`` uses it.
         mask_padding: hide the padded keys where the window does not divide the grid. ``False`` is what the
             official weights were trained with. Only ``iwin`` uses it.
     """
 
-    name: Literal["iwin", "global"] = "iwin"
+    name: Literal["iwin", "global", "swin", "swin_v2", "neighborhood", "factorised"] = "iwin"
     window_size: int | list[int | Literal["auto", "all"]] | Literal["auto", "all"] = "auto"
     kernel_size: int | list[int] = 3
     convolution: bool | Literal["auto"] = "auto"
+    convolution_on: Literal["input", "values", "attention"] = "input"
     mask_padding: bool = True
 
     def __post_init__(self):
@@ -50,14 +68,23 @@ class MixerSpec:
         ):  # JSON and YAML know lists only: one form, to compare equal
             if isinstance(getattr(self, name), tuple):
                 object.__setattr__(self, name, list(getattr(self, name)))
-        if self.name not in ("iwin", "global"):
-            raise ValueError(f"mixer.name is {self.name!r}, expected 'iwin' or 'global'")
-        if self.name == "global":
-            unused = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
-            if unused:
-                raise ValueError(
-                    f"the global mixer has no {' or '.join(unused)}: remove it, or take mixer.name iwin"
-                )
+        if self.name not in MIXER_FIELDS:
+            raise ValueError(f"mixer.name is {self.name!r}, expected one of {', '.join(MIXER_FIELDS)}")
+        known = ("name", *MIXER_FIELDS[self.name])
+        unused = [f.name for f in fields(self) if f.name not in known and getattr(self, f.name) != f.default]
+        if unused:
+            raise ValueError(
+                f"the {self.name} mixer has no {' or '.join(unused)}: remove it, or take mixer.name iwin"
+            )
+        if self.convolution_on not in ("input", "values", "attention"):
+            raise ValueError(
+                f"mixer.convolution_on is {self.convolution_on!r}, expected input, values or attention"
+            )
+        if self.convolution_on != "input" and (self.convolution is False or not self.mask_padding):
+            given = "convolution false" if self.convolution is False else "mask_padding false"
+            raise ValueError(
+                f"mixer.convolution_on is {self.convolution_on!r} beside {given}: remove one of them"
+            )
         for side in _as_list(self.window_size):
             if side not in ("auto", "all") and not (isinstance(side, int) and side >= 1):
                 raise ValueError(
@@ -70,7 +97,7 @@ class MixerSpec:
     def window(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The window on this grid, one number per axis; never larger than the grid."""
         sizes = _per_axis("window_size", self.window_size, grid)
-        return tuple(
+        window = tuple(
             _smallest_connecting_divisor(side, kernel)
             if size == "auto"
             else side
@@ -78,6 +105,12 @@ class MixerSpec:
             else min(size, side)
             for size, kernel, side in zip(sizes, self.kernel(grid), grid, strict=True)
         )
+        return tuple(m - (m % 2 == 0) for m in window) if self.name == "neighborhood" else window
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether :meth:`window` means anything."""
+        return "window_size" in MIXER_FIELDS[self.name]
 
     def kernel(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The sides of the depthwise convolution, one number per axis of the grid."""
@@ -118,6 +151,7 @@ class BlockSpec:
         qk_norm: normalise queries and keys per head.
         modulation_shift: the modulation shifts and scales; without, it only scales.
         open_gates: gates are ``1 + gate``, so that branches start open; without, adaLN-Zero's ``gate``.
+        post_norm: normalise and modulate what a branch returns (Swin V2), rather than what it reads.
     """
 
     width: int
@@ -129,8 +163,11 @@ class BlockSpec:
     qk_norm: bool = False
     modulation_shift: bool = True
     open_gates: bool = True
+    post_norm: bool = False
 
     def __post_init__(self):
+        if self.qk_norm and self.mixer.name == "swin_v2":
+            raise ValueError("qk_norm: swin_v2 normalises queries and keys already; remove it")
         for name, choices in (("norm", ("rms_norm", "layer_norm")), ("mlp", ("swiglu", "gelu"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")

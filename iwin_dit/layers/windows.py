@@ -9,6 +9,7 @@ Legend: B batch, C channels, M tokens of a window along an axis, G groups along 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -44,10 +45,19 @@ def padded_grid(grid: tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ..
 
 def pad(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Zeros at the end of each axis (bottom and right) up to ``grid``: ``(B, *, C) -> (B, *grid, C)``."""
+    if tuple(x.shape[1:-1]) == grid:
+        return x
     missing = [want - have for want, have in zip(grid, x.shape[1:-1], strict=True)]
     return F.pad(x, (0, 0, *(n for axis in reversed(missing) for n in (0, axis))))
 
 
 def crop(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The first ``grid`` tokens of each axis: the inverse of :func:`pad`."""
+    if tuple(x.shape[1:-1]) == grid:
+        return x
     return x[(slice(None), *(slice(side) for side in grid))]
+
+
+def real_tokens(grid: tuple[int, ...], padded: tuple[int, ...], device: torch.device) -> Tensor:
+    """True where a token of the padded grid is no padding: ``(1, *padded, 1)``."""
+    return pad(torch.ones(1, *grid, 1, dtype=torch.bool, device=device), padded)

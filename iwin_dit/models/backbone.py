@@ -16,7 +16,7 @@ from timm.models import register_notrace_function
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from iwin_dit.layers.mixers import IwinMixer
+from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.official_names import checkpoint_filter_fn, is_official, serves_later_stages, unwrap
 from iwin_dit.models.stages import Downsample, IwinBlock, IwinStage, PaddedIwinMixer, PatchEmbedding

@@ -14,7 +14,7 @@ from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor, nn
 
 from iwin_dit.layers import windows
-from iwin_dit.layers.mixers import IwinMixer
+from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec
 from iwin_dit.models.torchscript import ScriptableIwinMixer
 

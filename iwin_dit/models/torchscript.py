@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwin_dit.layers.mixers import DepthwiseConvolution
+from iwin_dit.layers.convolution import DepthwiseConvolution
 from iwin_dit.layers.specs import BlockSpec
 
 

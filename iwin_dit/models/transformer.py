@@ -32,7 +32,7 @@ POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "
 
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """A DiT (Peebles & Xie 2023) with a choice of token mixer: Iwin (arXiv 2507.18405) or global attention.
+    """A DiT (Peebles & Xie 2023) with a choice of token mixer: Iwin (arXiv 2507.18405), global or others.
 
     The defaults are the Iwin authors' XL/1 on the 16 x 16 x 32 latents of a 256-pixel image.
 
@@ -49,7 +49,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         mixer: fields of :class:`~iwin_dit.layers.specs.MixerSpec`, such as
             ``{"name": "iwin", "window_size": 8}``.
         position_embedding: ``none``, ``sincos`` (adds to tokens), ``rope`` (turns queries and keys), or both.
-        norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates: see
+        norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates, post_norm: see
             :class:`~iwin_dit.layers.specs.BlockSpec`.
         timestep_scale, timestep_shift: the model sees ``scale * timestep + shift``. They bring models that
             were trained in another time convention into ours.
@@ -94,6 +94,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         prediction_type: str | None = None,
         label_embedding_std: float = 0.02,
         sample_frames: int | None = None,
+        post_norm: bool = False,
     ):
         super().__init__()
         if (self.rank == 3) != (sample_frames is not None):
@@ -115,6 +116,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             qk_norm=qk_norm,
             modulation_shift=modulation_shift,
             open_gates=open_gates,
+            post_norm=post_norm,
         )
         self.register_to_config(mixer=asdict(spec.mixer))
         self.patch_size = patch_size
@@ -128,7 +130,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
         self.timestep_embedding = TimestepEmbedder(width, timestep_scale, timestep_shift)
         self.label_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), width)
-        self.blocks = nn.ModuleList(Block(spec, grid) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(spec, grid, index) for index in range(num_layers))
         self.norm_out = NORMS[norm](width)
         self.modulation_out = Modulation(width, chunks=2)  # shift and scale in every variant
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
@@ -156,7 +158,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.label_embedding.weight, std=self.config.label_embedding_std)
         nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)

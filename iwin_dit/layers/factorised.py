@@ -1,0 +1,50 @@
+"""Attention over space, then over time (Bertasius et al. 2021, "divided"; Ma et al. 2024).
+
+Legend: B clips, T frames, H, W sides of the grid, C channels.
+"""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor
+
+from iwin_dit.layers.attention import SelfAttention
+from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.token_mixer import TokenMixer
+
+
+class SpatialMixer(TokenMixer):
+    """Attention over the tokens of each frame: ``(B, T, H, W, C) -> (B, T, H, W, C)``."""
+
+    def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
+        super().__init__()
+        if len(grid) != 3:
+            raise ValueError(
+                f"factorised attention is for clips, the grid {grid} has {len(grid)} axes: "
+                "set sample_frames, or take another mixer"
+            )
+        self.attention = SelfAttention(spec)
+
+    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        frames = rearrange(x, "b t h w c -> (b t) (h w) c")
+        return (self.attention(frames).view(x.shape),)
+
+
+class TemporalMixer(SpatialMixer):
+    """Attention over the frames of each place."""
+
+    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        places = rearrange(x, "b t h w c -> (b h w) t c")
+        b, _, h, w, _ = x.shape
+        return (rearrange(self.attention(places), "(b h w) t c -> b t h w c", b=b, h=h, w=w),)
+
+
+class FactorisedMixer(TokenMixer):
+    """The one after the other, each with projections of its own."""
+
+    def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
+        super().__init__()
+        self.spatial, self.temporal = SpatialMixer(spec, grid), TemporalMixer(spec, grid)
+
+    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.temporal.branches(self.spatial(x))

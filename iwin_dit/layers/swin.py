@@ -1,0 +1,130 @@
+"""Shifted windows: Swin (Liu et al. 2021) and Swin V2 (Liu et al. 2022), on grids of any rank.
+
+Legend: B batch, C channels, K heads, d = C / K, M tokens of a window along an axis, N tokens of a window,
+G windows of one image, R rank of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from iwin_dit.layers import windows
+from iwin_dit.layers.attention import CosineAttention, SelfAttention
+from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.token_mixer import TokenMixer
+
+
+class SwinMixer(TokenMixer):
+    """Attention in windows of neighbours, shifted by half a window in every second block, with a learned bias
+    for each relative position.
+
+    The windows are those of the grid that the model is made for, on every grid. On an axis that one window
+    covers nothing is shifted.
+    """
+
+    attention_type: type[nn.Module] = SelfAttention
+
+    def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
+        super().__init__()
+        self.window = spec.mixer.window(grid)
+        self.is_shifted = index % 2 == 1
+        self.attention = self.attention_type(spec)
+        self.make_bias(spec.heads)
+
+    def make_bias(self, heads: int) -> None:
+        """The parameters of the bias."""
+        self.bias_table = nn.Parameter(torch.empty(*(2 * m - 1 for m in self.window), heads))
+        nn.init.trunc_normal_(self.bias_table, std=0.02)
+
+    def bias(self, window: tuple[int, ...]) -> Tensor:
+        """What is added for each relative position, from -(M - 1) to M - 1 an axis: ``(2 M - 1, .., K)``."""
+        offsets = (slice(whole - m, whole + m - 1) for whole, m in zip(self.window, window, strict=True))
+        return self.bias_table[tuple(offsets)]
+
+    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        grid = tuple(x.shape[1:-1])
+        window = tuple(min(m, side) for m, side in zip(self.window, grid, strict=True))
+        padded = windows.padded_grid(grid, window)
+        shift = [m // 2 if self.is_shifted and m < side else 0 for m, side in zip(window, grid, strict=True)]
+        axes, there, back = list(range(1, 1 + len(grid))), [-s for s in shift], shift
+
+        def rows(tokens: Tensor) -> Tensor:
+            """(B, *grid, c) to (B G, N, c)."""
+            tokens = windows.pad(tokens, padded)
+            return windows.partition(torch.roll(tokens, there, axes), window, interleaved=False)
+
+        mask = self.expanded_bias(window)  # (1, K, N, N)
+        if padded != grid or any(shift):
+            hidden = ~self.visible(grid, padded, window, shift, x.device)  # (G, 1, N, N)
+            mask = mask.masked_fill(hidden, -torch.inf).repeat(x.shape[0], 1, 1, 1)
+        if rope is not None:
+            rope = rows(rope[None]).repeat(x.shape[0], 1, 1)[:, None]  # (B G, 1, N, d/2)
+        attended = self.attention(rows(x), rope, mask.to(x.dtype))
+        attended = windows.reverse(attended, window, padded, interleaved=False)
+        return (windows.crop(torch.roll(attended, back, axes), grid),)
+
+    def expanded_bias(self, window: tuple[int, ...]) -> Tensor:
+        """The bias of each pair of tokens: ``(1, K, N, N)``."""
+        places = torch.cartesian_prod(*(torch.arange(m) for m in window)).view(-1, len(window))  # (N, R)
+        offsets = places[:, None] - places[None] + torch.tensor(window) - 1  # (N, N, R)
+        table = self.bias(window)
+        index = torch.zeros(offsets.shape[:-1], dtype=torch.long)
+        for axis, m in enumerate(window):
+            index = index * (2 * m - 1) + offsets[..., axis]
+        return table.flatten(0, -2)[index.to(table.device)].movedim(-1, 0)[None]
+
+    @staticmethod
+    def visible(
+        grid: tuple[int, ...],
+        padded: tuple[int, ...],
+        window: tuple[int, ...],
+        shift: list[int],
+        device: torch.device,
+    ) -> Tensor:
+        """Which keys a query sees in its window, ``(G, 1, N, N)``.
+
+        Those that are real and that the roll has not brought from the other side of the image. A query that
+        is padding itself sees padding too: its row is thrown away, but has to be finite.
+        """
+        axes = list(range(1, 1 + len(grid)))
+        real = windows.real_tokens(grid, padded, device)  # (1, *padded, 1)
+        marks = [real]
+        for axis, (side, s) in enumerate(zip(padded, shift, strict=True)):
+            wrapped = torch.arange(side, device=device) < s
+            marks.append(
+                wrapped.view(*(-1 if a == axis else 1 for a in range(len(padded))), 1).expand_as(real)
+            )
+        marks = torch.roll(torch.cat(marks, -1), [-s for s in shift], axes)
+        real, *wrapped = windows.partition(marks, window, interleaved=False).unbind(-1)  # (G, N) each
+        seen = real[:, None, :] | ~real[:, :, None]
+        for flags in wrapped:
+            seen = seen & (flags[:, None, :] == flags[:, :, None])
+        return seen[:, None]
+
+
+class SwinV2Mixer(SwinMixer):
+    """Cosine attention, and a bias that a small network makes of the logarithm of the relative position.
+
+    The usual block normalises what a branch returns rather than what it reads: ``BlockSpec.post_norm``.
+    """
+
+    attention_type = CosineAttention
+
+    def make_bias(self, heads: int) -> None:
+        self.bias_network = nn.Sequential(
+            nn.Linear(len(self.window), 512), nn.ReLU(), nn.Linear(512, heads, bias=False)
+        )
+
+    def bias(self, window: tuple[int, ...]) -> Tensor:
+        """16 sigmoid of the network of ``sign(x) log2(1 + 8 |x|) / 3``, x an offset over that M - 1."""
+        device = self.bias_network[0].weight.device
+        axes = [
+            torch.arange(1 - m, m, device=device, dtype=torch.float32) / max(whole - 1, 1)
+            for m, whole in zip(window, self.window, strict=True)
+        ]
+        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (2 M - 1, .., R)
+        logarithms = offsets.sign() * torch.log2(1 + 8 * offsets.abs()) / math.log2(8)
+        return 16 * torch.sigmoid(self.bias_network(logarithms.to(self.bias_network[0].weight.dtype)))

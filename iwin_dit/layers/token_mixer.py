@@ -1,0 +1,41 @@
+"""What a block asks of a token mixer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenMixer(nn.Module, ABC):
+    """``mixer(x) -> x`` with x of shape ``(B, *grid, C)``: how the tokens of a block exchange information.
+
+    Windowing, padding and masks live inside; modulation and gates are the block's. A mixer may have several
+    branches, each with a gate of its own; called by itself it returns their sum. One is made by
+    ``Mixer(spec, grid, index)``: the :class:`~iwin_dit.layers.specs.BlockSpec`, the grid that the model is
+    made for (others are valid input), and the number of the block.
+    """
+
+    num_branches: int = 1
+
+    @abstractmethod
+    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        """x ``(B, *grid, C)``, rope angles ``(*grid, d/2)``: one ``(B, *grid, C)`` per branch."""
+
+    def add_branches(
+        self, residual: Tensor, x: Tensor, gates: Sequence[Tensor], rope: Tensor | None = None
+    ) -> Tensor:
+        """``residual + sum of gate * branch``, in the residual's dtype; gates ``(B, 1, .., 1, C)``."""
+        for gate, branch in zip(gates, self.branches(x, rope), strict=True):
+            residual = add(residual, gate, branch)
+        return residual
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        return sum(self.branches(x, rope))
+
+
+def add(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """``residual + gate * branch`` in the residual's dtype."""
+    return torch.addcmul(residual, gate.to(residual.dtype), branch.to(residual.dtype))

@@ -1,0 +1,301 @@
+"""The other mixers, against timm's blocks, natten's definition, and slow references."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from conftest import give_zeros_noise, make_model
+from test_layers import HEADS, WIDTH, coordinates, masked_attention, same_window, shifted_convolution, tokens
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import nn
+
+from iwin_dit.layers.block import Block
+from iwin_dit.layers.embeddings import rope_angles
+from iwin_dit.layers.mixers import MIXERS
+from iwin_dit.layers.specs import MIXER_FIELDS, BlockSpec, MixerSpec
+from iwin_dit.models.transformer import IwinDiTTransformer3DModel
+
+
+def make_mixer(name, grid, index=0, **options):
+    torch.manual_seed(0)
+    return MIXERS[name](BlockSpec(WIDTH, HEADS, mixer=MixerSpec(name, **options)), grid, index).double()
+
+
+def noisy(module, seed=0):
+    """Every parameter random, biases and tables too."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        with torch.no_grad():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return module
+
+
+# -- Swin and Swin V2 against timm
+
+
+OF_TIMM = {
+    "attention.qkv.": "attn.qkv.",
+    "attention.proj.": "attn.proj.",
+    "attention.q_bias": "attn.q_bias",
+    "attention.v_bias": "attn.v_bias",
+    "attention.logit_scale": "attn.logit_scale",
+    "bias_network.": "attn.cpb_mlp.",
+    "bias_table": "attn.relative_position_bias_table",
+}
+
+
+def copy_mixer(mixer, theirs):
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        for ours, prefix in OF_TIMM.items():
+            if name.startswith(prefix):
+                weights[ours + name.removeprefix(prefix)] = tensor
+    if "bias_table" in weights:
+        weights["bias_table"] = weights["bias_table"].view(mixer.bias_table.shape)
+    mixer.load_state_dict(weights)
+
+
+def timm_block(name, grid, window, index):
+    kind = {"swin": SwinTransformerBlock, "swin_v2": SwinTransformerV2Block}[name]
+    shift = [m // 2 if index % 2 else 0 for m in window]
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    options = dict(num_heads=HEADS, window_size=window, shift_size=shift, norm_layer=norm)
+    return noisy(kind(WIDTH, grid, act_layer=partial(nn.GELU, approximate="tanh"), **options).double())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("grid", "window"), [((8, 8), (4, 4)), ((6, 12), (3, 4)), ((4, 8), (4, 4))])
+@pytest.mark.parametrize("name", ["swin", "swin_v2"])
+def test_swin_blocks_are_those_of_timm(name, grid, window, index):
+    """The whole block: our modulation takes the place of their norms' weights."""
+    theirs = timm_block(name, grid, window, index)
+    spec = BlockSpec(
+        WIDTH,
+        HEADS,
+        mixer=MixerSpec(name, window_size=list(window)),
+        norm="layer_norm",
+        mlp="gelu",
+        post_norm=name == "swin_v2",
+    )
+    block = Block(spec, grid, index).double()
+    copy_mixer(block.mixer, theirs)
+    names = {"fc1": "up", "fc2": "down"}
+    block.mlp.load_state_dict({names[n[:3]] + n[3:]: t for n, t in theirs.mlp.state_dict().items()})
+    norms = theirs.norm1, theirs.norm2
+    chunks = [c for n in norms for c in (n.bias, n.weight - 1, torch.zeros(WIDTH))]  # shift, scale, open gate
+    with torch.no_grad():
+        block.modulation.linear.weight.zero_()
+        block.modulation.linear.bias.copy_(torch.cat(chunks))
+    x = tokens(grid).requires_grad_()
+    got = block(x, torch.zeros(2, WIDTH, dtype=torch.float64))  # its norms are computed in float32
+    torch.testing.assert_close(got, theirs(x), rtol=1e-5, atol=1e-5)
+    got, expected = block.mixer(x), theirs._attn(x)
+    torch.testing.assert_close(got, expected)
+    cotangent = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, x, cotangent), torch.autograd.grad(expected, x, cotangent)
+    )
+
+
+def shifted_windows(grid, window, shift):
+    """Token pairs of one window: windows that begin ``shift`` before the grid does, nothing wraps."""
+    groups = torch.stack(
+        [(c + (m - s if s else 0)) // m for c, m, s in zip(coordinates(grid).T, window, shift, strict=True)]
+    )
+    return (groups[:, :, None] == groups[:, None, :]).all(0)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("grid", "window"), [((7, 9), (4, 4)), ((8, 10), (4, 3)), ((4, 6, 10), (2, 3, 4)), ((3, 5, 7), (2, 4, 2))]
+)
+def test_shifted_windows_on_any_grid_see_what_lies_in_them(grid, window, index):
+    """Odd sizes, padding and three axes: masked attention by the definition, the bias by a loop."""
+    swin = noisy(make_mixer("swin", grid, index, window_size=list(window)))
+    shift = [m // 2 if index and m < side else 0 for m, side in zip(window, grid, strict=True)]
+    allowed = shifted_windows(grid, window, shift)
+    places = coordinates(grid)
+    offsets = places[:, None] - places[None] + torch.tensor(window) - 1
+    offsets = offsets.clamp(min=0).minimum(2 * torch.tensor(window) - 2)  # hidden pairs are farther apart
+    x = tokens(grid).requires_grad_()
+    bias = swin.bias_table[offsets.unbind(-1)]  # (N, N, K)
+
+    q, k, v = swin.attention.qkv(x.flatten(1, -2)).unflatten(-1, (3, HEADS, -1)).unbind(2)
+    scores = torch.einsum("bnkd,bmkd->bnmk", q, k) / (WIDTH // HEADS) ** 0.5 + bias
+    weights = scores.masked_fill(~allowed[None, :, :, None], -torch.inf).softmax(2)
+    expected = swin.attention.proj(torch.einsum("bnmk,bmkd->bnkd", weights, v).flatten(2)).view(x.shape)
+    got = swin(x)
+    torch.testing.assert_close(got, expected)
+    inputs = [x, *swin.parameters()]
+    cotangent = torch.randn_like(got)
+    gradients = torch.autograd.grad(got, inputs, cotangent)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, cotangent))
+
+
+def test_the_windows_of_swin_stay_as_large_on_other_grids():
+    swin = make_mixer("swin", (8, 8), window_size="auto")
+    assert swin.window == (4, 4)
+    for grid in ((16, 16), (3, 9)):
+        assert swin(tokens(grid)).shape == (2, *grid, WIDTH)
+    x = tokens((3, 3))  # smaller than a window: the middle of the table
+    small = make_mixer("swin", (3, 3), window_size=3)
+    small.load_state_dict(swin.state_dict() | {"bias_table": swin.bias_table[1:-1, 1:-1]})
+    torch.testing.assert_close(small(x), swin(x))
+
+
+# -- neighbourhoods
+
+
+@pytest.mark.parametrize(
+    ("grid", "window"), [((7, 9), 3), ((5, 8), [3, 5]), ((3, 4), 5), ((3, 6, 5), 3), ((8, 8), "auto")]
+)
+def test_each_token_sees_as_many_neighbours_moved_inwards_at_the_borders(grid, window):
+    mixer = make_mixer("neighborhood", grid, window_size=window)
+    sides = mixer.spec.window(grid)
+    assert all(m % 2 == 1 and m <= side for m, side in zip(sides, grid, strict=True))
+    places = coordinates(grid)
+    allowed = torch.zeros(len(places), len(places), dtype=torch.bool)
+    for i, place in enumerate(places.tolist()):
+        for j, other in enumerate(places.tolist()):
+            firsts = [min(max(p - m // 2, 0), s - m) for p, m, s in zip(place, sides, grid, strict=True)]
+            allowed[i, j] = all(f <= o < f + m for f, o, m in zip(firsts, other, sides, strict=True))
+    assert (allowed.sum(1) == torch.tensor(sides).prod()).all()
+    x = tokens(grid)
+    torch.testing.assert_close(mixer(x), masked_attention(mixer.attention, x, allowed))
+    if len(grid) == 2:
+        rope = rope_angles(grid, WIDTH // HEADS, x.device)
+        expected = masked_attention(mixer.attention, x, allowed, rope.flatten(0, 1))
+        torch.testing.assert_close(mixer(x, rope), expected)
+
+
+@pytest.mark.parametrize(("grid", "window"), [((7, 9), 3), ((6, 8), [3, 5])])
+def test_natten_gives_the_same(grid, window):
+    """Its forward pass runs on a CPU too; it is an optional extra that not every machine can install."""
+    pytest.importorskip("natten")
+    mixer = make_mixer("neighborhood", grid, window_size=window).float()
+    x = tokens(grid).float()
+    for rope in (None, rope_angles(grid, WIDTH // HEADS, x.device)):
+        with torch.no_grad():
+            got = mixer._by_natten(x, mixer.spec.window(grid), rope)
+            torch.testing.assert_close(got, mixer(x, rope), rtol=1e-4, atol=1e-5)
+
+
+# -- factorised
+
+
+def test_factorised_attention_is_over_each_frame_then_over_each_place():
+    grid = (3, 4, 5)
+    mixer = make_mixer("factorised", grid)
+    x, places = tokens(grid), coordinates(grid)
+    same_frame = places[:, None, 0] == places[None, :, 0]
+    same_place = (places[:, None, 1:] == places[None, :, 1:]).all(-1)
+    expected = masked_attention(mixer.spatial.attention, x, same_frame)
+    expected = masked_attention(mixer.temporal.attention, expected, same_place)
+    torch.testing.assert_close(mixer(x), expected)
+    with pytest.raises(ValueError, match="factorised attention is for clips"):
+        make_mixer("factorised", (4, 4))
+
+
+# -- Iwin with its convolution elsewhere
+
+
+@pytest.mark.parametrize(
+    ("grid", "window"), [((8, 8), 4), ((7, 9), 4), ((4, 6, 10), [2, 3, 5]), ((3, 5, 7), 2)]
+)
+def test_the_convolution_on_the_values_is_added_before_the_projection(grid, window):
+    mixer = make_mixer("iwin", grid, window_size=window, convolution_on="values")
+    assert mixer.num_branches == 1
+    x = tokens(grid).requires_grad_()
+    attention, allowed = mixer.attention, same_window(grid, mixer.spec.window(grid))
+    values = attention.qkv(x)[..., 2 * WIDTH :]
+    local = shifted_convolution(mixer.convolution, values)
+    expected = masked_attention(attention, x, allowed) + local @ attention.proj.weight.T
+    got = mixer(x)
+    torch.testing.assert_close(got, expected)
+    inputs = [x, *mixer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    )
+
+
+def test_the_serial_convolution_reads_what_attention_returns():
+    mixer = make_mixer("iwin", (7, 9), window_size=4, convolution_on="attention")
+    x = tokens((7, 9))
+    attended = masked_attention(mixer.attention, x, same_window((7, 9), (4, 4)))
+    one, two = mixer.branches(x)
+    torch.testing.assert_close(one, attended)
+    torch.testing.assert_close(two, shifted_convolution(mixer.convolution, attended))
+
+
+def reached(mixer, grid):
+    """Which tokens depend on which, by the Jacobian's pattern: ``(N, N)``."""
+    x = tokens(grid, batch=1)[0]
+    jacobian = torch.autograd.functional.jacobian(lambda x: mixer(x[None])[0].sum(-1), x, vectorize=True)
+    return jacobian.abs().sum(-1).flatten(0, 1).flatten(1) > 0
+
+
+def test_one_serial_block_connects_everything_where_one_parallel_block_does_not():
+    for on, connected in (("attention", True), ("input", False), ("values", False)):
+        mixer = make_mixer("iwin", (8, 8), window_size=4, convolution_on=on)
+        assert reached(mixer, (8, 8)).all() == connected, on
+
+
+# -- all of them in a network
+
+
+def options_of(name):
+    options = {"mixer": {"name": name} | ({"window_size": 4} if "window_size" in MIXER_FIELDS[name] else {})}
+    return options | ({"post_norm": True} if name == "swin_v2" else {})
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "factorised"])
+def test_each_serves_images_of_any_size_and_clips(name):
+    model = make_model(**options_of(name))
+    labels = torch.tensor([0, 1])
+    for size in ((8, 8), (6, 10)):
+        model(torch.randn(2, 4, *size), torch.tensor(500.0), labels).sample.square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_each_serves_clips(name):
+    torch.manual_seed(0)
+    model = IwinDiTTransformer3DModel(
+        sample_size=8,
+        sample_frames=4,
+        in_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=3,
+        **options_of(name),
+    )
+    give_zeros_noise(model)
+    for size in ((4, 8, 8), (3, 6, 10), (1, 8, 8)):
+        sample = model(torch.randn(1, 4, *size), torch.tensor(500.0), torch.tensor([1])).sample
+        assert sample.shape == (1, 4, *size)
+        assert sample.isfinite().all()
+    sample.sum().backward()
+
+
+def test_fields_that_a_mixer_does_not_read_are_refused():
+    for name, options in (
+        ("global", dict(window_size=4)),
+        ("swin", dict(kernel_size=5)),
+        ("neighborhood", dict(convolution=False)),
+        ("swin_v2", dict(convolution_on="values")),
+    ):
+        with pytest.raises(ValueError, match=f"the {name} mixer has no {next(iter(options))}"):
+            MixerSpec(name, **options)
+    with pytest.raises(
+        ValueError, match=re.escape("mixer.name is 'mamba', expected one of iwin, global, swin")
+    ):
+        MixerSpec("mamba")
+    with pytest.raises(ValueError, match="convolution_on is 'values' beside convolution false"):
+        MixerSpec(convolution_on="values", convolution=False)
+    with pytest.raises(ValueError, match="convolution_on is 'output', expected input, values or attention"):
+        MixerSpec(convolution_on="output")
+    with pytest.raises(ValueError, match="swin_v2 normalises queries and keys already"):
+        BlockSpec(WIDTH, HEADS, mixer=MixerSpec("swin_v2"), qk_norm=True)
