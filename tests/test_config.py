@@ -77,7 +77,7 @@ MISTAKES = [
     ("--train.max_step 5", "did you mean --train.max_steps?"),
     ("--model.depth many", "model.depth is 'many', expected int"),
     ("--train.precision fp16", "train.precision is 'fp16', expected Literal['fp32', 'bf16']"),
-    ("--model.mixer.name swim", "model.mixer.name is 'swim', expected Literal['iwin', 'global']"),
+    ("--model.mixer.name swim", "model.mixer.name is 'swim', expected Literal['iwin', 'global', 'swin'"),
     ("--model.heads 3", "3 heads do not divide the width 128; nearest that do: 1, 2, 4"),
     (
         "--model.patch_size 3",
@@ -92,6 +92,11 @@ MISTAKES = [
     ("--model.mixer.kernel_size 4", "expected an odd number"),
     ("--model.mixer.window_size [4,4,4]", "has 3 axes"),
     ("--model.mixer.name global", "the global mixer has no window_size"),
+    (
+        "--model.mixer.name factorised --model.mixer.window_size auto",
+        "set model.sample_frames, or take another mixer",
+    ),
+    ("--model.mixer.name swin_v2 --model.qk_norm true", "swin_v2 normalises queries and keys already"),
     ("--objective.name ddpm --objective.cosine_weight 1", "objective.cosine_weight has no meaning for ddpm"),
     ("--sample.guidance_interval [0.5,0.1]", "sample.guidance_interval is [0.5, 0.1]"),
     ("--model.position_embedding rope --model.heads 64", "heads of a width that 4 divides, found 128 / 64"),
