@@ -33,15 +33,18 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-images", type=int, default=50_000, help="to draw (50,000)")
     add("--plan", choices=("equal", "uniform"), default="equal", help="classes in turn, or at random (equal)")
     add("--seed", type=int, default=0, help="image k of a class depends on seed, class and k alone (0)")
+    add("--sampler", help="euler, heun, dpm++, unipc; of DDPM ddim, ddpm, dpm++ (the model's own)")
     add("--steps", type=int, default=50, help="steps of the sampler (50)")
     add("--guidance-scale", type=float, default=1.0, help="(1: without)")
     low_high = dict(nargs=2, type=float, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
+    add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
     add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
     add(
         "--draw-batch", type=int, default=32, help="images drawn together; a pixel in 10^5 depends on it (32)"
     )
+    add("--compile", action="store_true", help="compile the model first: worth it for many images")
     add("--inception-weights", help="torch-fidelity's file, for machines without a network")
     add("--save-images", metavar="PATH", help="keep what is drawn: a folder of PNGs, or an .npz as ADM's")
     add("--save-reference", metavar="PATH", help="keep the reference's statistics, as .safetensors")

@@ -20,11 +20,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-images", type=int, default=4, help="images, or clips, per class (4)")
     add("--seed", type=int, default=0, help="image k depends on seed, class and k alone (0)")
     add("--batch-size", type=int, default=16, help="images of one forward pass (16)")
+    add("--sampler", help="euler, heun, dpm++, unipc; of DDPM ddim, ddpm, dpm++ (the model's own)")
     add("--steps", type=int, default=50, help="steps of the sampler (50)")
     add("--guidance-scale", type=float, default=2.0, help="1 is without guidance (2)")
     low_high = dict(nargs=2, type=float, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
+    add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
     add("--ema-std", type=float, help="average the weights anew, to this relative standard deviation")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (the model's own)")
     add("--num-frames", type=int, help="of a clip (the model's own)")
@@ -32,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("samples.png"), help="x.png is a grid, else a folder (samples.png)")
     add("--device", help="cuda, cpu, ... (a GPU where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
+    add("--compile", action="store_true", help="compile the model first: worth it for many images")
     arguments = parser.parse_args()
     for name in ("num_images", "batch_size", "steps", "num_frames"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -48,13 +51,15 @@ def main() -> None:
 
     import torch
 
-    from iwin_dit.build_pipeline import load_pipeline, newest_run
+    from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline, newest_run
     from iwin_dit.data.codec import weights_sha256
     from iwin_dit.pipelines.sampling import open_folder, sample_classes, write_grid, write_samples
 
     checkpoint = arguments.checkpoint or str(newest_run())
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), arguments.ema_std)
+    choose_sampler(pipeline, arguments.sampler)
+    guide = None if arguments.guide is None else load_guide(arguments.guide, pipeline)
     height, width = arguments.size or (None, None)
     options = dict(
         num_inference_steps=arguments.steps,
@@ -74,9 +79,13 @@ def main() -> None:
         labels = list(dict.fromkeys(pipeline.get_label_ids(arguments.labels)))
         recipe = {"checkpoint": checkpoint, "weights_sha256": weights_sha256(pipeline.transformer)}
         recipe |= {"classes": labels, "num_images": count, "seed": seed, **options}
-        recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std}
+        recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std, "sampler": arguments.sampler}
+        recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide) if guide else None}
+        if arguments.compile:
+            compile_models(pipeline.transformer, guide)
         is_grid = out.suffix in (".png", ".gif", ".mp4") if is_video else out.suffix == ".png"
         drawn = set() if is_grid else open_folder(out, recipe)
+        options["guide"] = guide
         samples = sample_classes(pipeline, labels, count, seed, arguments.batch_size, drawn, **options)
         if is_grid:
             made = write_grid(list(samples), out, recipe, pipeline.id2label, fps)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from iwin_dit.build_classifier import load_classifier
-from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.evaluation.clips import open_clips
 from iwin_dit.evaluation.evaluate import (
@@ -228,8 +228,8 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
     path = Path(arguments.generated)
     is_model = any((path / name).is_file() for name in ("config.yaml", "model_index.json"))
     if path.exists() and not is_model:
-        for name in ("save_images", "sweep"):
-            if getattr(arguments, name) is not None:
+        for name in ("save_images", "sweep", "sampler", "guide", "compile"):
+            if getattr(arguments, name):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is for what a model draws; {path} holds images already"
                 )
@@ -241,6 +241,8 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
         raise ConfigError(f"{arguments.generated} draws {what}; take another --extractor, or other samples")
     if draws_clips and arguments.save_images is not None:
         raise ConfigError("--save-images is for images; sample.py writes clips to a folder")
+    choose_sampler(pipeline, arguments.sampler)
+    guide = None if arguments.guide is None else load_guide(arguments.guide, pipeline)
     options = dict(
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
@@ -255,6 +257,11 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
         "scheduler": type(pipeline.scheduler).__name__,
         "plan": arguments.plan,
     }
+    if guide is not None:
+        recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide)}
+        options["guide"] = guide
+    if arguments.compile:
+        compile_models(pipeline.transformer, guide)
     labels = label_plan(arguments.plan, arguments.num_images, num_classes, arguments.seed)
     return SampledImages(drawer(pipeline, options), labels, arguments.seed, recipe, arguments.draw_batch)
 

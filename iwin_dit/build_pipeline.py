@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from iwin_dit.build import build_model, build_objective
 from iwin_dit.build_data import build_dataset, load_autoencoder
 from iwin_dit.config import Config, load_config
+from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.data.video import write_gif
+from iwin_dit.diffusion.ddpm import DDPM
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.diffusion.sampling import prediction_type
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -29,6 +33,8 @@ from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.training.posthoc import reconstruct
+
+OBJECTIVES = {kind.prediction_type: kind() for kind in (FlowMatching, DDPM)}
 
 
 def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> ClassConditionalPipeline:
@@ -194,6 +200,53 @@ def load_pipeline(
         pipeline.to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_guide(source: str, pipeline: ClassConditionalPipeline) -> IwinDiTTransformer2DModel:
+    """The transformer of a run, a folder or the hub as the guide of autoguidance, where the pipeline's is.
+
+    Raises:
+        CheckpointError: as :func:`load_pipeline`.
+        ConfigError: where its latents are not those of the pipeline.
+    """
+    model = pipeline.transformer
+    other = load_pipeline(source, model.device, model.dtype)
+    pairs = {
+        "autoencoder": (weights_sha256(other.vae), weights_sha256(pipeline.vae)),
+        "mean of the latents": (other.config.latents_mean, pipeline.config.latents_mean),
+        "scale of the latents": (other.config.latents_std, pipeline.config.latents_std),
+    }
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise ConfigError(
+                f"--guide {source} has another {name} than the model; take one of the same latents"
+            )
+    return other.transformer
+
+
+def choose_sampler(pipeline: ClassConditionalPipeline, name: str | None) -> None:
+    """Gives the pipeline the scheduler of this name, of its model's objective; None keeps the one it has.
+
+    Raises:
+        ConfigError: with the names of those that fit.
+    """
+    if name is None:
+        return
+    trained_for = pipeline.transformer.config.prediction_type or prediction_type(pipeline.scheduler)
+    try:
+        pipeline.scheduler = OBJECTIVES[trained_for].scheduler(name)
+    except ValueError as error:
+        raise ConfigError(f"--sampler: {error}") from None
+
+
+def compile_models(*models: nn.Module | None) -> None:
+    """Compiles each network in place, once for each size of a batch; images stay the same, to rounding.
+
+    With guidance in a part of the steps and a last batch that is smaller, these are four sizes.
+    """
+    for model in models:
+        if model is not None:
+            model.compile(dynamic=False)
 
 
 def _from_folder(folder: Path) -> ClassConditionalPipeline:

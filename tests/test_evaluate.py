@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import give_zeros_noise, make_vae, run, start
+from conftest import give_zeros_noise, make_model, make_vae, run, start
 from evaluation_stub import COUNT, Stub, frechet_of_few, make_sets
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from iwin_dit import IwinDiTTransformer3DModel, IwinDiTVideoPipeline, build_evaluation
+from evaluate_fid import parse_arguments
+from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPipeline, build_evaluation
 from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
@@ -31,6 +33,7 @@ from iwin_dit.evaluation.export import NpzFile, PngFolder
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
+from iwin_dit.evaluation.rules import stored_command
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime.seeds import generator
 
@@ -127,6 +130,53 @@ def test_samples_do_not_depend_on_the_batch_and_are_repeated(evaluate, stub, scr
     assert code == 0, output
     assert "the generated has changed: its hash is another" in output
     assert "largest relative difference 5.0e-01" in output
+
+
+def test_a_guide_is_in_the_result_and_repeated(sets, evaluate, stub, refused_here, script_here, tmp_path):
+    """With the sampler, the compilation and a scale of 0, which is the guide alone."""
+    guide = make_model(num_layers=1, prediction_type="flow_prediction")
+    statistics = dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    export_pipeline(
+        IwinDiTPipeline(guide, make_vae(), FlowMatching().scheduler(), **statistics), tmp_path / "guide", {}
+    )
+    options = (*DRAWN, "--guide", tmp_path / "guide", "--sampler", "heun", "--guidance-scale", 0)
+    found, result = evaluate("pipeline", *options)
+    alone, _ = evaluate(tmp_path / "guide", *DRAWN, "--sampler", "heun")
+    assert found == pytest.approx(alone, rel=1e-4)
+    unguided, plain = evaluate("pipeline", *DRAWN)
+    assert found != pytest.approx(unguided, rel=1e-3)
+    generated = result["generated"]
+    assert generated["guide"] == str(tmp_path / "guide")
+    assert generated["guide_sha256"] == weights_sha256(guide)
+    assert generated["scheduler"] == "FlowMatchHeunDiscreteScheduler"
+    assert "guide" not in plain["generated"], "results of before have the hash that they had"
+
+    evaluate("pipeline", *options)
+    code, output = script_here("evaluate_fid.py", "--repeat", tmp_path / "result.json")
+    assert code == 0, output
+    assert float(re.search(r"largest relative difference (\S+)", output)[1]) < 1e-6
+    assert "has changed" not in output
+
+    give_zeros_noise(guide.train(), seed=1)
+    with torch.no_grad():
+        guide.proj_out.weight.mul_(1.5)
+    again = IwinDiTPipeline(guide, make_vae(), FlowMatching().scheduler(), **statistics)
+    export_pipeline(again, tmp_path / "guide", {})
+    code, output = script_here("evaluate_fid.py", "--repeat", tmp_path / "result.json")
+    assert code == 0, output
+    assert "the generated has changed: its hash is another" in output
+
+    options = ("--guide", tmp_path / "guide", "--out", tmp_path / "x.json")
+    error = refused_here("evaluate_fid.py", *evaluate.command(sets / "other", *options))
+    assert "--guide is for what a model draws" in error
+
+
+def test_a_stored_command_is_that_of_before():
+    given = ("--generated=a", "--reference=b", "--guide=c", "--sampler=unipc", "--compile", "--seed=0")
+    given = (*given, "--guidance-scale=0", "--guidance-interval", "0", "0.5")
+    arguments = parse_arguments(given)
+    assert parse_arguments(stored_command({"arguments": vars(arguments)})) == arguments
+    assert not parse_arguments(stored_command({"arguments": vars(arguments) | {"compile": False}})).compile
 
 
 def test_a_sweep_is_an_evaluation_per_value(evaluate, stub, tmp_path):

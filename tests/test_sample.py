@@ -11,9 +11,11 @@ from conftest import make_model, make_vae
 from PIL import Image
 
 from iwin_dit import IwinDiTPipeline, build_pipeline
+from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime.errors import CheckpointError
+from iwin_dit.runtime.seeds import generator
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,79 @@ def test_mistakes_are_one_line(pipeline_folder, refused_here, tmp_path):
         error = refused_here(*base, "--class", 1, "--device", "cuda")
         assert "the device cuda cannot be used" in error
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture(scope="module")
+def guide_folder(tmp_path_factory):
+    model = make_model(num_classes=10, num_layers=1, prediction_type="flow_prediction")
+    folder = tmp_path_factory.mktemp("guides") / "guide"
+    export_pipeline(IwinDiTPipeline(model, make_vae(), FlowMatching().scheduler()), folder, {"step": 1})
+    return folder
+
+
+def test_a_guide_and_a_sampler(pipeline_folder, guide_folder, run_here, script_here, tmp_path):
+    """What the pipeline draws when it is called with them; the recipe knows them, and the guide's weights."""
+    command = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--num-images", 2, "--steps", 3)
+    guided = ("--guide", guide_folder, "--sampler", "dpm++", "--guidance-scale", 2.5)
+    run_here(*command, *guided, "--out", tmp_path / "guided")
+    pipeline, other = (build_pipeline.load_pipeline(str(path)) for path in (pipeline_folder, guide_folder))
+    pipeline.scheduler = FlowMatching().scheduler("dpm++")
+    generators = [generator(0, "image", 3, number) for number in range(2)]
+    options = dict(num_inference_steps=3, guidance_scale=2.5, guide=other.transformer)
+    images = pipeline([3, 3], generator=generators, **options).images
+    for number, image in enumerate(images):
+        found = pixels(tmp_path / "guided" / f"0003-{number:05d}.png")
+        assert np.abs(found - np.asarray(image)).max() <= 1
+    recipe = json.loads((tmp_path / "guided" / "recipe.json").read_text())
+    assert recipe["sampler"] == "dpm++"
+    assert recipe["guide_sha256"] == weights_sha256(other.transformer) != recipe["weights_sha256"]
+
+    code, output = script_here(*command, *guided[2:], "--out", tmp_path / "guided")
+    assert code == 2
+    assert "holds images of another recipe (guide: " in output
+
+
+def test_guides_and_samplers_that_do_not_fit_are_one_line(pipeline_folder, refused_here, tmp_path):
+    base = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--out", tmp_path / "x.png")
+    error = refused_here(*base, "--sampler", "ddim")
+    assert "--sampler: flow matching has no sampler 'ddim'; it has euler, heun, dpm++, unipc" in error
+    guides = {
+        "of other latents": make_pipeline_of(latents_mean=[0.5] * 4, latents_std=[1.0] * 4),
+        "of other classes": make_pipeline_of(make_model(num_classes=9, prediction_type="flow_prediction")),
+    }
+    for name, guide in guides.items():
+        export_pipeline(guide, tmp_path / name, {"step": 1})
+    error = refused_here(*base, "--guide", tmp_path / "of other latents")
+    assert "has another mean of the latents than the model; take one of the same latents" in error
+    error = refused_here(*base, "--guide", tmp_path / "of other classes")
+    assert "the guide's num_classes is 9, expected 10, as of the model" in error
+    assert "missing does not exist" in refused_here(*base, "--guide", tmp_path / "missing")
+
+
+def make_pipeline_of(model=None, **options):
+    model = model or make_model(num_classes=10, prediction_type="flow_prediction")
+    return IwinDiTPipeline(model, make_vae(), FlowMatching().scheduler(), **options)
+
+
+def test_compiled_images_are_the_same(pipeline_folder, guide_folder, run_here, tmp_path, monkeypatch):
+    """Model and guide are compiled; by a quick backend here."""
+    compiled = []
+
+    def compile(model, **options):
+        compiled.append(model)
+        model._compiled_call_impl = torch.compile(model._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    command = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--num-images", 2, "--steps", 2)
+    command = (*command, "--guide", guide_folder)
+    run_here(*command, "--out", tmp_path / "eager")
+    assert not compiled
+    run_here(*command, "--out", tmp_path / "compiled", "--compile")
+    torch._dynamo.reset()
+    assert [len(model.blocks) for model in compiled] == [2, 1]
+    for number in range(2):
+        one, two = (pixels(tmp_path / name / f"0003-{number:05d}.png") for name in ("eager", "compiled"))
+        assert np.abs(one - two).max() <= 1
 
 
 def test_output_paths_are_checked_before_any_work(refused_here, tmp_path):

@@ -1,4 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans 2022) in an interval of time (Kynkäänniemi et al. 2024).
+"""Classifier-free guidance (Ho & Salimans 2022) and autoguidance (Karras et al. 2024) in an interval of time.
+
+Both push the prediction away from a worse one: away from the same model's without the label, or away from
+that of a worse model with the same label. The interval is Kynkäänniemi et al.'s (2024).
 
 Legend: B batch, C latent channels.
 """
@@ -14,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guidance:
-    """How much the class counts.
+    """How far, where and when the worse prediction is left behind.
 
     Args:
         scale: 1 is the plain conditional model, in one forward pass; above, the prediction is pushed away
-            from the unconditional one.
+            from the worse one.
         channels: guide the first so many latent channels only; 3 reproduces the published figures of DiT, SiT
             and LightningDiT. Default: all.
         interval: (low, high) of t in [0, 1], with t = 1 noise; outside, the model runs unguided in one pass.
@@ -40,7 +43,7 @@ class Guidance:
             )
 
     def active(self, t: float) -> bool:
-        """Whether a step at time t needs the unconditional prediction."""
+        """Whether a step at time t needs the worse prediction."""
         return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
 
     def predict(
@@ -51,13 +54,31 @@ class Guidance:
         labels: Tensor,
         null_label: int | None,
         t: float,
+        guide: Callable | None = None,
     ) -> Tensor:
-        """The guided prediction: ``(B, C, ...)``, or ``(B, 2 C, ...)`` with a learned sigma, unguided."""
+        """The guided prediction, ``worse + scale * (model - worse)`` (Karras et al. 2024, equation 3).
+
+        Args:
+            model: ``model(hidden_states, timestep, class_labels, return_dict=False)``.
+            latents: noisy ``(B, C, ...)``.
+            timestep: of the model, a scalar.
+            labels: ``(B,)``.
+            null_label: that of no class; of no account with a guide.
+            t: the time in [0, 1].
+            guide: a smaller or less trained model, whose prediction for the same labels is the worse one.
+                Without it, that is the model's own for the null label, in one pass with the other.
+
+        Returns:
+            ``(B, C, ...)``, or ``(B, 2 C, ...)`` with a learned sigma, which is the model's own, unguided.
+        """
         if not self.active(t):
             return model(latents, timestep, labels, return_dict=False)[0]
-        labels = torch.cat([labels, torch.full_like(labels, null_label)])
-        both = model(torch.cat([latents, latents]), timestep, labels, return_dict=False)[0]
-        conditional, unconditional = both.chunk(2)
+        if guide is None:
+            labels = torch.cat([labels, torch.full_like(labels, null_label)])
+            both = model(torch.cat([latents, latents]), timestep, labels, return_dict=False)[0]
+            better, worse = both.chunk(2)
+        else:
+            better, worse = (m(latents, timestep, labels, return_dict=False)[0] for m in (model, guide))
         channels = latents.shape[1] if self.channels is None else min(self.channels, latents.shape[1])
-        guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], self.scale)
-        return torch.cat([guided, conditional[:, channels:]], dim=1)
+        guided = torch.lerp(worse[:, :channels], better[:, :channels], self.scale)
+        return torch.cat([guided, better[:, channels:]], dim=1)

@@ -114,8 +114,12 @@ def stored_command(result: Mapping[str, Any]) -> list[str]:
     """The command line that a result was made by, but for where to write."""
     command = []
     for key, value in result["arguments"].items():
-        if value is not None and key not in NOT_REPEATED:
-            option = f"--{key.replace('_', '-')}"
+        if value is None or value is False or key in NOT_REPEATED:
+            continue
+        option = f"--{key.replace('_', '-')}"
+        if value is True:
+            command.append(option)
+        else:
             command += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
     return command
 

@@ -37,7 +37,7 @@ class SwinMixer(TokenMixer):
     def make_bias(self, heads: int) -> None:
         """The parameters of the bias."""
         self.bias_table = nn.Parameter(torch.empty(*(2 * m - 1 for m in self.window), heads))
-        nn.init.trunc_normal_(self.bias_table, std=0.02)
+        nn.init.normal_(self.bias_table, std=0.02)
 
     def bias(self, window: tuple[int, ...]) -> Tensor:
         """What is added for each relative position, from -(M - 1) to M - 1 an axis: ``(2 M - 1, .., K)``."""

@@ -24,6 +24,7 @@ from iwin_dit.diffusion.sampling import (
     split_sigma,
     step_arguments,
 )
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 
 # diffusers looks for a component's library among the attributes of diffusers.pipelines before it asks for
 # trust in code that lies beside the weights: with the package installed, its own classes are used.
@@ -131,6 +132,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
+        guide: IwinDiTTransformer2DModel | None,
     ) -> Tensor:
         """From noise to normalised latents ``(B, C, [T,] h, w)``; the call's arguments are checked first.
 
@@ -140,11 +142,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         model, device = self.transformer, self._execution_device
         ids = self.get_label_ids(class_labels)
         self._guidance_scale = guidance_scale
+        if guide is not None:
+            self._check_guide(guide)
+        elif guidance_scale != 1 and model.null_label is None:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, but the model was trained without a null label "
+                "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
+            )
         self._check(guidance_scale, guidance_interval, guidance_channels, num_inference_steps, output_type)
         labels = torch.tensor(ids, device=device)
         latents = self._initial_latents(len(ids), size, generator, latents)
 
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
+        # The schedule stays on the CPU: schedulers look their numbers up there, and no step waits for a GPU.
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, "cpu")
+        model_timesteps = timesteps.to(device)
         self._num_timesteps = len(timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
@@ -153,7 +164,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
                 guidance = Guidance(self.guidance_scale, guidance_channels, tuple(guidance_interval))
                 noisy = model_input(self.scheduler, latents, timestep).to(model.dtype)
-                prediction = guidance.predict(model, noisy, timestep, labels, model.null_label, t)
+                prediction = guidance.predict(
+                    model, noisy, model_timesteps[i], labels, model.null_label, t, guide
+                )
                 prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
                 latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
                 if callback_on_step_end is not None:
@@ -168,15 +181,25 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         check_scheduler(self.scheduler, self.transformer.config.prediction_type)
         Guidance(scale, channels, tuple(interval))
-        if scale != 1 and self.transformer.null_label is None:
-            raise ValueError(
-                f"guidance_scale is {scale}, but the model was trained without a null label "
-                "(class_dropout_prob 0): only guidance_scale 1 is possible"
-            )
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'")
+
+    def _check_guide(self, guide: IwinDiTTransformer2DModel) -> None:
+        model = self.transformer
+        pairs = {"axes of the grid": (guide.rank, model.rank)}
+        for key in ("in_channels", "num_classes", "prediction_type"):
+            pairs[key] = guide.config[key], model.config[key]
+        for name, (found, expected) in pairs.items():
+            if found != expected:
+                raise ValueError(f"the guide's {name} is {found}, expected {expected}, as of the model")
+        found, expected = ((m.dtype, m.device.type) for m in (guide, model))
+        if found != expected:
+            raise ValueError(
+                f"the guide is {found[0]} on {found[1]}, the model {expected[0]} on {expected[1]}: "
+                "move it there with guide.to(device, dtype)"
+            )
 
     def _sides(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         """Pixels to latents; None stays None."""

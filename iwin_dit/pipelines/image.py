@@ -10,6 +10,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 
 
@@ -37,6 +38,7 @@ class IwinDiTPipeline(ClassConditionalPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the signature that diffusers expects
+        guide: IwinDiTTransformer2DModel | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws one image per label.
 
@@ -54,9 +56,12 @@ class IwinDiTPipeline(ClassConditionalPipeline):
             return_dict: an ``ImagePipelineOutput`` rather than a tuple.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ...})``; returns
                 such a dictionary, perhaps with new latents.
+            guide: a smaller or less trained transformer of the same latents and classes, away from which
+                predictions are pushed instead of from those without a class: autoguidance (Karras et al.
+                2024). No null label is needed.
 
         Raises:
-            ValueError: for labels, sizes, schedulers or guidance that do not fit the model.
+            ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
         """
         latents = self._denoise(
             class_labels,
@@ -70,6 +75,7 @@ class IwinDiTPipeline(ClassConditionalPipeline):
             output_type,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            guide,
         )
         images = latents
         if output_type != "latent":

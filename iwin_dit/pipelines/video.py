@@ -13,6 +13,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from iwin_dit.data.codec import latent_frames
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 
 
@@ -49,6 +50,7 @@ class IwinDiTVideoPipeline(ClassConditionalPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the signature that diffusers expects
+        guide: IwinDiTTransformer2DModel | None = None,
     ) -> IwinDiTVideoPipelineOutput | tuple:
         """Draws one clip per label.
 
@@ -68,9 +70,12 @@ class IwinDiTVideoPipeline(ClassConditionalPipeline):
             return_dict: an :class:`IwinDiTVideoPipelineOutput` rather than a tuple.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ...})``; returns
                 such a dictionary, perhaps with new latents.
+            guide: a smaller or less trained transformer of the same latents and classes, away from which
+                predictions are pushed instead of from those without a class: autoguidance (Karras et al.
+                2024). No null label is needed.
 
         Raises:
-            ValueError: for labels, sizes, schedulers or guidance that do not fit the model.
+            ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
         """
         frames = None if num_frames is None else latent_frames(self.vae, num_frames)
         latents = self._denoise(
@@ -85,6 +90,7 @@ class IwinDiTVideoPipeline(ClassConditionalPipeline):
             output_type,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            guide,
         )
         frames = latents
         if output_type != "latent":
