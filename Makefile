@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo demo-video test test-slow lint
+.PHONY: demo demo-video compare transfer test test-slow lint
 
 demo: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
@@ -16,6 +16,15 @@ demo-video: $(READY)
 	$(BIN)/accelerate launch train_dit.py --config configs/video_quickstart.yaml
 	$(BIN)/python sample.py --checkpoint runs/video_quickstart --class "3 left" "8 up" --num-images 4 --out runs/video_quickstart/samples.png
 	$(BIN)/python -m iwin_dit.evaluation.moving_digits_report runs/video_quickstart
+
+# COMPARE="--seeds 0 --steps 20 --configs configs/compare/iwin.yaml ..." makes a smaller one.
+compare: $(READY)
+	$(BIN)/accelerate launch train_classifier.py
+	$(BIN)/python -m iwin_dit.evaluation.compare $(COMPARE)
+
+transfer: $(READY)
+	$(BIN)/accelerate launch train_classifier.py
+	$(BIN)/python -m iwin_dit.evaluation.transfer $(TRANSFER)
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -144,7 +144,7 @@ def main() -> None:
     report = run / "report"
     report.mkdir(exist_ok=True)
 
-    options = {"num_inference_steps": config["sample"]["num_inference_steps"]}
+    options = {"num_inference_steps": config["sample"]["num_inference_steps"], "guidance_scale": 1.0}
     scale = config["sample"]["guidance_scale"]
     guided = options | {"guidance_scale": scale, "guidance_interval": config["sample"]["guidance_interval"]}
     samples = draw(pipeline, guided)

@@ -1,0 +1,102 @@
+"""What a mixer costs: parameters, multiply-adds, memory of a training step, and time to sample."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+
+from iwin_dit import budget
+from iwin_dit.build import build_model, build_objective
+from iwin_dit.config import Config
+from iwin_dit.evaluation.connectivity import blocks_to_connect
+from iwin_dit.pipelines.base import ClassConditionalPipeline
+from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.seeds import generator
+from iwin_dit.training.optimizer import build_adamw, parameter_groups
+
+
+def costs(config: Config) -> dict[str, Any]:
+    """``parameters``, ``multiply_adds`` of a forward pass on one image, ``memory_bytes`` of
+    :func:`training_memory`, and ``blocks`` until every token depends on every other, None for never.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "multiply_adds": budget.multiply_adds(model),
+        "memory_bytes": training_memory(config),
+        "blocks": blocks_to_connect(model.blocks[0].spec, config.model.grid),
+    }
+
+
+def training_memory(config: Config) -> int:
+    """Bytes of tensors at the peak of a training step on a CPU, above weights, gradients and AdamW's moments.
+
+    Counted by PyTorch's allocator, so that it does not depend on the machine's state.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports on the terminal
+    model, objective = build_model(config).train(), build_objective(config)
+    options = config.optimizer
+    groups = parameter_groups(model, options.weight_decay)
+    adamw = build_adamw(groups, options.learning_rate, options.betas, options.eps)
+    rng, images = generator(0, "memory"), config.train.batch_images
+    shape = (images, config.model.in_channels, *model.latent_size)
+    x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))
+    labels, u = torch.zeros(images, dtype=torch.long), torch.rand(images, generator=rng)
+
+    def step() -> None:
+        objective.loss(model, x0, labels, noise, u).mean().backward()
+        adamw.step()
+        adamw.zero_grad(set_to_none=False)  # gradients stay, and are not counted
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def draw_in_turn(
+    pipelines: Mapping[str, ClassConditionalPipeline], rounds: int, **options: Any
+) -> dict[str, tuple[float, list[Image.Image]]]:
+    """Seconds per image of each pipeline, and images of the first ten classes from the same noise.
+
+    The time is the median over rounds in which all draw ten images in turn.
+
+    Args:
+        options: arguments of the pipelines' call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in pipelines}
+    images = {}
+    with progress(total=(rounds + 1) * len(pipelines), unit="draw", desc="sampling time") as bar:
+        for _ in range(rounds + 1):  # the first warms up
+            for name, pipeline in pipelines.items():
+                rng, began = generator(0, "in turn"), time.perf_counter()
+                images[name] = pipeline(list(range(10)), generator=rng, **options).images
+                times[name].append((time.perf_counter() - began) / 10)
+                bar.update()
+    return {name: (median(times[name][1:]), images[name]) for name in pipelines}
+
+
+def machine() -> str:
+    """The processor and the versions that times depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    cards = [torch.cuda.get_device_name(0)] if torch.cuda.is_available() else []
+    cores = len(os.sched_getaffinity(0))
+    return f"{', '.join([*cards, name])}, {cores} threads, PyTorch {torch.__version__}"
