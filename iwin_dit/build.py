@@ -23,6 +23,7 @@ from iwin_dit.config_schema import MAY_CHANGE
 from iwin_dit.data.examples import Data, MixedExamples, StepSampler, TrainingExamples
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.layers import kernels
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
@@ -243,7 +244,8 @@ def build_loss(
 
 
 def attention_backend(config: Any) -> contextlib.AbstractContextManager:
-    """The context in which attention takes the kernel of the config."""
+    """The context in which attention takes the kernels of the config; Iwin's own are chosen at once."""
+    kernels.select(config.train.kernels)
     name = config.train.attention_backend
     return contextlib.nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name])
 

@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
         "train.gradient_checkpointing",
         "train.compile",
         "train.attention_backend",
+        "train.kernels",
         "train.num_workers",
         "train.worker_timeout_seconds",
         "train.on_nonfinite",
@@ -243,6 +244,8 @@ class TrainConfig:
         gradient_checkpointing: compute every n-th block twice to save memory; 1 for all, 0 for none.
         compile: torch.compile for the blocks.
         attention_backend: kernel of scaled dot-product attention; ``auto`` lets PyTorch choose.
+        kernels: Iwin's own ones, in Triton: ``auto`` takes them on a GPU where they are faster, ``torch``
+            takes PyTorch's operations everywhere.
         num_workers: processes that read data.
         worker_timeout_seconds: a batch that takes longer to read is an error.
         on_nonfinite: a loss or gradient that is not finite stops the run, or the step is skipped.
@@ -266,6 +269,7 @@ class TrainConfig:
     gradient_checkpointing: int = 0
     compile: bool = False
     attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
     num_workers: int = 4
     worker_timeout_seconds: int = 600
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# without a GPU, Triton's kernels run in its interpreter: read when triton is imported, as by what follows
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 import torch_fidelity.feature_extractor_inceptionv3 as theirs
 import yaml
 from accelerate.state import AcceleratorState

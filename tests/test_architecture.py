@@ -18,7 +18,7 @@ MAY_IMPORT = {  # of ours
     "pipelines": {"pipelines", "models", "diffusion", "data", "runtime"},
 }
 THIRD_PARTY = {
-    "layers": {"torch", "einops"},
+    "layers": {"torch", "einops", "triton"},
     "models": {"torch", "diffusers", "timm"},
     "config": {"yaml", "jsonargparse"},
 }

@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
+from iwin_dit.layers import kernels
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.embeddings import rope_angles
 from iwin_dit.layers.mixers import MIXERS
@@ -299,3 +300,25 @@ def test_fields_that_a_mixer_does_not_read_are_refused():
         MixerSpec(convolution_on="output")
     with pytest.raises(ValueError, match="swin_v2 normalises queries and keys already"):
         BlockSpec(WIDTH, HEADS, mixer=MixerSpec("swin_v2"), qk_norm=True)
+
+
+# -- Triton's kernels in the network
+
+
+@pytest.mark.parametrize("convolution_on", ["input", "values", "attention"])
+def test_a_model_with_kernels_is_the_model_without(convolution_on):
+    """In Triton's interpreter on a CPU; (6, 10) is padded."""
+    model = make_model(mixer={"window_size": 4, "convolution_on": convolution_on})
+    x, labels = torch.randn(1, 4, 6, 10), torch.tensor([1])
+    results = []
+    for name in ("torch", "triton"):
+        kernels.select(name)
+        try:
+            model.zero_grad()
+            sample = model(x, torch.tensor(500.0), labels).sample
+            sample.square().sum().backward()
+        finally:
+            kernels.select("auto")
+        results.append((sample, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(results[1][0], results[0][0]), "the kernels were not used"

@@ -25,6 +25,7 @@ class SelfAttention(nn.Module):
         self.heads = spec.heads
         self.qkv = nn.Linear(spec.width, 3 * spec.width)
         self.proj = nn.Linear(spec.width, spec.width)
+        self.has_qk_norm = spec.qk_norm
         head_width = spec.width // spec.heads
         self.q_norm = QK_NORMS[spec.norm](head_width) if spec.qk_norm else nn.Identity()
         self.k_norm = QK_NORMS[spec.norm](head_width) if spec.qk_norm else nn.Identity()

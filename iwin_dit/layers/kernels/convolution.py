@@ -1,0 +1,264 @@
+"""The depthwise convolution of tokens whose channels are last, with gate and residual, as Triton kernels.
+
+It is bound by memory: forward reads the tokens and the residual once and writes the sum once. Backward
+reads the gradient and the tokens once, writes the tokens' gradient, and for each tile the sums
+
+    S[tap] = sum over tokens of gradient * the tap's neighbour,    S[last] = sum over tokens of gradient,
+
+one vector over the channels each, from which the gradients of weight, bias and gate follow by small products.
+Sums of tiles are added by PyTorch, always in the same order.
+
+Natural order is that of windows with a single token: one address function serves both.
+
+Legend: B batch, T, H, W sides of the grid (T = 1 of images), M sides of the window, G = side / M, C channels,
+K sides of the kernel, N = T H W tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """What a program of a kernel works on: so many times so many tokens, and so many channels."""
+
+    tokens: int
+    channels: int
+    warps: int
+    steps: int = 1
+
+
+# By kernel and by the most taps that a row serves: the backward pass keeps a sum for each tap in registers.
+TILES: dict[str, dict[int, Tile]] = {
+    "forward": {9: Tile(32, 64, 4), 64: Tile(16, 64, 4)},
+    "backward": {9: Tile(16, 64, 8, 8), 64: Tile(8, 64, 8, 16)},
+}
+
+
+def tile_of(kernel: str, taps: int, tokens: int) -> Tile:
+    """The tile of kernels with so many taps, for images of so many tokens."""
+    table = TILES[kernel]
+    found = next((table[most] for most in sorted(table) if taps <= most), table[max(table)])
+    return found._replace(steps=min(found.steps, triton.cdiv(tokens, found.tokens)))
+
+
+@triton.jit
+def _rows(t, h, w, H, W, GT, GH, GW, MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr):
+    # Where the tokens of these places stand in memory (*G, *M).
+    if MT * MH * MW == 1:
+        rows = (t * H + h) * W + w
+    else:
+        groups = (t % GT * GH + h % GH) * GW + w % GW
+        rows = groups * (MT * MH * MW) + (t // GT * MH + h // GH) * MW + w // GW
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def _neighbours(
+    base, t, h, w, channels, T, H, W, C, GT, GH, GW, MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr
+):  # fmt: skip
+    # The tokens of these places in float32, zeros outside of the grid.
+    inside = (t >= 0) & (t < T) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    rows = _rows(t, h, w, H, W, GT, GH, GW, MT, MH, MW)
+    mask = inside[:, None] & (channels < C)[None, :]
+    return tl.load(base + rows[:, None] * C + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _program(tiles, C, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    # What this program works on: its image, its tile of the batch, its first token, and its channels.
+    parts = tl.cdiv(C, CHANNELS)
+    tile = (tl.program_id(0) // parts).to(tl.int64)
+    channels = tl.program_id(0) % parts * CHANNELS + tl.arange(0, CHANNELS)
+    return tile // tiles, tile, (tile % tiles).to(tl.int32) * TOKENS, channels
+
+
+@triton.jit
+def _forward_kernel(
+    x, weight, bias, residual, gate, out, gate_stride, tiles, T, H, W, C, GT, GH, GW,
+    MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = KT * KH * KW
+    image, _, first, channels = _program(tiles, C, TOKENS * STEPS, CHANNELS)
+    start = image * T * H * W * C
+    real = channels < C
+    shift = tl.load(bias + channels, mask=real, other=0.0).to(tl.float32)[None, :]
+    factor = tl.load(gate + image * gate_stride + channels, mask=real, other=0.0).to(tl.float32)[None, :]
+    for step in range(STEPS):
+        n = first + step * TOKENS + tl.arange(0, TOKENS)
+        t, h, w = n // (H * W), n // W % H, n % W
+        places = start + _rows(t, h, w, H, W, GT, GH, GW, MT, MH, MW)[:, None] * C + channels[None, :]
+        mask = (t < T)[:, None] & real[None, :]
+        total = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        for i in tl.static_range(TAPS):
+            tap = tl.load(weight + i * C + channels, mask=real, other=0.0).to(tl.float32)
+            near = _neighbours(
+                x + start, t + i // (KH * KW) - KT // 2, h + i // KW % KH - KH // 2, w + i % KW - KW // 2,
+                channels, T, H, W, C, GT, GH, GW, MT, MH, MW,
+            )  # fmt: skip
+            total += tap[None, :] * near
+        total = tl.load(residual + places, mask=mask, other=0.0).to(tl.float32) + (total + shift) * factor
+        tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad, x, weight, gate, dx, sums, gate_stride, tiles, T, H, W, C, GT, GH, GW,
+    MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = KT * KH * KW
+    image, tile, first, channels = _program(tiles, C, TOKENS * STEPS, CHANNELS)
+    start = image * T * H * W * C
+    real = channels < C
+    factor = tl.load(gate + image * gate_stride + channels, mask=real, other=0.0).to(tl.float32)[None, :]
+    products = ()  # one for each tap, and the gradient itself; added over tokens at the end
+    for _ in tl.static_range(TAPS + 1):
+        products = products + (tl.zeros((TOKENS, CHANNELS), tl.float32),)  # noqa: RUF005
+    for step in range(STEPS):
+        n = first + step * TOKENS + tl.arange(0, TOKENS)
+        t, h, w = n // (H * W), n // W % H, n % W
+        places = start + _rows(t, h, w, H, W, GT, GH, GW, MT, MH, MW)[:, None] * C + channels[None, :]
+        mask = (t < T)[:, None] & real[None, :]
+        here = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+        total = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        larger = ()
+        for i in tl.static_range(TAPS):
+            tap = tl.load(weight + i * C + channels, mask=real, other=0.0).to(tl.float32)
+            near = _neighbours(  # the token whose result read this one through this tap
+                grad + start, t - i // (KH * KW) + KT // 2, h - i // KW % KH + KH // 2, w - i % KW + KW // 2,
+                channels, T, H, W, C, GT, GH, GW, MT, MH, MW,
+            )  # fmt: skip
+            total += tap[None, :] * near
+            larger = larger + (products[i] + near * here,)  # noqa: RUF005
+        own = _neighbours(grad + start, t, h, w, channels, T, H, W, C, GT, GH, GW, MT, MH, MW)
+        products = larger + (products[TAPS] + own,)  # noqa: RUF005
+        tl.store(dx + places, (total * factor).to(dx.dtype.element_ty), mask=mask)
+    for i in tl.static_range(TAPS + 1):
+        tl.store(sums + (tile * (TAPS + 1) + i) * C + channels, tl.sum(products[i], 0), mask=real)
+
+
+def _launch(
+    kernel: Any, tile: Tile, x: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
+    window: Sequence[int], *arguments: Tensor,
+) -> None:  # fmt: skip
+    """One program for each tile of tokens and channels of each image."""
+    if not x.is_cuda and isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("Triton's kernels need CUDA, or TRITON_INTERPRET=1 set before triton is imported")
+    ones = (1,) * (3 - len(grid))  # axes that the grid lacks
+    groups = (*ones, *(side // m for side, m in zip(grid, window, strict=True)))
+    tiles, channels = triton.cdiv(math.prod(grid), tile.tokens * tile.steps), x.shape[-1]
+    with torch.cuda.device_of(x):
+        kernel[(len(x) * tiles * triton.cdiv(channels, tile.channels),)](
+            *arguments,
+            gate.stride(0),
+            tiles,
+            *(*ones, *grid),
+            channels,
+            *groups,
+            *(*ones, *window),
+            *(*ones, *sides),
+            TOKENS=tile.tokens,
+            CHANNELS=tile.channels,
+            STEPS=tile.steps,
+            num_warps=tile.warps,
+        )
+
+
+def _rows_contiguous(gate: Tensor) -> Tensor:
+    """One of several chunks is no reason to copy."""
+    return gate if gate.stride(1) == 1 else gate.contiguous()
+
+
+@torch.library.custom_op("iwin_dit::depthwise_convolution", mutates_args=())
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, sides: Sequence[int],
+    grid: Sequence[int], window: Sequence[int],
+) -> Tensor:  # fmt: skip
+    # weight (taps, C), gate (B, C); sides are the kernel's
+    x, weight, bias, residual = (tensor.contiguous() for tensor in (x, weight, bias, residual))
+    gate, out = _rows_contiguous(gate), torch.empty_like(residual)
+    tile = tile_of("forward", len(weight), math.prod(grid))
+    _launch(_forward_kernel, tile, x, gate, sides, grid, window, x, weight, bias, residual, gate, out)
+    return out
+
+
+@_convolve.register_fake
+def _convolve_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, sides: Sequence[int],
+    grid: Sequence[int], window: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("iwin_dit::depthwise_convolution_backward", mutates_args=())
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
+    window: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad, x, weight = (tensor.contiguous() for tensor in (grad, x, weight))
+    gate, dx = _rows_contiguous(gate), torch.empty_like(x)
+    tile = tile_of("backward", len(weight), math.prod(grid))
+    tiles = triton.cdiv(math.prod(grid), tile.tokens * tile.steps)
+    sums = x.new_empty(len(x), tiles, len(weight) + 1, x.shape[-1], dtype=torch.float32)
+    _launch(_backward_kernel, tile, x, gate, sides, grid, window, grad, x, weight, gate, dx, sums)
+    return dx, sums.sum(1)
+
+
+@_convolve_backward.register_fake
+def _convolve_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
+    window: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sums = x.new_empty(len(x), len(weight) + 1, x.shape[-1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), sums
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, gate, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, bias, gate)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, gate = ctx.saved_tensors
+    dx, sums = _convolve_backward(grad, x, weight, gate, *ctx.geometry)  # (B, .., C), (B, taps + 1, C)
+    of_parameters = (sums * gate.float()[:, None]).sum(0)  # (taps + 1, C)
+    dweight, dbias = of_parameters[:-1].to(weight.dtype), of_parameters[-1].to(bias.dtype)
+    parameters = torch.cat([weight.float(), bias.float()[None]])
+    dgate = (sums * parameters).sum(1).to(gate.dtype)  # (B, C)
+    return dx, dweight, dbias, grad, dgate, None, None, None
+
+
+_convolve.register_autograd(_differentiate, setup_context=_save)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    gate: Tensor,
+    window: tuple[int, ...] | None = None,
+    grid: tuple[int, ...] | None = None,
+) -> Tensor:
+    """See :func:`iwin_dit.layers.kernels.depthwise_convolution`."""
+    if window is None:
+        grid = tuple(x.shape[1:-1])
+        window = (1,) * len(grid)
+    sides = tuple(weight.shape[2:])
+    if any(side % 2 == 0 for side in sides):
+        raise ValueError(f"the kernel is {sides}, its sides must be odd")
+    if any(side % m for side, m in zip(grid, window, strict=True)):
+        raise ValueError(f"the window {window} does not divide the grid {grid}")
+    ones = (1,) * (gate.ndim - 2)
+    gate = gate.expand(len(x), *ones, x.shape[-1]).reshape(len(x), x.shape[-1])
+    weight = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
+    return _convolve(x, weight, bias, residual, gate, sides, grid, window)
