@@ -65,11 +65,11 @@ def plain_attention(qkv, window, heads):
     return windows.crop(windows.reverse(out, window, padded), grid)
 
 
-def plain_convolution(x, weight, bias, residual, gate):
+def plain_convolution(x, weight, bias, residual, gate, attended=None, attended_gate=None):
     conv = {4: F.conv2d, 5: F.conv3d}[x.ndim]
     padding = [side // 2 for side in weight.shape[2:]]
     y = conv(x.movedim(-1, 1), weight, bias, padding=padding, groups=len(weight)).movedim(1, -1)
-    return residual + gate * y
+    return residual + gate * y + (0 if attended is None else attended_gate * attended)
 
 
 def assert_equal(kernel, plain, tensors, forward=1e-5, backward=1e-4):
@@ -122,13 +122,13 @@ def test_half_precision(dtype):
         [qkv],
         **tolerance,
     )
-    x, weight, bias, residual, gate = convolution_tensors((3, 4), 8, (3, 3))
-    tensors = [x.to(dtype), weight, bias, residual, gate.to(dtype)]
+    x, weight, bias, residual, *others = convolution_tensors((3, 4), 8, (3, 3))
+    tensors = [x.to(dtype), weight, bias, residual, *(tensor.to(dtype) for tensor in others)]
     assert_equal(kernels.depthwise_convolution, plain_convolution, tensors, **tolerance)
 
 
 def convolution_tensors(grid, channels, kernel):
-    """x, weight, bias, residual and gate; the gate is one of several chunks, as the block's modulation."""
+    """x, weight, bias, residual, gate, attention's branch and its gate; gates are chunks of one tensor."""
     gates = random(2, *[1] * len(grid), 3 * channels, seed=4)
     return [
         random(2, *grid, channels),
@@ -136,16 +136,22 @@ def convolution_tensors(grid, channels, kernel):
         random(channels, seed=2),
         random(2, *grid, channels, seed=3),
         gates.chunk(3, dim=-1)[1],
+        random(2, *grid, channels, seed=6),
+        gates.chunk(3, dim=-1)[2],
     ]
 
 
 @pytest.mark.parametrize(("grid", "channels", "kernel", "window"), CONVOLUTION)
 def test_convolution_equals_torch(grid, channels, kernel, window, tiles):
-    def ours(x, weight, bias, residual, gate):
+    def ours(x, weight, bias, residual, gate, attended, attended_gate):
         if window is None:
-            return kernels.depthwise_convolution(x, weight, bias, residual, gate)
-        x, residual = (windows.partition(t, window).reshape(len(t), -1, channels) for t in (x, residual))
-        out = kernels.depthwise_convolution(x, weight, bias, residual, gate, window=window, grid=grid)
+            return kernels.depthwise_convolution(x, weight, bias, residual, gate, attended, attended_gate)
+        x, residual, attended = (
+            windows.partition(t, window).reshape(len(t), -1, channels) for t in (x, residual, attended)
+        )
+        out = kernels.depthwise_convolution(
+            x, weight, bias, residual, gate, attended, attended_gate, window=window, grid=grid
+        )
         rows = out.reshape(-1, torch.Size(window).numel(), channels)
         return windows.reverse(rows, window, grid)
 
@@ -154,19 +160,22 @@ def test_convolution_equals_torch(grid, channels, kernel, window, tiles):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (8,)])
 def test_one_gate_for_all_images(shape):
-    *tensors, _ = convolution_tensors((3, 4), 8, (3, 3))
-    assert_equal(kernels.depthwise_convolution, plain_convolution, [*tensors, random(*shape, seed=5)])
+    *tensors, _, attended, _ = convolution_tensors((3, 4), 8, (3, 3))
+    gates = random(*shape, seed=5), random(*shape, seed=7)
+    alone = [*tensors, gates[0]]
+    assert_equal(kernels.depthwise_convolution, plain_convolution, alone)
+    assert_equal(kernels.depthwise_convolution, plain_convolution, [*alone, attended, gates[1]])
 
 
 def test_compiles_without_graph_breaks():
     """Both kernels in one graph, forward and backward; what surrounds them is traced."""
 
-    def step(qkv, weight, bias, residual, gate):
+    def step(qkv, x, weight, bias, residual, gate, other_gate):
         attended = kernels.interleaved_attention(2 * qkv, (2, 2), 1)
-        return kernels.depthwise_convolution(attended, weight, bias, residual, gate).sin()
+        return kernels.depthwise_convolution(x, weight, bias, residual, gate, attended, other_gate).sin()
 
-    _, *others = convolution_tensors((3, 4), 8, (3, 3))
-    tensors = [random(2, 3, 4, 3 * 8), *others]
+    *others, _, gate = convolution_tensors((3, 4), 8, (3, 3))
+    tensors = [random(2, 3, 4, 3 * 8), *others, gate]
     eager = [tensor.detach().requires_grad_() for tensor in tensors]
     traced = [tensor.detach().requires_grad_() for tensor in tensors]
     expected = step(*eager)
@@ -183,10 +192,11 @@ def test_operators_are_registered_as_pytorch_asks():
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     qkv = random(1, 3, 4, 3 * 8).requires_grad_()
     torch.library.opcheck(attention._attend, (qkv, (2, 2), 1), test_utils=utils)
-    x, weight, bias, residual, gate = (
+    x, weight, bias, residual, gate, attended, other_gate = (
         tensor.detach().requires_grad_() for tensor in convolution_tensors((3, 4), 8, (3, 3))
     )
-    arguments = x, weight.flatten(1).T, bias, residual, gate.flatten(1), (3, 3), (3, 4), (1, 1)
+    tensors = x, weight.flatten(1).T, bias, residual, gate.flatten(1), attended, other_gate.flatten(1)
+    arguments = *tensors, (3, 3), (3, 4), (1, 1)
     torch.library.opcheck(convolution._convolve, arguments, test_utils=utils)
 
 

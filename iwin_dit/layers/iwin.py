@@ -14,7 +14,7 @@ from iwin_dit.layers import kernels, windows
 from iwin_dit.layers.attention import SelfAttention
 from iwin_dit.layers.convolution import DEPTHWISE
 from iwin_dit.layers.specs import BlockSpec
-from iwin_dit.layers.token_mixer import TokenMixer, add
+from iwin_dit.layers.token_mixer import TokenMixer
 
 
 class IwinMixer(TokenMixer):
@@ -47,11 +47,9 @@ class IwinMixer(TokenMixer):
         """As the block would, in one pass over the tokens where the convolution's kernel serves them."""
         if self.num_branches == 1 or not kernels.use_convolution(x):
             return super().add_branches(residual, x, gates, rope)
-        attended = self.window_attention(x, rope)
-        residual = add(residual, gates[0], attended)
-        conv = self.convolution.conv
+        attended, conv = self.window_attention(x, rope), self.convolution.conv
         return kernels.depthwise_convolution(
-            self._convolved(x, attended), conv.weight, conv.bias, residual, gates[1]
+            self._convolved(x, attended), conv.weight, conv.bias, residual, gates[1], attended, gates[0]
         )
 
     def _convolved(self, x: Tensor, attended: Tensor) -> Tensor:

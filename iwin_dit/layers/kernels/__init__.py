@@ -51,7 +51,7 @@ def use_attention(x: Tensor, window_tokens: int, head_width: int) -> bool:
     """
     if _selection == "triton":
         return x.dtype in (*HALF, torch.float32) and head_width <= MAX_HEAD_WIDTH
-    # in float32 SDPA is faster: the kernel does without TF32
+    # measured on an H100 in bfloat16 (benchmarks/RESULTS.md); in float32 the kernel does without TF32
     fits = x.is_cuda and x.dtype in HALF and head_width % 8 == 0 and head_width <= MAX_HEAD_WIDTH
     return _selection == "auto" and INSTALLED and fits
 
@@ -60,7 +60,7 @@ def use_convolution(x: Tensor) -> bool:
     """Whether the kernel of the convolution serves tokens like ``x``."""
     if _selection == "triton":
         return x.dtype in (*HALF, torch.float32)
-    return _selection == "auto" and INSTALLED and x.is_cuda and x.dtype in (*HALF, torch.float32)
+    return _selection == "auto" and INSTALLED and x.is_cuda and x.dtype in HALF
 
 
 def interleaved_attention(qkv: Tensor, window: tuple[int, ...], heads: int) -> Tensor:
@@ -92,11 +92,16 @@ def depthwise_convolution(
     bias: Tensor,
     residual: Tensor,
     gate: Tensor,
+    attended: Tensor | None = None,
+    attended_gate: Tensor | None = None,
     *,
     window: tuple[int, ...] | None = None,
     grid: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``residual + gate * (convolution(x) + bias)``, each channel convolved by itself, zero padding.
+
+    With a second branch, ``+ attended_gate * attended``: all that an Iwin block adds to its residual, in one
+    pass over the tokens.
 
     Args:
         x: ``(B, *grid, C)``, float32, bfloat16 or float16; rank 2 or 3.
@@ -104,6 +109,7 @@ def depthwise_convolution(
         bias: ``(C,)``.
         residual: as x, usually float32.
         gate: broadcastable to ``(B, 1, .., 1, C)``.
+        attended, attended_gate: as x and gate.
         window: where given, x, residual and the result lie in the order of windows, ``(B, N, C)`` with memory
             ``(B, *G, *M, C)`` as :func:`~iwin_dit.layers.windows.partition` makes it; it divides the grid.
         grid: needed with ``window``.
@@ -117,4 +123,4 @@ def depthwise_convolution(
     """
     from iwin_dit.layers.kernels.convolution import convolve
 
-    return convolve(x, weight, bias, residual, gate, window, grid)
+    return convolve(x, weight, bias, residual, gate, attended, attended_gate, window, grid)

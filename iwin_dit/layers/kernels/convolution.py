@@ -37,8 +37,8 @@ class Tile(NamedTuple):
 
 # By kernel and by the most taps that a row serves: the backward pass keeps a sum for each tap in registers.
 TILES: dict[str, dict[int, Tile]] = {
-    "forward": {9: Tile(32, 64, 4), 64: Tile(16, 64, 4)},
-    "backward": {9: Tile(16, 64, 8, 8), 64: Tile(8, 64, 8, 16)},
+    "forward": {9: Tile(64, 64, 4), 64: Tile(16, 64, 4)},
+    "backward": {9: Tile(8, 32, 2, 16), 64: Tile(8, 64, 8, 16)},
 }
 
 
@@ -82,9 +82,10 @@ def _program(tiles, C, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, weight, bias, residual, gate, out, gate_stride, tiles, T, H, W, C, GT, GH, GW,
+    x, weight, bias, residual, gate, attended, attended_gate, out, attended_gate_stride, gate_stride, tiles,
+    T, H, W, C, GT, GH, GW,
     MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    KW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KT * KH * KW
     image, _, first, channels = _program(tiles, C, TOKENS * STEPS, CHANNELS)
@@ -92,6 +93,10 @@ def _forward_kernel(
     real = channels < C
     shift = tl.load(bias + channels, mask=real, other=0.0).to(tl.float32)[None, :]
     factor = tl.load(gate + image * gate_stride + channels, mask=real, other=0.0).to(tl.float32)[None, :]
+    other = factor
+    if BESIDE:
+        gates = attended_gate + image * attended_gate_stride + channels
+        other = tl.load(gates, mask=real, other=0.0).to(tl.float32)[None, :]
     for step in range(STEPS):
         n = first + step * TOKENS + tl.arange(0, TOKENS)
         t, h, w = n // (H * W), n // W % H, n % W
@@ -106,6 +111,8 @@ def _forward_kernel(
             )  # fmt: skip
             total += tap[None, :] * near
         total = tl.load(residual + places, mask=mask, other=0.0).to(tl.float32) + (total + shift) * factor
+        if BESIDE:
+            total += tl.load(attended + places, mask=mask, other=0.0).to(tl.float32) * other
         tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -148,7 +155,7 @@ def _backward_kernel(
 
 def _launch(
     kernel: Any, tile: Tile, x: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
-    window: Sequence[int], *arguments: Tensor,
+    window: Sequence[int], *arguments: Tensor | int, **constants: Any,
 ) -> None:  # fmt: skip
     """One program for each tile of tokens and channels of each image."""
     if not x.is_cuda and isinstance(kernel, triton.JITFunction):
@@ -169,6 +176,7 @@ def _launch(
             TOKENS=tile.tokens,
             CHANNELS=tile.channels,
             STEPS=tile.steps,
+            **constants,
             num_warps=tile.warps,
         )
 
@@ -180,21 +188,24 @@ def _rows_contiguous(gate: Tensor) -> Tensor:
 
 @torch.library.custom_op("iwin_dit::depthwise_convolution", mutates_args=())
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, sides: Sequence[int],
-    grid: Sequence[int], window: Sequence[int],
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, attended: Tensor | None,
+    attended_gate: Tensor | None, sides: Sequence[int], grid: Sequence[int], window: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    # weight (taps, C), gate (B, C); sides are the kernel's
+    # weight (taps, C), gates (B, C); sides are the kernel's
     x, weight, bias, residual = (tensor.contiguous() for tensor in (x, weight, bias, residual))
     gate, out = _rows_contiguous(gate), torch.empty_like(residual)
+    beside = attended is not None
+    attended, other = (attended.contiguous(), _rows_contiguous(attended_gate)) if beside else (x, gate)
+    tensors = x, weight, bias, residual, gate, attended, other, out, other.stride(0)
     tile = tile_of("forward", len(weight), math.prod(grid))
-    _launch(_forward_kernel, tile, x, gate, sides, grid, window, x, weight, bias, residual, gate, out)
+    _launch(_forward_kernel, tile, x, gate, sides, grid, window, *tensors, BESIDE=beside)
     return out
 
 
 @_convolve.register_fake
 def _convolve_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, sides: Sequence[int],
-    grid: Sequence[int], window: Sequence[int],
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, attended: Tensor | None,
+    attended_gate: Tensor | None, sides: Sequence[int], grid: Sequence[int], window: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
@@ -223,18 +234,24 @@ def _convolve_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, gate, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, bias, gate)
+    x, weight, bias, _, gate, attended, attended_gate, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, bias, gate, attended, attended_gate)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, gate = ctx.saved_tensors
+    x, weight, bias, gate, attended, attended_gate = ctx.saved_tensors
     dx, sums = _convolve_backward(grad, x, weight, gate, *ctx.geometry)  # (B, .., C), (B, taps + 1, C)
     of_parameters = (sums * gate.float()[:, None]).sum(0)  # (taps + 1, C)
     dweight, dbias = of_parameters[:-1].to(weight.dtype), of_parameters[-1].to(bias.dtype)
     parameters = torch.cat([weight.float(), bias.float()[None]])
     dgate = (sums * parameters).sum(1).to(gate.dtype)  # (B, C)
-    return dx, dweight, dbias, grad, dgate, None, None, None
+    beside = None, None
+    if attended is not None:
+        tokens = tuple(range(1, grad.ndim - 1))
+        factor = attended_gate.float().view(len(x), *(1 for _ in tokens), -1)
+        dattended_gate = (grad * attended).sum(tokens, dtype=torch.float32)
+        beside = (grad * factor).to(attended.dtype), dattended_gate.to(attended_gate.dtype)
+    return dx, dweight, dbias, grad, dgate, *beside, None, None, None
 
 
 _convolve.register_autograd(_differentiate, setup_context=_save)
@@ -246,8 +263,10 @@ def convolve(
     bias: Tensor,
     residual: Tensor,
     gate: Tensor,
-    window: tuple[int, ...] | None = None,
-    grid: tuple[int, ...] | None = None,
+    attended: Tensor | None,
+    attended_gate: Tensor | None,
+    window: tuple[int, ...] | None,
+    grid: tuple[int, ...] | None,
 ) -> Tensor:
     """See :func:`iwin_dit.layers.kernels.depthwise_convolution`."""
     if window is None:
@@ -258,7 +277,11 @@ def convolve(
         raise ValueError(f"the kernel is {sides}, its sides must be odd")
     if any(side % m for side, m in zip(grid, window, strict=True)):
         raise ValueError(f"the window {window} does not divide the grid {grid}")
-    ones = (1,) * (gate.ndim - 2)
-    gate = gate.expand(len(x), *ones, x.shape[-1]).reshape(len(x), x.shape[-1])
+    gate, attended_gate = (
+        None
+        if g is None
+        else g.expand(len(x), *(1,) * (g.ndim - 2), x.shape[-1]).reshape(len(x), x.shape[-1])
+        for g in (gate, attended_gate)
+    )
     weight = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
-    return _convolve(x, weight, bias, residual, gate, sides, grid, window)
+    return _convolve(x, weight, bias, residual, gate, attended, attended_gate, sides, grid, window)
