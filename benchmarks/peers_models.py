@@ -177,51 +177,66 @@ def multiply_adds(name: str, shape: Shape, side: int) -> int:
 
     A neighbourhood counts the keys that it sees: without natten the model attends to all, and masks.
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build(name, shape, side)(*inputs(shape, side, 1), return_dict=False)
-    counted = counter.get_total_flops() // 2
+
+    def count(shape: Shape) -> int:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            build(name, shape, side)(*inputs(shape, side, 1), return_dict=False)
+        return counter.get_total_flops() // 2
+
+    counted = at_full_depth(count, shape)
     if name == "natten":
         (seen, _), tokens = MixerSpec("neighborhood").window((side, side)), side**2
         counted -= shape.depth * 2 * shape.width * tokens * (tokens - seen**2)
     return counted
 
 
-def weight_bytes(model: nn.Module) -> int:
+def at_full_depth(count: Callable[[Shape], int], shape: Shape) -> int:
+    """``count(shape)`` from those of two and four blocks: of all models every second block is alike."""
+    two, four = (count(replace(shape, depth=depth)) for depth in (2, 4))
+    return two + (shape.depth - 2) * (four - two) // 2
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Of weights and buffers."""
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
-def saved_bytes(name: str, shape: Shape, side: int, batch: int, device: str, bf16: bool) -> tuple[int, int]:
-    """Bytes of the weights in float32, and of what a forward pass keeps for backward; nothing is computed.
+def weight_bytes(name: str, shape: Shape, side: int) -> int:
+    """Of weights and buffers in float32."""
 
-    Counted with one and with two blocks, since all blocks are alike.
-    """
-    weights, kept = zip(
-        *(_saved(name, replace(shape, depth=depth), side, batch, device, bf16) for depth in (1, 2)),
-        strict=True,
-    )
-    return tuple(one + (shape.depth - 1) * (two - one) for one, two in (weights, kept))
+    def count(shape: Shape) -> int:
+        with torch.device("meta"):
+            return bytes_of(build(name, shape, side))
+
+    return at_full_depth(count, shape)
 
 
-def _saved(name: str, shape: Shape, side: int, batch: int, device: str, bf16: bool) -> tuple[int, int]:
-    storages = {}
+def saved_bytes(name: str, shape: Shape, side: int, batch: int, bf16: bool) -> int:
+    """What a forward pass on a CPU keeps for backward; nothing is computed."""
+
+    def count(shape: Shape) -> int:
+        with FakeTensorMode():
+            model, arguments = build(name, shape, side), inputs(shape, side, batch)
+            return _saved_bytes(model, arguments, bf16)
+
+    return at_full_depth(count, shape)
+
+
+def _saved_bytes(model: nn.Module, arguments: tuple[Tensor, ...], bf16: bool) -> int:
+    storages = {t.untyped_storage()._cdata: None for t in [*model.parameters(), *model.buffers(), *arguments]}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        storages.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage())
         return tensor
 
-    with FakeTensorMode(), torch.device(device):
-        model = build(name, shape, side)
-        arguments = inputs(shape, side, batch)
-        known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *arguments]}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(device, torch.bfloat16, enabled=bf16),
-        ):
-            loss = loss_of(model, *arguments)
-    kept = sum(storage.nbytes() for key, storage in storages.items() if key not in known)
-    del loss  # it holds the storages, whose addresses are the keys
-    return weight_bytes(model), kept
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        loss = loss_of(model, *arguments)
+    total = sum(storage.nbytes() for storage in storages.values() if storage is not None)
+    del loss  # until here it held the storages, whose addresses are the keys
+    return total
 
 
 # -- Models at work
@@ -255,7 +270,7 @@ class Peer:
         """Of weights and optimiser."""
         state = [] if self.optimizer is None else self.optimizer.state.values()
         moments = sum(t.nbytes for values in state for t in values.values() if isinstance(t, Tensor))
-        return weight_bytes(self.model) + moments
+        return bytes_of(self.model) + moments
 
 
 @dataclass(frozen=True)
@@ -289,10 +304,9 @@ class Case:
         return Peer(model, (latents.to(self.dtype), *condition), self.bf16, optimizer)
 
     def needed_bytes(self, name: str) -> tuple[int, int]:
-        """Of a training step: to hold the model, and what comes on top while it runs."""
-        case = (self.shape, self.side, self.batch, self.device, self.bf16)
-        weights, saved = saved_bytes(name, *case)
-        return 3 * weights, weights + saved
+        """Of a training step: weights and moments that stay, gradients and activations that come and go."""
+        weights = weight_bytes(name, self.shape, self.side)
+        return 3 * weights, weights + saved_bytes(name, self.shape, self.side, self.batch, self.bf16)
 
 
 class Roster:

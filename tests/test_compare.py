@@ -120,16 +120,31 @@ def test_names_in_the_plot_stand_apart():
     assert compare_report.with_spread([0.5], 1, scale=100) == "50.0"
 
 
-def test_training_time_is_that_of_all_steps(tmp_path):
-    """30 steps of 4 images at 2 images a second, and 10 at 4: of which one line tells after a resumption."""
+def test_the_steps_that_are_logged_count(tmp_path):
+    """A line that is being written, and one of an evaluation, do not."""
     lines = [{"step": 20, "images_per_second": 2.0}, {"step": 30, "images_per_second": 2.0}]
-    lines += [{"step": 30, "evaluated": 30, "fd": 1.0}, {"step": 40, "images_per_second": 4.0}]
+    lines += [{"step": 40, "evaluated": 30, "fd": 1.0}]
     (tmp_path / "run").mkdir()
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 50, "images_per'
     (tmp_path / "run" / "log.jsonl").write_text(text)
-    run = runs.Run(RECIPES[0], tmp_path / "run", {"train.batch_images": 4})
-    assert run.training_seconds() == pytest.approx(30 * 4 / 2 + 10 * 4 / 4)
-    assert run.step() == 40
+    assert runs.Run(RECIPES[0], tmp_path / "run").step() == 30
+
+
+def test_steps_are_timed_in_turn(monkeypatch):
+    """By a clock that each step moves on: 1 s, and 3 s; the first round, which is slower, does not count."""
+    now, calls = [0.0], []
+
+    def step_of(seconds):
+        def step():
+            calls.append(seconds)
+            now[0] += seconds * (10 if len(calls) <= 2 else 1)
+
+        return step
+
+    monkeypatch.setattr(costs, "training_step", step_of)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
+    assert costs.train_in_turn({"fast": 1, "slow": 3}, rounds=3) == {"fast": 1, "slow": 3}
+    assert calls == [1, 3] * 4
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,16 @@ from typing import Any
 from iwin_dit.build_pipeline import load_pipeline
 from iwin_dit.config import Config
 from iwin_dit.data.digits import IMAGE_SIZE
-from iwin_dit.evaluation.compare_report import ROUNDS, Row, draw_plot, draw_samples, table, text
-from iwin_dit.evaluation.costs import costs, draw_in_turn
+from iwin_dit.evaluation.compare_report import (
+    ROUNDS,
+    STEP_ROUNDS,
+    Row,
+    draw_plot,
+    draw_samples,
+    table,
+    text,
+)
+from iwin_dit.evaluation.costs import costs, draw_in_turn, train_in_turn
 from iwin_dit.evaluation.digits_report import CLASSIFIER
 from iwin_dit.evaluation.judge import Judge, unguided
 from iwin_dit.evaluation.runs import Run, kept, runs_of, train_all
@@ -89,7 +97,7 @@ def check_budgets(configs: dict[Path, Config]) -> None:
 
 
 def scores(run: Run, judge: Judge) -> dict[str, float]:
-    """``fd``, ``recognised`` and ``seconds`` of training; judged once for these weights."""
+    """``fd`` and ``recognised``; judged once for these weights."""
     steps = run.config.sample.num_inference_steps
     of = {"weights": files.fingerprint(run.weights)["sha256"], "steps": steps} | judge.identity
 
@@ -97,7 +105,7 @@ def scores(run: Run, judge: Judge) -> dict[str, float]:
         say(f"judging {run.path}")
         return judge.of_samples(load_pipeline(str(run.path)), run.config, IMAGE_SIZE)
 
-    return kept(run.path / "compare.json", of, compute) | {"seconds": run.training_seconds()}
+    return kept(run.path / "compare.json", of, compute)
 
 
 def command_line() -> str:
@@ -127,8 +135,11 @@ def main() -> None:
         if trained:
             row.costs = costs(row.runs[0].config)
             pipelines[row.name] = load_pipeline(str(trained[0].path))
+    trained = {row.name: row.runs[0].config for row in rows if row.scores}
+    stepped = train_in_turn(trained, STEP_ROUNDS)
     drawn = draw_in_turn(pipelines, ROUNDS, **unguided(config, IMAGE_SIZE))
     for row in rows:
+        row.step_seconds = stepped.get(row.name)
         row.sampling_seconds, row.images = drawn.get(row.name, (None, []))
     if not pipelines:
         raise ConfigError(f"nothing could be trained: {rows[0].failures[0]}")

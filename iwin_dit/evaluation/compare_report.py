@@ -18,7 +18,7 @@ from iwin_dit.evaluation.judge import Judge
 from iwin_dit.evaluation.runs import Run
 from iwin_dit.pipelines.sampling import Sample, draw_grid
 
-ROUNDS = 7  # of the sampling time
+ROUNDS, STEP_ROUNDS = 7, 20  # of the times of sampling and of training steps
 COLUMNS = (
     *("mixer", "FD (iwin)", "recognised, %", "training, s", "sampling, ms an image", "memory of a step, MiB"),
     *("parameters", "multiply-adds, M", "blocks to connect all"),
@@ -38,12 +38,18 @@ class Row:
     scores: list[dict[str, float]] = field(default_factory=list)
     costs: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    step_seconds: float | None = None
     sampling_seconds: float | None = None
     images: list[Image.Image] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.recipe.stem
+
+    @property
+    def training_seconds(self) -> float:
+        """Of all steps."""
+        return self.runs[0].config.train.max_steps * self.step_seconds
 
     def mean(self, key: str) -> float:
         """Over the seeds; infinite where none was trained."""
@@ -67,13 +73,13 @@ def table(rows: Sequence[Row]) -> str:
         if not row.scores:
             lines.append(f"| {row.name} | not trained: {row.failures[0]} " + "| " * (len(COLUMNS) - 2) + "|")
             continue
-        fd, recognised, seconds = ([s[key] for s in row.scores] for key in ("fd", "recognised", "seconds"))
+        fd, recognised = ([score[key] for score in row.scores] for key in ("fd", "recognised"))
         blocks = row.costs["blocks"]
         cells = [
             row.name,
             with_spread(fd, 2),
             with_spread(recognised, 1, scale=100),
-            with_spread(seconds, 1),
+            f"{row.training_seconds:.1f}",
             f"{1e3 * row.sampling_seconds:.1f}",
             f"{row.costs['memory_bytes'] / 2**20:.1f}",
             f"{row.costs['parameters']:,}",
@@ -99,7 +105,8 @@ digits that nothing was trained on, by the features of `{classifier}`; lower is 
 themselves have {fd:.2f}, through the autoencoder {vae_fd:.2f}.
 * Recognised: share of the samples that a support vector machine takes for their class; of the real digits \
 {recognised:.1f} %, through the autoencoder {vae_recognised:.1f} %.
-* Training: time of all steps. Sampling: median of {rounds} draws of ten images, the mixers in turn. \
+* Training: {steps:,} times the median of {step_rounds} steps. Sampling: median of {rounds} draws of ten \
+images. Both with the mixers in turn, in one process. \
 {machine}.
 * Memory: peak of tensors in a training step on a CPU, above weights, gradients and AdamW's moments.
 * Multiply-adds: of one forward pass on one image, as it is computed.
@@ -159,6 +166,7 @@ def text(rows: Sequence[Row], config: Config, judge: Judge, vae: Any, command: s
         recognised=100 * real["recognised"],
         vae_recognised=100 * through_vae["recognised"],
         rounds=ROUNDS,
+        step_rounds=STEP_ROUNDS,
         machine=machine(),
         most=MOST_BLOCKS,
         neighborhood=NEIGHBORHOOD if "neighborhood" in _trained_mixers(rows) else "",
@@ -194,9 +202,7 @@ def draw_plot(rows: Sequence[Row], path: Path) -> None:
     colors = plt.get_cmap("tab10").colors
     for i, row in enumerate(trained):
         style = dict(marker="osD^v"[i % 5], color=colors[i % 10], capsize=3, linestyle="none")
-        axes.errorbar(
-            row.mean("seconds"), row.mean("fd"), row.std("fd"), row.std("seconds"), label=row.name, **style
-        )
+        axes.errorbar(row.training_seconds, row.mean("fd"), row.std("fd"), label=row.name, **style)
     axes.set(
         xlabel="training time, s", ylabel="FD (iwin), lower is better", title="mean ± standard deviation"
     )
@@ -206,7 +212,7 @@ def draw_plot(rows: Sequence[Row], path: Path) -> None:
     for i, (row, place) in enumerate(zip(trained, places, strict=True)):  # names at the right, one by one
         axes.annotate(
             row.name,
-            (row.mean("seconds"), row.mean("fd")),
+            (row.training_seconds, row.mean("fd")),
             xytext=(1.02, place),
             textcoords="axes fraction",
             va="center",

@@ -1,11 +1,11 @@
-"""What a mixer costs: parameters, multiply-adds, memory of a training step, and time to sample."""
+"""What a mixer costs: parameters, multiply-adds, memory and time of a training step, and time to sample."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,20 +44,7 @@ def training_memory(config: Config) -> int:
     Counted by PyTorch's allocator, so that it does not depend on the machine's state.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports on the terminal
-    model, objective = build_model(config).train(), build_objective(config)
-    options = config.optimizer
-    groups = parameter_groups(model, options.weight_decay)
-    adamw = build_adamw(groups, options.learning_rate, options.betas, options.eps)
-    rng, images = generator(0, "memory"), config.train.batch_images
-    shape = (images, config.model.in_channels, *model.latent_size)
-    x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))
-    labels, u = torch.zeros(images, dtype=torch.long), torch.rand(images, generator=rng)
-
-    def step() -> None:
-        objective.loss(model, x0, labels, noise, u).mean().backward()
-        adamw.step()
-        adamw.zero_grad(set_to_none=False)  # gradients stay, and are not counted
-
+    step = training_step(config)
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
@@ -67,6 +54,42 @@ def training_memory(config: Config) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def training_step(config: Config) -> Callable[[], None]:
+    """Forward, backward and update on one random batch of the config's size; gradients are kept."""
+    model, objective = build_model(config).train(), build_objective(config)
+    options = config.optimizer
+    groups = parameter_groups(model, options.weight_decay)
+    adamw = build_adamw(groups, options.learning_rate, options.betas, options.eps)
+    rng, images = generator(0, "step"), config.train.batch_images
+    shape = (images, config.model.in_channels, *model.latent_size)
+    x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))
+    labels, u = torch.zeros(images, dtype=torch.long), torch.rand(images, generator=rng)
+
+    def step() -> None:
+        objective.loss(model, x0, labels, noise, u).mean().backward()
+        adamw.step()
+        adamw.zero_grad(set_to_none=False)
+
+    return step
+
+
+def train_in_turn(configs: Mapping[str, Config], rounds: int) -> dict[str, float]:
+    """Seconds of a training step of each: the median over rounds in which all take one in turn.
+
+    Of a noisy machine, or of runs that were trained at different times, the log would tell less.
+    """
+    steps = {name: training_step(config) for name, config in configs.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with progress(total=(rounds + 1) * len(steps), unit="step", desc="training time") as bar:
+        for _ in range(rounds + 1):  # the first warms up
+            for name, step in steps.items():
+                began = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - began)
+                bar.update()
+    return {name: median(found[1:]) for name, found in times.items()}
 
 
 def draw_in_turn(

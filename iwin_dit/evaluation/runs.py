@@ -88,14 +88,6 @@ class Run:
             )
         return trained["step"] == wanted.train.max_steps and trained["config"] == wanted.to_dict()
 
-    def training_seconds(self) -> float:
-        """Time of all steps, by the log: sampling, saving and what was done twice are no part of it."""
-        seconds, before = 0.0, 0
-        for line in self.log():
-            images = (line["step"] - before) * self.config.train.batch_images
-            seconds, before = seconds + images / line["images_per_second"], line["step"]
-        return seconds
-
 
 def runs_of(recipe: Path, seeds: Sequence[int], steps: int | None, folder: Path) -> list[Run]:
     """One run for each seed."""
