@@ -12,8 +12,9 @@ demo: $(READY)
 	$(BIN)/python sample.py --class 0 1 2 3 4 5 6 7 8 9 --num-images 8 --out runs/quickstart/samples.png
 	$(BIN)/python -m iwin_dit.evaluation.digits_report runs/quickstart
 
+# VIDEO="--train.max_steps 500" takes less time.
 demo-video: $(READY)
-	$(BIN)/accelerate launch train_dit.py --config configs/video_quickstart.yaml
+	$(BIN)/accelerate launch train_dit.py --config configs/video_quickstart.yaml $(VIDEO)
 	$(BIN)/python sample.py --checkpoint runs/video_quickstart --class "3 left" "8 up" --num-images 4 --out runs/video_quickstart/samples.png
 	$(BIN)/python -m iwin_dit.evaluation.moving_digits_report runs/video_quickstart
 

@@ -20,6 +20,8 @@ COMMANDS = [
 INSTALLS = (
     "make demo",
     "make demo-video",
+    "make compare",
+    "make transfer",
     "pip install -c constraints.txt -e '.[demo]'",
 )  # .ci/run, from a bare checkout
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
