@@ -281,6 +281,15 @@ def test_each_serves_clips(name):
     sample.sum().backward()
 
 
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "factorised"])
+def test_inflated_to_clips_each_does_to_one_frame_what_it_does_to_an_image(name):
+    images = make_model(**options_of(name))
+    clips = IwinDiTTransformer3DModel.from_2d(images, sample_frames=4)
+    x, time, label = torch.randn(2, 4, 6, 10), torch.tensor(500.0), torch.tensor([0, 1])
+    expected = images(x, time, label).sample
+    torch.testing.assert_close(clips(x[:, :, None], time, label).sample[:, :, 0], expected)
+
+
 def test_fields_that_a_mixer_does_not_read_are_refused():
     for name, options in (
         ("global", dict(window_size=4)),

@@ -13,7 +13,8 @@ def inflate(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
 
     Depthwise kernels are zero but for the middle frame's, since what they read is padded with zeros: a single
     frame is an image, exactly. A patch of several frames takes the mean of the frames' (Carreira & Zisserman
-    2017). What else is there in two dimensions is the same in three.
+    2017). The biases of relative positions are the same at every distance in time (Liu et al. 2022, Video
+    Swin). What else is there in two dimensions is the same in three.
 
     Args:
         weights: of the network of images, by name.
@@ -27,6 +28,10 @@ def inflate(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
 
 
 def _inflate(name: str, weight: Tensor, like: Tensor) -> Tensor:
+    if name.endswith("bias_table") and weight.ndim < like.ndim:
+        return weight.expand(len(like), *weight.shape)
+    if name.endswith("bias_network.0.weight") and weight.shape[1] < like.shape[1]:
+        return torch.cat([torch.zeros_like(weight[:, :1]), weight], dim=1)
     if weight.ndim == like.ndim or weight.ndim != 4:
         return weight
     frames = like.shape[2]

@@ -1,4 +1,4 @@
-"""kill -9 at fifty (or KILLS) random moments of the quickstart recipe, and the same command after each (row 2)."""
+"""kill -9 at fifty (or KILLS) random moments of the quickstart, and the same command after each (row 2)."""
 
 import os
 import random
