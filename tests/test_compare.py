@@ -320,8 +320,9 @@ def test_transfer_writes_tables_and_a_picture(setup, tmp_path, monkeypatch, run_
         if row[0].startswith("iwin"):
             assert len(row) == 5
             assert all(float(cell) >= 0 for cell in row[1:])
-    windows = {path.name for path in (tmp_path / "tuned" / "figures").glob("iwin-seed-0*")}
-    assert windows == {f"iwin-seed-0-{s}px-window-{w}.json" for s, w in ((32, 4), (48, 4), (64, 4), (64, 8))}
+    figures = {path.name for path in (tmp_path / "tuned" / "figures").glob("*-iwin-seed-0-*")}
+    judged = ("runs", 32, 4), ("runs", 48, 4), ("runs", 64, 4), ("runs", 64, 8), ("tuned", 64, 4)
+    assert figures == {f"{of}-iwin-seed-0-{side}px-window-{m}.json" for of, side, m in judged}
     tuned = load_config(tmp_path / "tuned" / "iwin-auto-seed-0" / "config.yaml").model
     assert tuned.grid == (16, 16)
     assert tuned.mixer.window(tuned.grid) == (8, 8)

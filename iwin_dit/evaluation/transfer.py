@@ -149,7 +149,8 @@ def figures(run: Run, window: str | None, side: int, judge: Judge, folder: Path)
         return judge.of_samples(with_window(load_pipeline(str(run.path)), window), run.config, side)
 
     folder.mkdir(parents=True, exist_ok=True)
-    return kept(folder / f"{run.path.name}-{side}px-window-{tokens}.json", of, compute)
+    name = f"{run.path.parent.name}-{run.path.name}-{side}px-window-{tokens}.json"
+    return kept(folder / name, of, compute)
 
 
 def window_tokens(run: Run, window: str | None, side: int) -> int:
