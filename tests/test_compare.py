@@ -220,6 +220,7 @@ def steps_of(folder):
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_compare_is_interrupted_and_goes_on(setup, tmp_path, monkeypatch, capsys):
     out, folder = tmp_path / "page" / "compare.md", tmp_path / "runs"
     broken = tmp_path / "broken.yaml"  # a row that cannot be trained here
@@ -304,6 +305,7 @@ def test_the_judge_knows_digits_at_every_size(setup, tmp_path, digits_folder):
     assert judge(noise, judge.labels)["fd"] > judge.of_real(64)["fd"]
 
 
+@pytest.mark.slow
 def test_transfer_writes_tables_and_a_picture(setup, tmp_path, monkeypatch, run_here):
     monkeypatch.setattr(runs, "_train", lambda run, report: run_here(runs.TRAINER, *run.arguments) and None)
     out = tmp_path / "page" / "transfer.md"

@@ -170,6 +170,7 @@ def test_no_step_waits_for_the_device(objective, sampler, guided):
     assert max(steps) <= COPIES.get(sampler, 0), steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", ["by the null label", "by a guide"])
 def test_a_compiled_model_draws_the_same_and_is_compiled_once_a_size(guided):
     """Four sizes: of whole and last batches, each twice as large with guidance; or two of model and guide."""
