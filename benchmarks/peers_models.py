@@ -53,6 +53,17 @@ class Shape:
             )
         return cls(*SIZES[name], int(patch))
 
+    def arguments(self, side: int) -> dict[str, int]:
+        """Of a model on ``side x side`` tokens, in the words of diffusers."""
+        return dict(
+            sample_size=side * self.patch,
+            patch_size=self.patch,
+            in_channels=CHANNELS,
+            num_layers=self.depth,
+            num_attention_heads=self.heads,
+            attention_head_dim=self.width // self.heads,
+        )
+
 
 def window_of(side: int) -> int:
     """Iwin's automatic window on a square grid of tokens, which Swin and neighbourhoods get too."""
@@ -97,12 +108,7 @@ def _ours(mixer: dict, position_embedding: str = "none") -> Callable[[Shape, int
 
     def make(shape: Shape, side: int) -> nn.Module:
         return IwinDiTTransformer2DModel(
-            sample_size=side * shape.patch,
-            patch_size=shape.patch,
-            in_channels=CHANNELS,
-            num_layers=shape.depth,
-            num_attention_heads=shape.heads,
-            attention_head_dim=shape.width // shape.heads,
+            **shape.arguments(side),
             num_classes=NUM_CLASSES,
             mixer=mixer,
             position_embedding=position_embedding,
@@ -117,12 +123,7 @@ def _ours(mixer: dict, position_embedding: str = "none") -> Callable[[Shape, int
 def _diffusers(shape: Shape, side: int) -> nn.Module:
     """Each of its blocks has an embedding of timestep and label of its own."""
     return DiTTransformer2DModel(
-        sample_size=side * shape.patch,
-        patch_size=shape.patch,
-        in_channels=CHANNELS,
-        num_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        attention_head_dim=shape.width // shape.heads,
+        **shape.arguments(side),
         num_embeds_ada_norm=NUM_CLASSES,
     )
 
