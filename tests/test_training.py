@@ -162,6 +162,17 @@ def test_ema_is_the_weighted_sum():
     assert not ema.weight.requires_grad
 
 
+def test_an_average_has_the_statistics_of_its_model():
+    """With those of its beginning a network with BatchNorm answers as if it were not trained."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    ema, x = make_ema(model), 5 + torch.randn(64, 3)
+    for _ in range(50):
+        model(x)
+        update_ema(ema, model, 0.0)  # the average is the model
+    torch.testing.assert_close(ema(x), model.eval()(x))
+
+
 def test_optimiser_state_makes_the_round_trip():
     """A second optimiser that was given the state of the first takes the same step."""
     torch.manual_seed(0)

@@ -35,9 +35,11 @@ def make_ema(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """``ema = decay ema + (1 - decay) model``, by lerp: multiply and add would drift."""
+    """``ema = decay ema + (1 - decay) model``, by lerp: multiply and add would drift. Buffers are copied."""
     averaged = [local(parameter) for parameter in ema.parameters()]
     weights = [
         local(weight).to(average.device) for weight, average in zip(model.parameters(), averaged, strict=True)
     ]
     torch._foreach_lerp_(averaged, weights, 1 - decay)
+    for kept, buffer in zip(ema.buffers(), model.buffers(), strict=True):  # of BatchNorm, averages themselves
+        kept.copy_(buffer)
