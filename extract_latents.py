@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
             raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
         if arguments.frames is not None and arguments.labels is not None:
             raise ConfigError("--labels is for images; videos lie in a folder per class")
-        if not files.can_write(arguments.out):
+        if not files.can_write_folder(arguments.out):
             raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
     return arguments
 

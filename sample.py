@@ -41,7 +41,8 @@ def parse_arguments() -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if arguments.fps <= 0:
         raise ConfigError(f"--fps is {arguments.fps}, expected above 0")
-    if not files.can_write(arguments.out):
+    is_file = arguments.out.suffix in (".png", ".gif", ".mp4")
+    if not (files.can_write_file if is_file else files.can_write_folder)(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a path in a folder that is yours")
     return arguments
 

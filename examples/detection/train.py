@@ -79,7 +79,7 @@ def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
     for path in filter(None, (arguments.weights, arguments.pretrained)):
         if not Path(path).is_file():
             raise ConfigError(f"{path} is no file")
-    if not files.can_write(arguments.out) or arguments.out.is_file():
+    if not files.can_write_folder(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
 
 

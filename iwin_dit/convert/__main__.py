@@ -126,7 +126,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.folder.exists():
         raise ConfigError(f"{arguments.folder} exists; name a new folder, or remove it")
-    if not files.can_write(arguments.folder):
+    if not files.can_write_folder(arguments.folder):
         raise ConfigError(f"{arguments.folder} cannot be written; take a path in a folder that is yours")
     config = read_config(arguments.config, arguments.kind)
     tensors = read_tensors(arguments.file)

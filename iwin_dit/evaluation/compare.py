@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError(
             f"--configs {missing[0]} does not exist; expected recipes such as {CONFIGS}/iwin.yaml"
         )
-    if not files.can_write(arguments.out):
+    if not files.can_write_file(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
     return arguments
 

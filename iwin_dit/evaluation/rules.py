@@ -41,7 +41,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--save-reference is {kept}, expected a path that ends with .safetensors")
     for name in ("out", "save_images", "save_reference"):
         path = getattr(arguments, name)
-        if path is not None and not files.can_write(Path(path)):
+        is_folder = name == "save_images" and path is not None and not path.endswith(".npz")
+        can_write = files.can_write_folder if is_folder else files.can_write_file
+        if path is not None and not can_write(Path(path)):
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} {path} cannot be written; take a path in a folder that is yours")
 

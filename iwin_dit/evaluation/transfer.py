@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError(
             f"--models {unknown[0]} is unknown, expected some of {', '.join(dict.fromkeys(names))}"
         )
-    if not files.can_write(arguments.out):
+    if not files.can_write_file(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
     return arguments
 

@@ -47,12 +47,17 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
-def can_write(path: Path) -> bool:
-    """Whether a file (a path with a suffix) or a folder may be made at ``path``, without making anything."""
+def can_write_folder(path: Path) -> bool:
+    """Whether a folder may be made or filled at ``path``, without making anything."""
     existing = _existing(path)
-    if existing == path and path.suffix:
-        return path.is_file() and os.access(path, os.W_OK)
     return existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def can_write_file(path: Path) -> bool:
+    """Whether a file may be made or replaced at ``path``, without making anything."""
+    if path.exists():
+        return path.is_file() and os.access(path, os.W_OK)
+    return can_write_folder(path)
 
 
 def free_bytes(path: Path) -> int:

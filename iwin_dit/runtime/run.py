@@ -72,8 +72,9 @@ class RunDirectory:
     def _acquire_lock(self) -> Any:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115  held until the process ends
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # a lock of the process: its data workers, which may outlive it by seconds, do not hold it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise ConfigError(
                 f"{self.path} is in use, held by {lock.read().strip()}; wait, or take another"

@@ -111,11 +111,21 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(rec
     assert "torch is loaded" not in stderr
 
 
+def test_files_and_folders_with_dots_in_their_names(tmp_path):
+    folder, file = tmp_path / "lr0.001", tmp_path / "x.png"
+    folder.mkdir()
+    file.write_text("")
+    assert [files.can_write_folder(p) for p in (folder, file, tmp_path / "v1.5")] == [True, False, True]
+    assert [files.can_write_file(p) for p in (folder, file, tmp_path / "y.png")] == [False, True, True]
+    assert not files.can_write_file(file / "y.png")
+    assert not files.can_write_folder(file / "run")
+
+
 # --- row 10: two runs in one directory
 
 
 def test_a_second_run_in_the_same_directory_is_refused(recipe, train_here, tmp_path):
-    config = recipe(train={"max_steps": 100_000})
+    config = recipe(train={"max_steps": 100_000, "num_workers": 1})
     first = start("train_dit.py", "--config", config)
     while max(logged_steps(tmp_path / "run"), default=0) < 4:
         assert first.poll() is None, first.communicate()[1]
@@ -123,9 +133,13 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe, train_here, tmp_p
     assert code == 2
     assert f"is in use, held by pid {first.pid} on host" in output
     before = max(logged_steps(tmp_path / "run"))
-    kill_after(first, tmp_path / "run", before + 10)  # the first goes on, undisturbed
-    code, output = train_here("--config", config, "--train.max_steps", 20)
+    while max(logged_steps(tmp_path / "run")) < before + 10:  # the first goes on, undisturbed
+        assert first.poll() is None, first.communicate()[1]
+    first.kill()
+    first.wait()  # its worker lives on for seconds
+    code, output = train_here("--config", config, "--train.max_steps", 20, "--train.num_workers", 0)
     assert code == 0, output
+    first.communicate()
 
 
 # --- rows 11, 13 and 14: signals
