@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +29,7 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransf
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import say
-from iwin_dit.runtime.run import RunDirectory, flatten
+from iwin_dit.runtime.run import RunDirectory, flatten, read_config
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.ema import decay_rules, make_ema
 from iwin_dit.training.memory import largest_that_fits
@@ -42,6 +43,11 @@ ATTENTION_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# decorates what draws while a run trains, in float32, and so may not have the kernel that training takes
+any_attention = sdpa_kernel(list(ATTENTION_BACKENDS.values()))
+NO_KERNEL = ("No available kernel", "No viable backend")  # in the words of CUDA and of a CPU
+# how long processes wait for the main one, which saves, verifies and draws: NCCL's 10 minutes are too few
+WAIT = timedelta(hours=1)
 
 
 def build_accelerator(config: Any) -> Accelerator:
@@ -53,12 +59,15 @@ def build_accelerator(config: Any) -> Accelerator:
     if "wandb" in config.train.trackers:
         os.environ.setdefault("WANDB_MODE", "offline")
     accelerator = Accelerator(
-        mixed_precision="no" if config.train.precision == "fp32" else "bf16",
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
         log_with=config.train.trackers or None,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=f"{config.output_dir}/trackers"
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=WAIT),
+        ],
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     # `accelerate launch --cpu --num_processes 2` starts one process, and leaves an address to meet others at
@@ -72,6 +81,12 @@ def build_accelerator(config: Any) -> Accelerator:
         )
     if config.train.precision == "bf16" and not _computes_bf16(accelerator.device):
         raise ConfigError(f"{accelerator.device} does not compute in bf16; set train.precision fp32")
+    if config.train.kernels == "triton" and not _runs_triton(accelerator.device):
+        raise ConfigError(
+            f"train.kernels triton needs the triton package and a CUDA device, found {accelerator.device}; set auto"
+        )
+    tensor_cores = config.train.precision == "tf32" and accelerator.device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if tensor_cores else "highest")
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
@@ -80,6 +95,11 @@ def build_accelerator(config: Any) -> Accelerator:
 
 def _computes_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _runs_triton(device: torch.device) -> bool:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
+    return kernels.INSTALLED and (device.type == "cuda" or interpreted)
 
 
 def build_model(config: Config) -> IwinDiTTransformer2DModel:
@@ -243,11 +263,27 @@ def build_loss(
     return loss, batch
 
 
-def attention_backend(config: Any) -> contextlib.AbstractContextManager:
-    """The context in which attention takes the kernels of the config; Iwin's own are chosen at once."""
+@contextlib.contextmanager
+def attention_backend(config: Any) -> Iterator[None]:
+    """The context in which attention takes the kernels of the config, of PyTorch and of Iwin.
+
+    Raises:
+        ConfigError: in the first forward pass, where PyTorch has none of that name for this model here: that
+            depends on device, precision, masks and the width of heads, and PyTorch alone knows how.
+    """
     kernels.select(config.train.kernels)
     name = config.train.attention_backend
-    return contextlib.nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name])
+    try:
+        with contextlib.nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name]):
+            yield
+    except RuntimeError as error:
+        if name == "auto" or not any(words in str(error) for words in NO_KERNEL):
+            raise
+        raise ConfigError(
+            f"train.attention_backend {name} has no kernel for this model's attention here, in "
+            f"{config.train.precision}: on a GPU, flash and cudnn need bf16, and flash no masks (swin, swin_v2, "
+            "neighborhood, padded windows); a CPU has flash and math; set auto"
+        ) from None
 
 
 def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
@@ -255,10 +291,23 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
 
     Args:
         identity: what makes the data the same to a run that is resumed.
+
+    Raises:
+        ConfigError: as :class:`RunDirectory`; and where a run that was begun would follow another curve of
+            learning rates.
     """
-    return RunDirectory(
+    run = RunDirectory(
         config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults=type(config)().to_dict()
     )
+    if config.optimizer.schedule != "constant" and (run.path / "config.yaml").exists():
+        before, now = read_config(run.path)["train"]["max_steps"], config.train.max_steps
+        if before != now:
+            raise ConfigError(
+                f"{run.path} was begun with train.max_steps {before}, found {now}: the learning rate of "
+                f"optimizer.schedule {config.optimizer.schedule} depends on it; set {before}, or begin another "
+                f"run with these weights: another output_dir, and model.init_from {run.path}"
+            )
+    return run
 
 
 def start_trackers(config: Any, accelerator: Accelerator) -> None:

@@ -19,6 +19,7 @@ from iwin_dit.build import build_model, build_objective
 from iwin_dit.config import Config
 from iwin_dit.evaluation.connectivity import blocks_to_connect
 from iwin_dit.pipelines.base import ClassConditionalPipeline
+from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 from iwin_dit.training.optimizer import build_adamw, parameter_groups
@@ -121,5 +122,4 @@ def machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     cards = [torch.cuda.get_device_name(0)] if torch.cuda.is_available() else []
-    cores = len(os.sched_getaffinity(0))
-    return f"{', '.join([*cards, name])}, {cores} threads, PyTorch {torch.__version__}"
+    return f"{', '.join([*cards, name])}, {cores()} threads, PyTorch {torch.__version__}"

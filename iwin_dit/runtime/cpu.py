@@ -10,9 +10,14 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores(num_processes: int) -> None:
     """Shares the cores among the processes: ``accelerate launch`` gives each a single thread."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+    torch.set_num_threads(max(1, cores() // num_processes))
 
 
 def keep_freed_memory() -> None:
