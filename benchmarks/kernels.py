@@ -163,23 +163,16 @@ def print_convolution(cuda_graphs: bool) -> None:
     print_row("tokens", "convolution", "forward, ms", "GB/s", "forward + backward, ms", "GB/s")
     print_row(*["---"] * 6)
     for tokens in (64, 4096):
-        window, grid, qkv = setting(tokens)
-        batch, values = len(qkv), TOKENS * WIDTH
-        tensors = convolution_tensors(batch, grid, WIDTH, (3, 3), torch.bfloat16)
-        x, residual = (windows.partition(tensors[i].detach(), window).view(batch, -1, WIDTH) for i in (0, 3))
-        ordered = [tensor.requires_grad_() for tensor in (x, *tensors[1:3], residual, tensors[4])]
-        for name, function, arguments in (
-            ("kernel", kernels.depthwise_convolution, tensors),
-            (
-                "kernel, order of windows",
-                lambda *t, w=window, g=grid: kernels.depthwise_convolution(*t, window=w, grid=g),
-                ordered,
-            ),
-            ("conv, addcmul", convolved, tensors),
-            ("conv, addcmul, compiled", torch.compile(convolved, fullgraph=True, dynamic=False), tensors),
-            ("shifted products, compiled", torch.compile(shifted, fullgraph=True, dynamic=False), tensors),
+        _, grid, qkv = setting(tokens)
+        values = TOKENS * WIDTH
+        tensors = convolution_tensors(len(qkv), grid, WIDTH, (3, 3), torch.bfloat16)
+        for name, function in (
+            ("kernel", kernels.depthwise_convolution),
+            ("conv, addcmul", convolved),
+            ("conv, addcmul, compiled", torch.compile(convolved, fullgraph=True, dynamic=False)),
+            ("shifted products, compiled", torch.compile(shifted, fullgraph=True, dynamic=False)),
         ):
-            forward, step = both(function, arguments, cuda_graphs)
+            forward, step = both(function, tensors, cuda_graphs)
             rates = [f"{10 * values / forward / 1e6:.0f}", f"{18 * values / step / 1e6:.0f}"]
             print_row(4 * tokens, name, f"{forward:.3f}", rates[0], f"{step:.3f}", rates[1])
 
@@ -296,7 +289,7 @@ def call(kernel: str, tokens: int, tile: tuple[int, ...], batch: int | None = No
         if name == "forward":
             return lambda: kernels.depthwise_convolution(*(tensor.detach() for tensor in tensors))
         inputs = residual, x, weight.flatten(1).T.contiguous(), gate.flatten(1)
-        return lambda: convolution._convolve_backward(*inputs, (3, 3), grid, (1, 1))
+        return lambda: convolution._convolve_backward(*inputs, (3, 3))
     attention.TILES.update(shipped_tiles())
     attention.TILES[kernel] = {1 << 20: attention.Tile(*tile)}
     qkv = qkv.detach()[:batch]

@@ -445,3 +445,26 @@ def test_clips_of_one_frame_are_images():
     pooled.reset_classifier(0, "avg")
     clip = torch.randn(1, 3, 5, 30, 30)
     check(pooled, clip, solid(clip).mean((2, 3, 4)))
+
+
+def test_weights_of_a_part_leave_the_rest_alone():
+    torch.manual_seed(0)
+    model = IwinTransformer(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head = {name: torch.ones_like(tensor) for name, tensor in before.items() if name.startswith("head.")}
+    missing = model.load_state_dict(head, strict=False).missing_keys
+    assert {*missing, *head} == before.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, head.get(name, before[name])), name
+
+
+def test_the_automatic_window_where_none_is_clipped():
+    """It is never larger than the grid, so that there is nothing to clip."""
+    options = dict(embed_dim=8, depths=(1,), num_heads=(1,), patch_size=4, num_classes=2, mask_padding=False)
+    for window in ("auto", (("auto", 4),)):
+        torch.manual_seed(0)
+        model = IwinTransformer(img_size=32, window_size=window, clip_window=False, **options).eval()
+        torch.manual_seed(0)
+        other = IwinTransformer(img_size=32, window_size=window, clip_window=True, **options).eval()
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(model(x), other(x))

@@ -1,6 +1,7 @@
 """Autoguidance, and what a sampling loop must not do: wait for the device, or be compiled again and again."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import Guidance
+from iwin_dit.layers.mixers import MIXERS
 from iwin_dit.runtime.seeds import generator
 
 FLOW = "flow_prediction"
@@ -168,6 +170,28 @@ def test_no_step_waits_for_the_device(objective, sampler, guided):
     assert len(counts) == (11 if sampler == "heun" else 6)
     steps = [after - before for before, after in pairwise(counts)]
     assert max(steps) <= COPIES.get(sampler, 0), steps
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "factorised"])
+def test_no_mixer_waits_for_the_device(name):
+    model = make_model(mixer={"name": name}, post_norm=name == "swin_v2").to("meta")
+    x, time, labels = torch.empty(2, 4, 6, 6), torch.empty(2), torch.zeros(2, dtype=torch.long)
+    with Copies() as copies:
+        model(x.to("meta"), time.to("meta"), labels.to("meta"))
+    assert copies.count == 3, "those of the arguments"
+
+
+def test_the_loss_waits_for_the_device_once():
+    """DDPM's tables are brought there by the first step."""
+
+    def model(x, timestep, labels):
+        return SimpleNamespace(sample=torch.cat([x, x], 1))
+
+    x, u = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, device="meta")
+    DDPM().loss(model, x, None, x, u)
+    with Copies() as copies:
+        DDPM().loss(model, x, None, x, u)
+    assert copies.count == 0
 
 
 @pytest.mark.slow

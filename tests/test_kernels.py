@@ -1,8 +1,11 @@
 """The Triton kernels, in Triton's interpreter where there is no GPU, against PyTorch in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -17,13 +20,11 @@ ATTENTION = [  # grid, window, heads, channels of a head
     ((8, 8), (8, 4), 1, 8),  # 32 tokens, no padding
     ((3, 4, 5), (2, 4, 3), 1, 24),  # of clips, padded along two axes
 ]
-CONVOLUTION = [  # grid, channels, kernel, window of the order of tokens
-    ((5, 7), 12, (3, 3), None),
-    ((4, 3), 8, (5, 5), None),  # the kernel is wider than the grid
-    ((3, 2, 4), 8, (3, 3, 3), None),
-    ((2, 3, 4), 20, (1, 3, 3), None),
-    ((4, 6), 8, (3, 3), (2, 3)),
-    ((2, 4, 3), 8, (3, 3, 3), (1, 2, 3)),
+CONVOLUTION = [  # grid, channels, kernel
+    ((5, 7), 12, (3, 3)),
+    ((4, 3), 8, (5, 5)),  # the kernel is wider than the grid
+    ((3, 2, 4), 8, (3, 3, 3)),
+    ((2, 3, 4), 20, (1, 3, 3)),
 ]
 
 
@@ -145,21 +146,10 @@ def convolution_tensors(grid, channels, kernel):
     ]
 
 
-@pytest.mark.parametrize(("grid", "channels", "kernel", "window"), CONVOLUTION)
-def test_convolution_equals_torch(grid, channels, kernel, window, tiles):
-    def ours(x, weight, bias, residual, gate, attended, attended_gate):
-        if window is None:
-            return kernels.depthwise_convolution(x, weight, bias, residual, gate, attended, attended_gate)
-        x, residual, attended = (
-            windows.partition(t, window).reshape(len(t), -1, channels) for t in (x, residual, attended)
-        )
-        out = kernels.depthwise_convolution(
-            x, weight, bias, residual, gate, attended, attended_gate, window=window, grid=grid
-        )
-        rows = out.reshape(-1, torch.Size(window).numel(), channels)
-        return windows.reverse(rows, window, grid)
-
-    assert_equal(ours, plain_convolution, convolution_tensors(grid, channels, kernel))
+@pytest.mark.parametrize(("grid", "channels", "kernel"), CONVOLUTION)
+def test_convolution_equals_torch(grid, channels, kernel, tiles):
+    tensors = convolution_tensors(grid, channels, kernel)
+    assert_equal(kernels.depthwise_convolution, plain_convolution, tensors)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (8,)])
@@ -200,24 +190,42 @@ def test_operators_are_registered_as_pytorch_asks():
         tensor.detach().requires_grad_() for tensor in convolution_tensors((3, 4), 8, (3, 3))
     )
     tensors = x, weight.flatten(1).T, bias, residual, gate.flatten(1), attended, other_gate.flatten(1)
-    arguments = *tensors, (3, 3), (3, 4), (1, 1)
-    torch.library.opcheck(convolution._convolve, arguments, test_utils=utils)
+    torch.library.opcheck(convolution._convolve, (*tensors, (3, 3)), test_utils=utils)
 
 
 def test_selection():
     cpu = torch.zeros(1, 4, 4, 24)
-    assert not kernels.use_attention(cpu, 4, 8)
-    assert not kernels.use_convolution(cpu)
+    assert not kernels.use_attention(cpu, 8)
+    assert not kernels.use_convolution(cpu, 9)
     kernels.select("triton")
-    assert kernels.use_attention(cpu, 4, 8)
-    assert kernels.use_convolution(cpu)
-    assert not kernels.use_attention(cpu.double(), 4, 8)
-    assert not kernels.use_attention(cpu, 4, 256)
-    kernels.select("torch")
-    assert not kernels.use_attention(cpu.to(DEVICE).bfloat16(), 4, 8)
-    assert not kernels.use_convolution(cpu.to(DEVICE).bfloat16())
+    assert kernels.use_attention(cpu, 8)
+    assert kernels.use_convolution(cpu, 9)
+    assert not kernels.use_attention(cpu.double(), 8)
+    assert not kernels.use_attention(cpu, 256)
     with pytest.raises(ValueError, match="expected one of auto, triton, torch"):
         kernels.select("cuda")
+
+
+@pytest.mark.parametrize(("major", "fast"), [(7, False), (8, True), (9, True)])
+def test_automatic_selection(monkeypatch, major, fast):
+    """On a card that is not there."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    with FakeTensorMode():
+        half, full = (
+            torch.empty(1, 4, 4, 24, device="cuda", dtype=d) for d in (torch.float16, torch.float32)
+        )
+        assert kernels.use_attention(half, 8) == kernels.use_convolution(half, 9) == fast
+        assert not kernels.use_attention(full, 8)
+        assert not kernels.use_convolution(full, 9)
+        assert not kernels.use_attention(half, 12)
+        assert not kernels.use_convolution(half, 125)
+        kernels.select("torch")
+        assert not kernels.use_attention(half, 8)
+        assert not kernels.use_convolution(half, 9)
+        kernels.select("auto")
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+        assert kernels.use_attention(full, 8) == fast  # a norm has returned float32, projections will not
 
 
 def test_without_triton(monkeypatch):
@@ -230,5 +238,3 @@ def test_what_cannot_be_convolved_is_refused():
     tensors = convolution_tensors((3, 4), 8, (3, 3))
     with pytest.raises(ValueError, match="must be odd"):
         kernels.depthwise_convolution(tensors[0], random(8, 1, 2, 3), *tensors[2:])
-    with pytest.raises(ValueError, match=r"window \(2, 2\) does not divide the grid \(3, 4\)"):
-        kernels.depthwise_convolution(*tensors, window=(2, 2), grid=(3, 4))

@@ -48,7 +48,7 @@ def masked_attention(attention, x, allowed, rope=None):
         mine = slice(head * d, (head + 1) * d)
         q_h, k_h = q[..., mine], k[..., mine]
         if rope is not None:
-            q_h, k_h = apply_rope(q_h, rope), apply_rope(k_h, rope)
+            q_h, k_h = apply_rope(rope, q_h, k_h)
         scores = (q_h @ k_h.mT / d**0.5).masked_fill(~allowed, -torch.inf)
         heads.append(scores.softmax(-1) @ v[..., mine])
     return attention.proj(torch.cat(heads, -1)).reshape(batch, *grid, width)
@@ -138,7 +138,7 @@ def test_rope_scores_depend_on_differences_of_positions_only():
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
     def score(a, b):
-        return apply_rope(q[None], angles[a][None])[0] @ apply_rope(k[None], angles[b][None])[0]
+        return apply_rope(angles[a][None], q[None])[0][0] @ apply_rope(angles[b][None], k[None])[0][0]
 
     torch.testing.assert_close(score((0, 1), (2, 4)), score((3, 2), (5, 5)))
     assert not torch.isclose(score((0, 1), (2, 4)), score((0, 1), (3, 4)))

@@ -1,10 +1,12 @@
 """The other mixers, against timm's blocks, natten's definition, and slow references."""
 
+import math
 import re
 from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import give_zeros_noise, make_model
 from test_layers import HEADS, WIDTH, coordinates, masked_attention, same_window, shifted_convolution, tokens
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -42,8 +44,8 @@ OF_TIMM = {
     "attention.q_bias": "attn.q_bias",
     "attention.v_bias": "attn.v_bias",
     "attention.logit_scale": "attn.logit_scale",
-    "bias_network.": "attn.cpb_mlp.",
-    "bias_table": "attn.relative_position_bias_table",
+    "relative_bias.bias_network.": "attn.cpb_mlp.",
+    "relative_bias.bias_table": "attn.relative_position_bias_table",
 }
 
 
@@ -53,8 +55,9 @@ def copy_mixer(mixer, theirs):
         for ours, prefix in OF_TIMM.items():
             if name.startswith(prefix):
                 weights[ours + name.removeprefix(prefix)] = tensor
-    if "bias_table" in weights:
-        weights["bias_table"] = weights["bias_table"].view(mixer.bias_table.shape)
+    name = "relative_bias.bias_table"
+    if name in weights:
+        weights[name] = weights[name].view(mixer.state_dict()[name].shape)
     mixer.load_state_dict(weights)
 
 
@@ -121,7 +124,7 @@ def test_shifted_windows_on_any_grid_see_what_lies_in_them(grid, window, index):
     offsets = places[:, None] - places[None] + torch.tensor(window) - 1
     offsets = offsets.clamp(min=0).minimum(2 * torch.tensor(window) - 2)  # hidden pairs are farther apart
     x = tokens(grid).requires_grad_()
-    bias = swin.bias_table[offsets.unbind(-1)]  # (N, N, K)
+    bias = swin.relative_bias.bias_table[offsets.unbind(-1)]  # (N, N, K)
 
     q, k, v = swin.attention.qkv(x.flatten(1, -2)).unflatten(-1, (3, HEADS, -1)).unbind(2)
     scores = torch.einsum("bnkd,bmkd->bnmk", q, k) / (WIDTH // HEADS) ** 0.5 + bias
@@ -142,7 +145,8 @@ def test_the_windows_of_swin_stay_as_large_on_other_grids():
         assert swin(tokens(grid)).shape == (2, *grid, WIDTH)
     x = tokens((3, 3))  # smaller than a window: the middle of the table
     small = make_mixer("swin", (3, 3), window_size=3)
-    small.load_state_dict(swin.state_dict() | {"bias_table": swin.bias_table[1:-1, 1:-1]})
+    middle = {"relative_bias.bias_table": swin.relative_bias.bias_table[1:-1, 1:-1]}
+    small.load_state_dict(swin.state_dict() | middle)
     torch.testing.assert_close(small(x), swin(x))
 
 
@@ -150,7 +154,8 @@ def test_the_windows_of_swin_stay_as_large_on_other_grids():
 
 
 @pytest.mark.parametrize(
-    ("grid", "window"), [((7, 9), 3), ((5, 8), [3, 5]), ((3, 4), 5), ((3, 6, 5), 3), ((8, 8), "auto")]
+    ("grid", "window"),
+    [((7, 9), 3), ((5, 8), [3, 5]), ((3, 4), 5), ((3, 6, 5), 3), ((8, 8), "auto"), ((5, 6), 2)],
 )
 def test_each_token_sees_as_many_neighbours_moved_inwards_at_the_borders(grid, window):
     mixer = make_mixer("neighborhood", grid, window_size=window)
@@ -234,7 +239,7 @@ def reached(mixer, grid):
     """Which tokens depend on which, by the Jacobian's pattern: ``(N, N)``."""
     x = tokens(grid, batch=1)[0]
     jacobian = torch.autograd.functional.jacobian(lambda x: mixer(x[None])[0].sum(-1), x, vectorize=True)
-    return jacobian.abs().sum(-1).flatten(0, 1).flatten(1) > 0
+    return (jacobian.abs().sum(-1) > 0).view(math.prod(grid), math.prod(grid))
 
 
 def test_one_serial_block_connects_everything_where_one_parallel_block_does_not():
@@ -252,18 +257,19 @@ def options_of(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if name != "factorised"])
-def test_each_serves_images_of_any_size_and_clips(name):
+def test_each_serves_images_of_any_size(name):
     model = make_model(**options_of(name))
     labels = torch.tensor([0, 1])
     for size in ((8, 8), (6, 10)):
         model(torch.randn(2, 4, *size), torch.tensor(500.0), labels).sample.square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+    nothing = model(torch.randn(0, 4, 8, 8), torch.tensor(500.0), labels[:0]).sample
+    assert nothing.shape == (0, 4, 8, 8)
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_each_serves_clips(name):
+def make_clip_model(name, **options):
     torch.manual_seed(0)
-    model = IwinDiTTransformer3DModel(
+    defaults = dict(
         sample_size=8,
         sample_frames=4,
         in_channels=4,
@@ -271,9 +277,13 @@ def test_each_serves_clips(name):
         num_attention_heads=2,
         attention_head_dim=8,
         num_classes=3,
-        **options_of(name),
     )
-    give_zeros_noise(model)
+    return give_zeros_noise(IwinDiTTransformer3DModel(**(defaults | options_of(name) | options))).eval()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_each_serves_clips(name):
+    model = make_clip_model(name)
     for size in ((4, 8, 8), (3, 6, 10), (1, 8, 8)):
         sample = model(torch.randn(1, 4, *size), torch.tensor(500.0), torch.tensor([1])).sample
         assert sample.shape == (1, 4, *size)
@@ -281,9 +291,61 @@ def test_each_serves_clips(name):
     sample.sum().backward()
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "factorised"])
-def test_inflated_to_clips_each_does_to_one_frame_what_it_does_to_an_image(name):
-    images = make_model(**options_of(name))
+def answer(model):
+    size = (4, 8, 8) if model.rank == 3 else (8, 8)
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(x, torch.tensor(500.0), torch.tensor([0, 1])).sample
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("name", [*MIXERS, "iwin by kernels"])
+def test_offloaded_weights_are_found(name, rank):
+    """Hooks bring weights when a module is called; without, they are on the device ``meta``."""
+    if name == "iwin by kernels":
+        name = "iwin"
+        kernels.select("triton")
+    try:
+        if (name, rank) == ("factorised", 2):
+            return
+        make = make_clip_model if rank == 3 else lambda name: make_model(**options_of(name))
+        expected = answer(make(name))
+        offloaded = cpu_offload(make(name), torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in offloaded.parameters())
+        assert torch.equal(answer(offloaded), expected)
+        stored = make(name)
+        stored.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        assert any(parameter.dtype == torch.bfloat16 for parameter in stored.parameters())
+        torch.testing.assert_close(answer(stored), expected, rtol=0.2, atol=0.05)
+    finally:
+        kernels.select("auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [(n, r) for n in MIXERS for r in (2, 3) if (n, r) != ("factorised", 2)]
+)
+def test_automatic_windows_leave_no_token_alone_on_short_axes(name, rank):
+    for side in (2, 3, 4, 5, 6):
+        grid = (side,) * 2 if rank == 2 else (side, 4, 2)
+        seen = [reached(make_mixer(name, grid, index), grid).double() for index in range(2)]
+        both = (seen[1] @ seen[0]).view(*grid, *grid)
+        for axis in range(rank):
+            along = both.movedim((axis, rank + axis), (0, 1))[0, 1:].flatten(1)
+            assert along.any(), f"grid {grid}: tokens that differ along axis {axis} never meet"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(options_of(name) for name in MIXERS if name != "factorised"),
+        {"mixer": {"name": "swin", "window_size": [4, 2]}},
+        {"mixer": {"name": "neighborhood", "window_size": [3, 5]}},
+        {"mixer": {"window_size": 8, "convolution_on": "values"}},  # covers the grid: no convolution
+    ],
+    ids=str,
+)
+def test_inflated_to_clips_each_does_to_one_frame_what_it_does_to_an_image(options):
+    images = make_model(**options)
     clips = IwinDiTTransformer3DModel.from_2d(images, sample_frames=4)
     x, time, label = torch.randn(2, 4, 6, 10), torch.tensor(500.0), torch.tensor([0, 1])
     expected = images(x, time, label).sample

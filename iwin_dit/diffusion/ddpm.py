@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,28 @@ class Tables(NamedTuple):
     posterior_xt: Tensor
 
 
+@cache
+def tables(device: torch.device) -> Tables:
+    """Equations 6 and 7 of Ho et al. 2020 for linear betas, computed once for each device.
+
+    The first posterior variance would be zero and takes the value of the next.
+    """
+    beta = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    alpha_bar = (1 - beta).cumprod(0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+    posterior_variance[0] = posterior_variance[1]
+    exact = Tables(
+        sqrt_alpha_bar=alpha_bar.sqrt(),
+        sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
+        log_beta=beta.log(),
+        posterior_log_variance=posterior_variance.log(),
+        posterior_x0=beta * previous.sqrt() / (1 - alpha_bar),
+        posterior_xt=(1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
+    )
+    return Tables(*(table.float().to(device) for table in exact))
+
+
 @dataclass(frozen=True)
 class DDPM:
     """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``; the model predicts noise and log sigma^2.
@@ -42,28 +64,6 @@ class DDPM:
     samplers = ("ddim", "ddpm", "dpm++")
     default_sampler = "ddpm"
 
-    @cached_property
-    def tables(self) -> Tables:
-        """Equations 6 and 7 of Ho et al. 2020 for linear betas.
-
-        The first posterior variance would be zero and takes the value of the next.
-        """
-        beta = torch.linspace(
-            BETAS["beta_start"], BETAS["beta_end"], NUM_TRAIN_TIMESTEPS, dtype=torch.float64
-        )
-        alpha_bar = (1 - beta).cumprod(0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
-        posterior_variance[0] = posterior_variance[1]
-        return Tables(
-            sqrt_alpha_bar=alpha_bar.sqrt().float(),
-            sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt().float(),
-            log_beta=beta.log().float(),
-            posterior_log_variance=posterior_variance.log().float(),
-            posterior_x0=(beta * previous.sqrt() / (1 - alpha_bar)).float(),
-            posterior_xt=((1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar)).float(),
-        )
-
     def times(self, u: Tensor) -> Tensor:
         """Integer timesteps 0..999 from uniform numbers in [0, 1): ``(B,) -> (B,)``."""
         return (u * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
@@ -75,7 +75,7 @@ class DDPM:
         term learns the variance only: it sees the predicted mean without its gradient.
         """
         t = self.times(u)  # (B,)
-        at = Tables(*(table.to(x0.device)[t].view(-1, *[1] * (x0.ndim - 1)) for table in self.tables))
+        at = Tables(*(table[t].view(-1, *[1] * (x0.ndim - 1)) for table in tables(x0.device)))
         xt = at.sqrt_alpha_bar * x0 + at.sqrt_one_minus_alpha_bar * noise
         eps, v = model(xt, t, labels).sample.float().chunk(2, dim=1)  # (B, C, ...) each
         mse = (eps - noise).square().flatten(1).mean(1)

@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         )  # (B, K, N, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = apply_rope(rope, q, k)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return rearrange(x, "b k n d -> b n (k d)")
 
@@ -69,11 +69,11 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """As :meth:`SelfAttention.forward`."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = self.qkv(x)
+        qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
         q, k, v = rearrange(qkv, "b n (three k d) -> three b k n d", three=3, k=self.heads)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = apply_rope(rope, q, k)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
         q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)

@@ -27,7 +27,7 @@ class Modulation(nn.Module):
 
     def forward(self, condition: Tensor, rank: int) -> tuple[Tensor, ...]:
         modulation = self.linear(F.silu(condition))
-        return modulation.view(len(condition), *[1] * rank, -1).chunk(self.chunks, dim=-1)
+        return modulation[(slice(None), *[None] * rank)].chunk(self.chunks, dim=-1)
 
 
 class Block(nn.Module):
@@ -59,7 +59,9 @@ class Block(nn.Module):
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, *branch_gates = chunks
         else:
             (scale_1, gate_1, scale_2, gate_2, *branch_gates), shift_1, shift_2 = chunks, None, None
-        gates = [1 + gate if self.spec.open_gates else gate for gate in (gate_1, *branch_gates, gate_2)]
+        gates = gate_1, *branch_gates, gate_2
+        if self.spec.open_gates:  # in half precision 1 + gate would have nothing between 1 and 1.008
+            gates = [1 + gate.float() for gate in gates]
         *mixer_gates, mlp_gate = gates
 
         if self.spec.post_norm:

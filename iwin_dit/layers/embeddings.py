@@ -102,8 +102,12 @@ def rope_angles(grid: tuple[int, int], head_width: int, device: torch.device) ->
     )
 
 
-def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotates interleaved channel pairs: x ``(..., N, d)``, angles broadcastable to ``(..., N, d / 2)``."""
+def apply_rope(angles: Tensor, *queries_and_keys: Tensor) -> list[Tensor]:
+    """Rotates interleaved channel pairs of ``(..., N, d)``, angles broadcastable to ``(..., N, d / 2)``."""
     cos, sin = angles.cos(), angles.sin()
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    rotated = []
+    for x in queries_and_keys:
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        rotated.append(pairs.flatten(-2).to(x.dtype))
+    return rotated

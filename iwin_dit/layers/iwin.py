@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iwin_dit.layers import kernels, windows
 from iwin_dit.layers.attention import SelfAttention
-from iwin_dit.layers.convolution import DEPTHWISE
+from iwin_dit.layers.convolution import DepthwiseConvolution
 from iwin_dit.layers.specs import BlockSpec
 from iwin_dit.layers.token_mixer import TokenMixer
 
@@ -29,9 +29,10 @@ class IwinMixer(TokenMixer):
         super().__init__()
         self.spec = spec.mixer
         self.attention = SelfAttention(spec)
-        convolution = DEPTHWISE[len(grid)]
+        kernel = spec.mixer.kernel(grid)
+        self.taps = math.prod(kernel)
         self.convolution = (
-            convolution(spec.width, spec.mixer.kernel(grid)) if spec.mixer.has_convolution(grid) else None
+            DepthwiseConvolution(spec.width, kernel) if spec.mixer.has_convolution(grid) else None
         )
         self.num_branches = 1 if self.convolution is None or self.spec.convolution_on == "values" else 2
 
@@ -45,12 +46,10 @@ class IwinMixer(TokenMixer):
         self, residual: Tensor, x: Tensor, gates: Sequence[Tensor], rope: Tensor | None = None
     ) -> Tensor:
         """As the block would, in one pass over the tokens where the convolution's kernel serves them."""
-        if self.num_branches == 1 or not kernels.use_convolution(x):
+        if self.num_branches == 1 or not kernels.use_convolution(x, self.taps):
             return super().add_branches(residual, x, gates, rope)
-        attended, conv = self.window_attention(x, rope), self.convolution.conv
-        return kernels.depthwise_convolution(
-            self._convolved(x, attended), conv.weight, conv.bias, residual, gates[1], attended, gates[0]
-        )
+        attended = self.window_attention(x, rope)
+        return self.convolution(self._convolved(x, attended), residual, gates[1], attended, gates[0])
 
     def _convolved(self, x: Tensor, attended: Tensor) -> Tensor:
         """What the convolution reads."""
@@ -81,7 +80,7 @@ class IwinMixer(TokenMixer):
         head_width = x.shape[-1] // self.attention.heads
         plain = rope is None and not self.attention.has_qk_norm
         hidden = self.spec.mask_padding or windows.padded_grid(grid, window) == grid
-        return plain and hidden and kernels.use_attention(x, math.prod(window), head_width)
+        return plain and hidden and kernels.use_attention(x, head_width)
 
     def _in_windows(
         self,

@@ -30,12 +30,13 @@ class NeighborhoodMixer(TokenMixer):
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
         super().__init__()
         self.spec = spec.mixer
+        self.spec.window(grid)  # raises where it does not fit
         self.attention = SelfAttention(spec)
 
     def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
         grid = tuple(x.shape[1:-1])
         window = self.spec.window(grid)
-        if natten is not None and x.is_cuda:
+        if natten is not None and x.is_cuda and min(window) > 1:  # its windows have at least two tokens
             return (self._by_natten(x, window, rope),)
         rope = None if rope is None else rope.flatten(0, -2)  # (N, d/2)
         mask = neighborhood_mask(grid, window, x.device)
@@ -48,7 +49,7 @@ class NeighborhoodMixer(TokenMixer):
         )
         q, k = attention.q_norm(q), attention.k_norm(k)
         if rope is not None:
-            q, k = apply_rope(q, rope.unsqueeze(-2)), apply_rope(k, rope.unsqueeze(-2))
+            q, k = apply_rope(rope.unsqueeze(-2), q, k)
         return attention.proj(function(q, k, v, kernel_size=window).flatten(-2))
 
 

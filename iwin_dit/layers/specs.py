@@ -41,8 +41,8 @@ class MixerSpec:
             al. 2023); ``factorised``, of clips, is attention over space, then over time.
         window_size: tokens per axis of one window: a number, or ``auto``, the smallest divisor M of the side
             with ``kernel_size * M >= side``, or ``all``, the whole side. One for all axes, or one per axis,
-            such as ``[all, 8, 8]`` for clips, whose first axis is time. A neighbourhood is odd: the largest
-            odd number up to this.
+            such as ``[all, 8, 8]`` for clips, whose first axis is time. A neighbourhood is odd, the largest
+            odd number up to this but at least 3, or the whole of a shorter side.
         kernel_size: side of the depthwise convolution, odd: one for all axes, or one per axis; clips whose
             frames are convolved each by itself have ``[1, 3, 3]``. Only ``iwin`` uses it.
         convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid,
@@ -97,15 +97,18 @@ class MixerSpec:
     def window(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The window on this grid, one number per axis; never larger than the grid."""
         sizes = _per_axis("window_size", self.window_size, grid)
+        least = 1 if self.name == "iwin" else 2  # without a convolution a window of 1 joins nothing
         window = tuple(
-            _smallest_connecting_divisor(side, kernel)
+            _smallest_connecting_divisor(side, kernel, least)
             if size == "auto"
             else side
             if size == "all"
             else min(size, side)
             for size, kernel, side in zip(sizes, self.kernel(grid), grid, strict=True)
         )
-        return tuple(m - (m % 2 == 0) for m in window) if self.name == "neighborhood" else window
+        if self.name == "neighborhood":
+            window = tuple(min(side, max(3, m - (m % 2 == 0))) for m, side in zip(window, grid, strict=True))
+        return window
 
     @property
     def has_windows(self) -> bool:
@@ -132,9 +135,10 @@ def _per_axis(name: str, value: Any, grid: tuple[int, ...]) -> list[Any]:
     return values
 
 
-def _smallest_connecting_divisor(side: int, kernel_size: int) -> int:
+def _smallest_connecting_divisor(side: int, kernel_size: int, least: int) -> int:
     """The smallest divisor M of ``side`` with K M >= side (arXiv 2507.18405, section 3.3)."""
-    return next(m for m in range(1, side + 1) if side % m == 0 and kernel_size * m >= side)
+    divisors = (m for m in range(least, side + 1) if side % m == 0 and kernel_size * m >= side)
+    return next(divisors, side)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,46 @@ from iwin_dit.layers.specs import BlockSpec
 from iwin_dit.layers.token_mixer import TokenMixer
 
 
+class RelativeBias(nn.Module):
+    """What is added to the scores for each relative position, learned (Swin).
+
+    Args:
+        window: its largest sides.
+    """
+
+    def __init__(self, window: tuple[int, ...], heads: int):
+        super().__init__()
+        self.window = window
+        self.bias_table = nn.Parameter(torch.empty(*(2 * m - 1 for m in window), heads))
+        nn.init.normal_(self.bias_table, std=0.02)
+
+    def forward(self, window: tuple[int, ...], x: Tensor) -> Tensor:
+        """Of offsets from -(M - 1) to M - 1 an axis, for scores of x: ``(2 M - 1, .., K)``."""
+        offsets = (slice(whole - m, whole + m - 1) for whole, m in zip(self.window, window, strict=True))
+        return self.bias_table[tuple(offsets)]
+
+
+class ContinuousBias(nn.Module):
+    """The same made by a small network of the logarithm of the relative position (Swin V2)."""
+
+    def __init__(self, window: tuple[int, ...], heads: int):
+        super().__init__()
+        self.window = window
+        self.bias_network = nn.Sequential(
+            nn.Linear(len(window), 512), nn.ReLU(), nn.Linear(512, heads, bias=False)
+        )
+
+    def forward(self, window: tuple[int, ...], x: Tensor) -> Tensor:
+        """16 sigmoid of the network of ``sign(x) log2(1 + 8 |x|) / 3``, x an offset over that M - 1."""
+        axes = [
+            torch.arange(1 - m, m, device=x.device, dtype=torch.float32) / max(whole - 1, 1)
+            for m, whole in zip(window, self.window, strict=True)
+        ]
+        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (2 M - 1, .., R)
+        logarithms = offsets.sign() * torch.log2(1 + 8 * offsets.abs()) / math.log2(8)
+        return 16 * torch.sigmoid(self.bias_network(logarithms.to(x.dtype)))
+
+
 class SwinMixer(TokenMixer):
     """Attention in windows of neighbours, shifted by half a window in every second block, with a learned bias
     for each relative position.
@@ -26,23 +66,14 @@ class SwinMixer(TokenMixer):
     """
 
     attention_type: type[nn.Module] = SelfAttention
+    bias_type: type[nn.Module] = RelativeBias
 
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
         super().__init__()
         self.window = spec.mixer.window(grid)
         self.is_shifted = index % 2 == 1
         self.attention = self.attention_type(spec)
-        self.make_bias(spec.heads)
-
-    def make_bias(self, heads: int) -> None:
-        """The parameters of the bias."""
-        self.bias_table = nn.Parameter(torch.empty(*(2 * m - 1 for m in self.window), heads))
-        nn.init.normal_(self.bias_table, std=0.02)
-
-    def bias(self, window: tuple[int, ...]) -> Tensor:
-        """What is added for each relative position, from -(M - 1) to M - 1 an axis: ``(2 M - 1, .., K)``."""
-        offsets = (slice(whole - m, whole + m - 1) for whole, m in zip(self.window, window, strict=True))
-        return self.bias_table[tuple(offsets)]
+        self.relative_bias = self.bias_type(self.window, spec.heads)
 
     def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
         grid = tuple(x.shape[1:-1])
@@ -56,7 +87,8 @@ class SwinMixer(TokenMixer):
             tokens = windows.pad(tokens, padded)
             return windows.partition(torch.roll(tokens, there, axes), window, interleaved=False)
 
-        mask = self.expanded_bias(window)  # (1, K, N, N)
+        bias = self.relative_bias(window, x).flatten(0, -2)
+        mask = bias[relative_index(window, x.device)].movedim(-1, 0)[None]  # (1, K, N, N)
         if padded != grid or any(shift):
             hidden = ~self.visible(grid, padded, window, shift, x.device)  # (G, 1, N, N)
             mask = mask.masked_fill(hidden, -torch.inf).repeat(x.shape[0], 1, 1, 1)
@@ -65,16 +97,6 @@ class SwinMixer(TokenMixer):
         attended = self.attention(rows(x), rope, mask.to(x.dtype))
         attended = windows.reverse(attended, window, padded, interleaved=False)
         return (windows.crop(torch.roll(attended, back, axes), grid),)
-
-    def expanded_bias(self, window: tuple[int, ...]) -> Tensor:
-        """The bias of each pair of tokens: ``(1, K, N, N)``."""
-        places = torch.cartesian_prod(*(torch.arange(m) for m in window)).view(-1, len(window))  # (N, R)
-        offsets = places[:, None] - places[None] + torch.tensor(window) - 1  # (N, N, R)
-        table = self.bias(window)
-        index = torch.zeros(offsets.shape[:-1], dtype=torch.long)
-        for axis, m in enumerate(window):
-            index = index * (2 * m - 1) + offsets[..., axis]
-        return table.flatten(0, -2)[index.to(table.device)].movedim(-1, 0)[None]
 
     @staticmethod
     def visible(
@@ -112,19 +134,15 @@ class SwinV2Mixer(SwinMixer):
     """
 
     attention_type = CosineAttention
+    bias_type = ContinuousBias
 
-    def make_bias(self, heads: int) -> None:
-        self.bias_network = nn.Sequential(
-            nn.Linear(len(self.window), 512), nn.ReLU(), nn.Linear(512, heads, bias=False)
-        )
 
-    def bias(self, window: tuple[int, ...]) -> Tensor:
-        """16 sigmoid of the network of ``sign(x) log2(1 + 8 |x|) / 3``, x an offset over that M - 1."""
-        device = self.bias_network[0].weight.device
-        axes = [
-            torch.arange(1 - m, m, device=device, dtype=torch.float32) / max(whole - 1, 1)
-            for m, whole in zip(window, self.window, strict=True)
-        ]
-        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (2 M - 1, .., R)
-        logarithms = offsets.sign() * torch.log2(1 + 8 * offsets.abs()) / math.log2(8)
-        return 16 * torch.sigmoid(self.bias_network(logarithms.to(self.bias_network[0].weight.dtype)))
+def relative_index(window: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the offset of token i from token j stands in a flattened bias: ``(N, N)``."""
+    index = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for m in window:
+        place = torch.arange(m, device=device)
+        offset = place[:, None] - place[None] + m - 1  # (M, M)
+        index = index[:, None, :, None] * (2 * m - 1) + offset[None, :, None, :]
+        index = index.flatten(2).flatten(0, 1)
+    return index

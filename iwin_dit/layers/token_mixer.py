@@ -13,7 +13,8 @@ class TokenMixer(nn.Module, ABC):
     """``mixer(x) -> x`` with x of shape ``(B, *grid, C)``: how the tokens of a block exchange information.
 
     Windowing, padding and masks live inside; modulation and gates are the block's. A mixer may have several
-    branches, each with a gate of its own; called by itself it returns their sum. One is made by
+    branches, each with a gate of its own; called by itself it returns their sum. Its parameters are those of
+    modules that it calls, so that hooks on these (offloading, layer-wise casting) find them. One is made by
     ``Mixer(spec, grid, index)``: the :class:`~iwin_dit.layers.specs.BlockSpec`, the grid that the model is
     made for (others are valid input), and the number of the block.
     """
@@ -33,7 +34,8 @@ class TokenMixer(nn.Module, ABC):
         return residual
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        return sum(self.branches(x, rope))
+        first, *others = self.branches(x, rope)
+        return sum(others, first)
 
 
 def add(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class IwinTransformer(nn.Module):
         """The token mixer of a block on this grid."""
         if is_scriptable():
             return ScriptableIwinMixer(spec, grid, clip_window or spec.mixer.mask_padding)
-        clips = clip_window or spec.mixer.mask_padding or spec.mixer.window_size == "auto"
+        clips = clip_window or spec.mixer.mask_padding
         return (IwinMixer if clips else PaddedIwinMixer)(spec, grid)
 
     def make_downsample(self, width: int, out_width: int) -> nn.Module:

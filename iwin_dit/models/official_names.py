@@ -94,14 +94,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """Weights of an official checkpoint, or of one of ours, under the names of this ``IwinTransformer``.
 
     A model for large images has convolutions in a stage where one for smaller images has a single window.
-    Such a stage gets zeros, which leaves what the weights compute as it is.
+    Such a stage gets zeros where its attention is given, which leaves what the weights compute as it is.
     """
     weights, ours = unwrap(state_dict), dict(model.state_dict())
     if is_official(weights):
         weights = to_our_names(weights, ours, model.rank)
-    stages = {name.split(".")[1] for name in weights if ".mixer.convolution." in name}
+    attending, convolving = (
+        {name.split(".")[1] for name in weights if f".mixer.{part}." in name}
+        for part in ("attention", "convolution")
+    )
     return weights | {
-        name: torch.zeros(like.shape)
+        name: torch.zeros_like(like, device="cpu")
         for name, like in ours.items()
-        if ".mixer.convolution." in name and name.split(".")[1] not in stages
+        if ".mixer.convolution." in name and name.split(".")[1] in attending - convolving
     }

@@ -61,8 +61,11 @@ class PaddedIwinMixer(IwinMixer):
 
     def window_attention(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         grid, window = x.shape[1:-1], self.spec.window_size
-        sides = [window] * 2 if isinstance(window, int) else window[-2:]
-        padded = (*grid[:-2], *(max(pair) for pair in zip(grid[-2:], sides, strict=True)))
+        sides = window[-2:] if isinstance(window, list) else [window] * 2
+        padded = (
+            *grid[:-2],
+            *(max(n, m) if isinstance(m, int) else n for n, m in zip(grid[-2:], sides, strict=True)),
+        )
         return windows.crop(super().window_attention(windows.pad(x, padded), rope), grid)
 
 

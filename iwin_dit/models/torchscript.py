@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwin_dit.layers.convolution import DepthwiseConvolution
 from iwin_dit.layers.specs import BlockSpec
 
 
@@ -34,6 +33,17 @@ class ScriptableAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
+class ScriptableConvolution(nn.Module):
+    """The parameters and the result of ``DepthwiseConvolution``: ``(B, H, W, C) -> (B, H, W, C)``."""
+
+    def __init__(self, width: int, kernel: tuple[int, ...]):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, kernel, padding=[side // 2 for side in kernel], groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.movedim(-1, 1)).movedim(1, -1)
+
+
 class ScriptableIwinMixer(nn.Module):
     """The parameters and the result of ``IwinMixer`` on images: ``(B, H, W, C) -> (B, H, W, C)``."""
 
@@ -47,7 +57,7 @@ class ScriptableIwinMixer(nn.Module):
         self.mask_padding = spec.mixer.mask_padding
         self.attention = ScriptableAttention(spec)
         self.convolution = (
-            DepthwiseConvolution(spec.width, spec.mixer.kernel(grid))
+            ScriptableConvolution(spec.width, spec.mixer.kernel(grid))
             if spec.mixer.has_convolution(grid)
             else None
         )

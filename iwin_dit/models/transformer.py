@@ -106,6 +106,10 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             expected = ", ".join(POSITIONS[self.rank])
             raise ValueError(f"position_embedding is {position_embedding!r}, expected one of {expected}")
         width = num_attention_heads * attention_head_dim
+        for name, channels in (("sincos", width), ("rope", attention_head_dim)):
+            if name in position_embedding and channels % 4:
+                whose = "a width" if name == "sincos" else "heads of a width"
+                raise ValueError(f"{name} positions need {whose} that 4 divides, found {channels}")
         spec = BlockSpec(
             width=width,
             heads=num_attention_heads,
@@ -276,12 +280,16 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         """
         spec = MixerSpec(**model.config.mixer)
         mixer = dict(model.config.mixer)
+        if spec.has_windows:
+            window = mixer["window_size"]
+            mixer["window_size"] = ["auto", *(window if isinstance(window, list) else [window] * 2)]
         if spec.name == "iwin":
             grid = model.grid(*model.latent_size)
-            window, kernel = mixer["window_size"], spec.kernel(grid)
-            mixer["window_size"] = ["auto", *(window if isinstance(window, list) else [window] * 2)]
+            kernel = spec.kernel(grid)
             mixer["kernel_size"] = [kernel[0], *kernel]
             mixer["convolution"] = spec.has_convolution(grid)
+            if not mixer["convolution"]:  # what it would read
+                mixer["convolution_on"] = "input"
         names = inspect.signature(IwinDiTTransformer2DModel).parameters
         config = {name: value for name, value in model.config.items() if name in names}
         config |= {"sample_frames": sample_frames, "mixer": mixer | changes.pop("mixer", {})} | changes

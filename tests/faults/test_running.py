@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_equal, kill_after, logged_steps, read_checkpoint, start
+from conftest import ROOT, assert_equal, logged_steps, read_checkpoint, start
 from PIL import Image
 
 from iwin_dit import build, build_pipeline

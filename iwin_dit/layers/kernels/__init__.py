@@ -19,6 +19,7 @@ Selection = Literal["auto", "triton", "torch"]
 
 INSTALLED = find_spec("triton") is not None
 MAX_HEAD_WIDTH = 128
+MAX_TAPS = 27  # of a convolution: the backward pass holds a sum for each in registers
 HALF = (torch.bfloat16, torch.float16)
 _selection: Selection = "auto"
 
@@ -27,8 +28,9 @@ def select(name: Selection) -> None:
     """Chooses for the whole process.
 
     Args:
-        name: ``auto``, the kernels on CUDA where they were measured faster; ``triton``, always (the CPU runs
-            them in Triton's interpreter, for tests); ``torch``, never.
+        name: ``auto``, the kernels on NVIDIA's cards from Ampere on, in half precision, which is where they
+            are fast; ``triton``, always (the CPU runs them in Triton's interpreter, for tests); ``torch``,
+            never.
 
     Raises:
         ValueError: where the name is another, or triton is not installed.
@@ -41,26 +43,36 @@ def select(name: Selection) -> None:
     _selection = name
 
 
-def use_attention(x: Tensor, window_tokens: int, head_width: int) -> bool:
-    """Whether the kernel of attention serves packed queries, keys and values like ``x``.
+def use_attention(x: Tensor, head_width: int) -> bool:
+    """Whether the kernel of attention serves heads of this width, of a projection of ``x``.
+
+    Under autocast a projection has its dtype, not that of ``x``.
+    """
+    kind, dtype = x.device.type, x.dtype
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    fits = head_width <= MAX_HEAD_WIDTH
+    if _selection == "triton":
+        return fits and dtype in (*HALF, torch.float32)
+    return fits and head_width % 8 == 0 and _is_fast(x.device, dtype)
+
+
+def use_convolution(x: Tensor, taps: int) -> bool:
+    """Whether the kernel of the convolution serves tokens like ``x``.
 
     Args:
-        x: of the dtype and on the device that :func:`interleaved_attention` would get.
-        window_tokens: tokens of a window.
-        head_width: d.
+        taps: of its kernel, 9 of 3 x 3.
     """
     if _selection == "triton":
-        return x.dtype in (*HALF, torch.float32) and head_width <= MAX_HEAD_WIDTH
-    # measured on an H100 in bfloat16 (benchmarks/RESULTS.md); in float32 the kernel does without TF32
-    fits = x.is_cuda and x.dtype in HALF and head_width % 8 == 0 and head_width <= MAX_HEAD_WIDTH
-    return _selection == "auto" and INSTALLED and fits
-
-
-def use_convolution(x: Tensor) -> bool:
-    """Whether the kernel of the convolution serves tokens like ``x``."""
-    if _selection == "triton":
         return x.dtype in (*HALF, torch.float32)
-    return _selection == "auto" and INSTALLED and x.is_cuda and x.dtype in HALF
+    return taps <= MAX_TAPS and _is_fast(x.device, x.dtype)
+
+
+def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    # in float32 they do without TF32; tiles fit the memory of a multiprocessor from Ampere on
+    if _selection != "auto" or not INSTALLED or device.type != "cuda" or dtype not in HALF:
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 8
 
 
 def interleaved_attention(qkv: Tensor, window: tuple[int, ...], heads: int) -> Tensor:
@@ -94,9 +106,6 @@ def depthwise_convolution(
     gate: Tensor,
     attended: Tensor | None = None,
     attended_gate: Tensor | None = None,
-    *,
-    window: tuple[int, ...] | None = None,
-    grid: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``residual + gate * (convolution(x) + bias)``, each channel convolved by itself, zero padding.
 
@@ -110,17 +119,14 @@ def depthwise_convolution(
         residual: as x, usually float32.
         gate: broadcastable to ``(B, 1, .., 1, C)``.
         attended, attended_gate: as x and gate.
-        window: where given, x, residual and the result lie in the order of windows, ``(B, N, C)`` with memory
-            ``(B, *G, *M, C)`` as :func:`~iwin_dit.layers.windows.partition` makes it; it divides the grid.
-        grid: needed with ``window``.
 
     Returns:
         as residual; sums are float32.
 
     Raises:
-        ValueError: where a side of the kernel is even, or the window does not divide the grid.
+        ValueError: where a side of the kernel is even.
         RuntimeError: on a CPU without Triton's interpreter.
     """
     from iwin_dit.layers.kernels.convolution import convolve
 
-    return convolve(x, weight, bias, residual, gate, attended, attended_gate, window, grid)
+    return convolve(x, weight, bias, residual, gate, attended, attended_gate)

@@ -40,6 +40,7 @@ TILES: dict[str, dict[int, Tile]] = {
     "queries": {256: Tile(128, 64, 8, 2), 1024: Tile(128, 64, 8, 3)},
     "keys": {256: Tile(64, 128, 8, 2), 1024: Tile(64, 128, 8, 3)},
 }
+WIDE = 96  # channels of a head
 
 
 @triton.jit
@@ -286,12 +287,14 @@ def _keys_backward_kernel(
     _store(to + 2 * C, keys, real, dv1, dv2, 3 * C, D, D1, D2)
 
 
-def tile_of(kernel: str, tokens: int, dtype: torch.dtype) -> Tile:
+def tile_of(kernel: str, tokens: int, qkv: Tensor, heads: int) -> Tile:
     """The tile of windows of so many tokens; in float32 a small one, whose products need more registers."""
     table = TILES[kernel]
     found = next((table[size] for size in sorted(table) if tokens <= size), table[max(table)])
-    largest = min(32 if dtype == torch.float32 else 1024, max(16, triton.next_power_of_2(tokens)))
-    return found._replace(queries=min(found.queries, largest), keys=min(found.keys, largest))
+    largest = min(32 if qkv.dtype == torch.float32 else 1024, max(16, triton.next_power_of_2(tokens)))
+    # three stages of wide heads are too much for the shared memory of all but data centres' cards
+    stages = min(found.stages, 3 if qkv.shape[-1] // (3 * heads) <= WIDE else 2)
+    return Tile(min(found.queries, largest), min(found.keys, largest), found.warps, stages)
 
 
 def _sizes(qkv: Tensor, window: Sequence[int], heads: int) -> dict[str, int]:
@@ -335,7 +338,7 @@ def _launch(kernel: Any, tile: Tile, block: int, sizes: dict[str, int], *argumen
 def _attend(qkv: Tensor, window: Sequence[int], heads: int) -> tuple[Tensor, Tensor]:
     qkv = qkv.contiguous()
     out, lse = _attend_fake(qkv, window, heads)
-    tile = tile_of("forward", math.prod(window), qkv.dtype)
+    tile = tile_of("forward", math.prod(window), qkv, heads)
     scale = _scale(qkv, heads) * math.log2(math.e)
     _launch(_forward_kernel, tile, tile.queries, _sizes(qkv, window, heads), qkv, out, lse, scale)
     return out, lse
@@ -356,14 +359,14 @@ def _attend_backward(
     dqkv, tokens, sizes = torch.empty_like(qkv), math.prod(window), _sizes(qkv, window, heads)
     score_scale = _scale(qkv, heads)
     scales = score_scale * math.log2(math.e), score_scale
-    tile = tile_of("window", tokens, qkv.dtype)
+    tile = tile_of("window", tokens, qkv, heads)
     if tokens <= tile.queries:
         _launch(_window_backward_kernel, tile, tokens, sizes, grad, qkv, out, lse, dqkv, *scales)
         return dqkv
     delta = torch.empty_like(lse)
-    tile = tile_of("queries", tokens, qkv.dtype)
+    tile = tile_of("queries", tokens, qkv, heads)
     _launch(_queries_backward_kernel, tile, tile.queries, sizes, grad, qkv, out, lse, delta, dqkv, *scales)
-    tile = tile_of("keys", tokens, qkv.dtype)
+    tile = tile_of("keys", tokens, qkv, heads)
     _launch(_keys_backward_kernel, tile, tile.keys, sizes, grad, qkv, lse, delta, dqkv, *scales)
     return dqkv
 

@@ -8,10 +8,7 @@ reads the gradient and the tokens once, writes the tokens' gradient, and for eac
 one vector over the channels each, from which the gradients of weight, bias and gate follow by small products.
 Sums of tiles are added by PyTorch, always in the same order.
 
-Natural order is that of windows with a single token: one address function serves both.
-
-Legend: B batch, T, H, W sides of the grid (T = 1 of images), M sides of the window, G = side / M, C channels,
-K sides of the kernel, N = T H W tokens.
+Legend: B batch, T, H, W sides of the grid (T = 1 of images), C channels, K sides of the kernel.
 """
 
 from __future__ import annotations
@@ -50,23 +47,10 @@ def tile_of(kernel: str, taps: int, tokens: int) -> Tile:
 
 
 @triton.jit
-def _rows(t, h, w, H, W, GT, GH, GW, MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr):
-    # Where the tokens of these places stand in memory (*G, *M).
-    if MT * MH * MW == 1:
-        rows = (t * H + h) * W + w
-    else:
-        groups = (t % GT * GH + h % GH) * GW + w % GW
-        rows = groups * (MT * MH * MW) + (t // GT * MH + h // GH) * MW + w // GW
-    return rows.to(tl.int64)
-
-
-@triton.jit
-def _neighbours(
-    base, t, h, w, channels, T, H, W, C, GT, GH, GW, MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr
-):  # fmt: skip
+def _neighbours(base, t, h, w, channels, T, H, W, C):
     # The tokens of these places in float32, zeros outside of the grid.
     inside = (t >= 0) & (t < T) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    rows = _rows(t, h, w, H, W, GT, GH, GW, MT, MH, MW)
+    rows = ((t * H + h) * W + w).to(tl.int64)
     mask = inside[:, None] & (channels < C)[None, :]
     return tl.load(base + rows[:, None] * C + channels[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -83,9 +67,8 @@ def _program(tiles, C, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     x, weight, bias, residual, gate, attended, attended_gate, out, attended_gate_stride, gate_stride, tiles,
-    T, H, W, C, GT, GH, GW,
-    MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, BESIDE: tl.constexpr,
+    T, H, W, C, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KT * KH * KW
     image, _, first, channels = _program(tiles, C, TOKENS * STEPS, CHANNELS)
@@ -100,14 +83,14 @@ def _forward_kernel(
     for step in range(STEPS):
         n = first + step * TOKENS + tl.arange(0, TOKENS)
         t, h, w = n // (H * W), n // W % H, n % W
-        places = start + _rows(t, h, w, H, W, GT, GH, GW, MT, MH, MW)[:, None] * C + channels[None, :]
+        places = start + n.to(tl.int64)[:, None] * C + channels[None, :]
         mask = (t < T)[:, None] & real[None, :]
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
         for i in tl.static_range(TAPS):
             tap = tl.load(weight + i * C + channels, mask=real, other=0.0).to(tl.float32)
             near = _neighbours(
                 x + start, t + i // (KH * KW) - KT // 2, h + i // KW % KH - KH // 2, w + i % KW - KW // 2,
-                channels, T, H, W, C, GT, GH, GW, MT, MH, MW,
+                channels, T, H, W, C,
             )  # fmt: skip
             total += tap[None, :] * near
         total = tl.load(residual + places, mask=mask, other=0.0).to(tl.float32) + (total + shift) * factor
@@ -118,9 +101,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad, x, weight, gate, dx, sums, gate_stride, tiles, T, H, W, C, GT, GH, GW,
-    MT: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    grad, x, weight, gate, dx, sums, gate_stride, tiles, T, H, W, C,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KT * KH * KW
     image, tile, first, channels = _program(tiles, C, TOKENS * STEPS, CHANNELS)
@@ -133,7 +116,7 @@ def _backward_kernel(
     for step in range(STEPS):
         n = first + step * TOKENS + tl.arange(0, TOKENS)
         t, h, w = n // (H * W), n // W % H, n % W
-        places = start + _rows(t, h, w, H, W, GT, GH, GW, MT, MH, MW)[:, None] * C + channels[None, :]
+        places = start + n.to(tl.int64)[:, None] * C + channels[None, :]
         mask = (t < T)[:, None] & real[None, :]
         here = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
@@ -142,11 +125,11 @@ def _backward_kernel(
             tap = tl.load(weight + i * C + channels, mask=real, other=0.0).to(tl.float32)
             near = _neighbours(  # the token whose result read this one through this tap
                 grad + start, t - i // (KH * KW) + KT // 2, h - i // KW % KH + KH // 2, w - i % KW + KW // 2,
-                channels, T, H, W, C, GT, GH, GW, MT, MH, MW,
+                channels, T, H, W, C,
             )  # fmt: skip
             total += tap[None, :] * near
             larger = larger + (products[i] + near * here,)  # noqa: RUF005
-        own = _neighbours(grad + start, t, h, w, channels, T, H, W, C, GT, GH, GW, MT, MH, MW)
+        own = _neighbours(grad + start, t, h, w, channels, T, H, W, C)
         products = larger + (products[TAPS] + own,)  # noqa: RUF005
         tl.store(dx + places, (total * factor).to(dx.dtype.element_ty), mask=mask)
     for i in tl.static_range(TAPS + 1):
@@ -154,15 +137,15 @@ def _backward_kernel(
 
 
 def _launch(
-    kernel: Any, tile: Tile, x: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
-    window: Sequence[int], *arguments: Tensor | int, **constants: Any,
+    kernel: Any, tile: Tile, x: Tensor, gate: Tensor, sides: Sequence[int], *arguments: Tensor | int,
+    **constants: Any,
 ) -> None:  # fmt: skip
     """One program for each tile of tokens and channels of each image."""
     if not x.is_cuda and isinstance(kernel, triton.JITFunction):
         raise RuntimeError("Triton's kernels need CUDA, or TRITON_INTERPRET=1 set before triton is imported")
+    _, *grid, channels = x.shape
     ones = (1,) * (3 - len(grid))  # axes that the grid lacks
-    groups = (*ones, *(side // m for side, m in zip(grid, window, strict=True)))
-    tiles, channels = triton.cdiv(math.prod(grid), tile.tokens * tile.steps), x.shape[-1]
+    tiles = triton.cdiv(math.prod(grid), tile.tokens * tile.steps)
     with torch.cuda.device_of(x):
         kernel[(len(x) * tiles * triton.cdiv(channels, tile.channels),)](
             *arguments,
@@ -170,8 +153,6 @@ def _launch(
             tiles,
             *(*ones, *grid),
             channels,
-            *groups,
-            *(*ones, *window),
             *(*ones, *sides),
             TOKENS=tile.tokens,
             CHANNELS=tile.channels,
@@ -189,7 +170,7 @@ def _rows_contiguous(gate: Tensor) -> Tensor:
 @torch.library.custom_op("iwin_dit::depthwise_convolution", mutates_args=())
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, attended: Tensor | None,
-    attended_gate: Tensor | None, sides: Sequence[int], grid: Sequence[int], window: Sequence[int],
+    attended_gate: Tensor | None, sides: Sequence[int],
 ) -> Tensor:  # fmt: skip
     # weight (taps, C), gates (B, C); sides are the kernel's
     x, weight, bias, residual = (tensor.contiguous() for tensor in (x, weight, bias, residual))
@@ -197,50 +178,49 @@ def _convolve(
     beside = attended is not None
     attended, other = (attended.contiguous(), _rows_contiguous(attended_gate)) if beside else (x, gate)
     tensors = x, weight, bias, residual, gate, attended, other, out, other.stride(0)
-    tile = tile_of("forward", len(weight), math.prod(grid))
-    _launch(_forward_kernel, tile, x, gate, sides, grid, window, *tensors, BESIDE=beside)
+    tile = tile_of("forward", len(weight), math.prod(x.shape[1:-1]))
+    _launch(_forward_kernel, tile, x, gate, sides, *tensors, BESIDE=beside)
     return out
 
 
 @_convolve.register_fake
 def _convolve_fake(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, attended: Tensor | None,
-    attended_gate: Tensor | None, sides: Sequence[int], grid: Sequence[int], window: Sequence[int],
+    attended_gate: Tensor | None, sides: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("iwin_dit::depthwise_convolution_backward", mutates_args=())
 def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
-    window: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor, sides: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     grad, x, weight = (tensor.contiguous() for tensor in (grad, x, weight))
     gate, dx = _rows_contiguous(gate), torch.empty_like(x)
-    tile = tile_of("backward", len(weight), math.prod(grid))
-    tiles = triton.cdiv(math.prod(grid), tile.tokens * tile.steps)
+    tokens = math.prod(x.shape[1:-1])
+    tile = tile_of("backward", len(weight), tokens)
+    tiles = triton.cdiv(tokens, tile.tokens * tile.steps)
     sums = x.new_empty(len(x), tiles, len(weight) + 1, x.shape[-1], dtype=torch.float32)
-    _launch(_backward_kernel, tile, x, gate, sides, grid, window, grad, x, weight, gate, dx, sums)
+    _launch(_backward_kernel, tile, x, gate, sides, grad, x, weight, gate, dx, sums)
     return dx, sums.sum(1)
 
 
 @_convolve_backward.register_fake
 def _convolve_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor, sides: Sequence[int], grid: Sequence[int],
-    window: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor, sides: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     sums = x.new_empty(len(x), len(weight) + 1, x.shape[-1], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), sums
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, gate, attended, attended_gate, *ctx.geometry = inputs
+    x, weight, bias, _, gate, attended, attended_gate, ctx.sides = inputs
     ctx.save_for_backward(x, weight, bias, gate, attended, attended_gate)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, gate, attended, attended_gate = ctx.saved_tensors
-    dx, sums = _convolve_backward(grad, x, weight, gate, *ctx.geometry)  # (B, .., C), (B, taps + 1, C)
+    dx, sums = _convolve_backward(grad, x, weight, gate, ctx.sides)  # (B, .., C), (B, taps + 1, C)
     of_parameters = (sums * gate.float()[:, None]).sum(0)  # (taps + 1, C)
     dweight, dbias = of_parameters[:-1].to(weight.dtype), of_parameters[-1].to(bias.dtype)
     parameters = torch.cat([weight.float(), bias.float()[None]])
@@ -251,7 +231,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factor = attended_gate.float().view(len(x), *(1 for _ in tokens), -1)
         dattended_gate = (grad * attended).sum(tokens, dtype=torch.float32)
         beside = (grad * factor).to(attended.dtype), dattended_gate.to(attended_gate.dtype)
-    return dx, dweight, dbias, grad, dgate, *beside, None, None, None
+    return dx, dweight, dbias, grad, dgate, *beside, None
 
 
 _convolve.register_autograd(_differentiate, setup_context=_save)
@@ -265,18 +245,11 @@ def convolve(
     gate: Tensor,
     attended: Tensor | None,
     attended_gate: Tensor | None,
-    window: tuple[int, ...] | None,
-    grid: tuple[int, ...] | None,
 ) -> Tensor:
     """See :func:`iwin_dit.layers.kernels.depthwise_convolution`."""
-    if window is None:
-        grid = tuple(x.shape[1:-1])
-        window = (1,) * len(grid)
     sides = tuple(weight.shape[2:])
     if any(side % 2 == 0 for side in sides):
         raise ValueError(f"the kernel is {sides}, its sides must be odd")
-    if any(side % m for side, m in zip(grid, window, strict=True)):
-        raise ValueError(f"the window {window} does not divide the grid {grid}")
     gate, attended_gate = (
         None
         if g is None
@@ -284,4 +257,4 @@ def convolve(
         for g in (gate, attended_gate)
     )
     weight = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
-    return _convolve(x, weight, bias, residual, gate, attended, attended_gate, sides, grid, window)
+    return _convolve(x, weight, bias, residual, gate, attended, attended_gate, sides)
