@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
+from iwin_dit.budget import multiply_adds
 from iwin_dit.layers import kernels
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.embeddings import rope_angles
@@ -265,6 +266,11 @@ def test_each_serves_images_of_any_size(name):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
     nothing = model(torch.randn(0, 4, 8, 8), torch.tensor(500.0), labels[:0]).sample
     assert nothing.shape == (0, 4, 8, 8)
+    channels, positions = 2 * 8, 8 * 8
+    projections = (
+        2 * positions * (4 * channels**2 + 3 * channels * int(2 / 3 * 4 * channels))
+    )  # of two blocks
+    assert projections < multiply_adds(model.to("meta")) < 2 * projections
 
 
 def make_clip_model(name, **options):

@@ -17,6 +17,19 @@ from iwin_dit.layers.specs import BlockSpec
 from iwin_dit.layers.token_mixer import TokenMixer
 
 
+def of_pairs(table: Tensor, window: tuple[int, ...]) -> Tensor:
+    """What a table holds for each pair of tokens, by their offset, from -(M - 1) to M - 1 an axis:
+    ``(2 M - 1, .., K) -> (1, K, N, N)``.
+    """
+    index = torch.zeros(1, 1, dtype=torch.long, device=table.device)
+    for m in window:
+        place = torch.arange(m, device=table.device)
+        offset = place[:, None] - place[None] + m - 1  # (M, M)
+        index = index[:, None, :, None] * (2 * m - 1) + offset[None, :, None, :]
+        index = index.flatten(2).flatten(0, 1)
+    return table.flatten(0, -2)[index].movedim(-1, 0)[None]
+
+
 class RelativeBias(nn.Module):
     """What is added to the scores for each relative position, learned (Swin).
 
@@ -31,9 +44,9 @@ class RelativeBias(nn.Module):
         nn.init.normal_(self.bias_table, std=0.02)
 
     def forward(self, window: tuple[int, ...], x: Tensor) -> Tensor:
-        """Of offsets from -(M - 1) to M - 1 an axis, for scores of x: ``(2 M - 1, .., K)``."""
+        """For the scores of x: ``(1, K, N, N)``."""
         offsets = (slice(whole - m, whole + m - 1) for whole, m in zip(self.window, window, strict=True))
-        return self.bias_table[tuple(offsets)]
+        return of_pairs(self.bias_table[tuple(offsets)], window)
 
 
 class ContinuousBias(nn.Module):
@@ -54,7 +67,7 @@ class ContinuousBias(nn.Module):
         ]
         offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # (2 M - 1, .., R)
         logarithms = offsets.sign() * torch.log2(1 + 8 * offsets.abs()) / math.log2(8)
-        return 16 * torch.sigmoid(self.bias_network(logarithms.to(x.dtype)))
+        return of_pairs(16 * torch.sigmoid(self.bias_network(logarithms.to(x.dtype))), window)
 
 
 class SwinMixer(TokenMixer):
@@ -87,8 +100,7 @@ class SwinMixer(TokenMixer):
             tokens = windows.pad(tokens, padded)
             return windows.partition(torch.roll(tokens, there, axes), window, interleaved=False)
 
-        bias = self.relative_bias(window, x).flatten(0, -2)
-        mask = bias[relative_index(window, x.device)].movedim(-1, 0)[None]  # (1, K, N, N)
+        mask = self.relative_bias(window, x)  # (1, K, N, N)
         if padded != grid or any(shift):
             hidden = ~self.visible(grid, padded, window, shift, x.device)  # (G, 1, N, N)
             mask = mask.masked_fill(hidden, -torch.inf).repeat(x.shape[0], 1, 1, 1)
@@ -135,14 +147,3 @@ class SwinV2Mixer(SwinMixer):
 
     attention_type = CosineAttention
     bias_type = ContinuousBias
-
-
-def relative_index(window: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the offset of token i from token j stands in a flattened bias: ``(N, N)``."""
-    index = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for m in window:
-        place = torch.arange(m, device=device)
-        offset = place[:, None] - place[None] + m - 1  # (M, M)
-        index = index[:, None, :, None] * (2 * m - 1) + offset[None, :, None, :]
-        index = index.flatten(2).flatten(0, 1)
-    return index
