@@ -23,7 +23,7 @@ def main() -> int:
 
         print(describe_classifier(config), flush=True)
         return 0
-    if not files.can_write(Path(config.output_dir)):
+    if not files.can_write_folder(Path(config.output_dir)):
         raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
     return train(config)
 
@@ -43,18 +43,18 @@ def train(config: ClassifierConfig) -> int:
         config, accelerator, classifier.build_trained(config), classifier.parameter_groups(config)
     )
     loss, random_batch = classifier.build_loss(config)
-    micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
-    examples = build_labelled.build_examples(config, images, micro_batch)
-    loader = build.build_loader(config, examples, accelerator, micro_batch)
+    together = 2 if config.mixes else 1  # images that are mixed two by two stay in one micro-batch
 
     with build.attention_backend(config):
+        micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch, together)
+        examples = build_labelled.build_examples(config, images, micro_batch)
         step = loop.train(
             config,
             accelerator,
             run,
             state,
             loss,
-            loader,
+            build.build_loader(config, examples, accelerator, micro_batch),
             config.train.batch_images // (micro_batch * accelerator.num_processes),
             classifier.build_preview(config, held_out, run, accelerator),
             classifier.build_evaluation(config, held_out, state, accelerator),

@@ -24,7 +24,7 @@ def main() -> int:
         print(describe_run(config), flush=True)
         budget.check(config)
         return 0
-    if not files.can_write(Path(config.output_dir)):
+    if not files.can_write_folder(Path(config.output_dir)):
         raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
     return train(config)
 
@@ -46,9 +46,7 @@ def train(config: Config) -> int:
     build.start_trackers(config, accelerator)
     state = build.build_state(config, accelerator, build_pipeline.build_denoiser(config))
     loss, random_batch = build.build_loss(config, dataset, accelerator)
-    micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
     examples = build.build_examples(config, dataset, images)
-    loader = build.build_loader(config, examples, accelerator, micro_batch)
     evaluate = None
     if config.train.evaluate_every_steps:
         from iwin_dit.build_monitor import build_monitor  # and all that evaluates
@@ -57,13 +55,14 @@ def train(config: Config) -> int:
     preview = build_pipeline.build_preview(config, dataset, run, accelerator)
 
     with build.attention_backend(config):
+        micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
         step = loop.train(
             config,
             accelerator,
             run,
             state,
             loss,
-            loader,
+            build.build_loader(config, examples, accelerator, micro_batch),
             config.train.batch_images // (micro_batch * accelerator.num_processes),
             preview,
             evaluate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +128,13 @@ def memory(config: Config, num_processes: int = 1, saved: Activations | None = N
     return Memory(size, averages * size, size, 2 * size, saved.fixed + kept)
 
 
+def at_least(config: Config) -> Config:
+    """The config with the smallest micro-batch that it allows: ``auto`` goes down to one image."""
+    if config.train.micro_batch != "auto":
+        return config
+    return replace(config, train=replace(config.train, micro_batch=1))
+
+
 def checkpoint_bytes(config: Config) -> int:
     """Of one checkpoint: weights, averages and the optimiser's two moments."""
     averages = len(config.ema.decays) + len(config.ema.power_stds)
@@ -156,12 +164,12 @@ def check(config: Config) -> None:
         ConfigError: where memory or disk do not suffice, with what is needed, what is there and what helps.
     """
     name, there = device_bytes()
-    needed = memory(config, int(os.environ.get("WORLD_SIZE", "1")))
+    needed = memory(at_least(config), int(os.environ.get("WORLD_SIZE", "1")))
     if torch.cuda.is_available() and needed.total > there:
+        lower = "" if config.train.micro_batch == "auto" else "lower train.micro_batch, or "
         raise ConfigError(
-            f"the run takes {in_units(needed.total)} of memory, {name} has {in_units(there)}; lower "
-            "train.micro_batch, or set train.gradient_checkpointing 1, and ema.on_cpu "
-            "true or train.sharding fsdp2"
+            f"the run takes {in_units(needed.total)} of memory, {name} has {in_units(there)}; {lower}set "
+            "train.gradient_checkpointing 1, and ema.on_cpu true or train.sharding fsdp2"
         )
     root = Path(config.output_dir).absolute()
     has = sum(file.stat().st_size for file in root.rglob("*.safetensors")) if root.exists() else 0

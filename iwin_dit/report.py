@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -36,16 +37,20 @@ def describe_run(config: Config) -> str:
     except DataError as error:
         epoch = f"unknown: {error}"
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = budget.memory(config, num_processes)
+    saved = budget.activations(config)
+    needed = budget.memory(config, num_processes, saved)
+    least = budget.memory(budget.at_least(config), num_processes, saved)
     size = files.in_units
     parts = ", ".join(f"{name} {size(count)}" for name, count in needed._asdict().items())
+    lowest = "" if least == needed else f", or down to {size(least.total)} with smaller micro-batches"
     free = files.free_bytes(Path(config.output_dir))
     device, there = budget.device_bytes()
     lines = {
         "parameters": f"{parameters:,}",
         "multiply-adds per image": f"{budget.multiply_adds(model) / 1e9:,.3f} G, one forward pass",
-        "tokens": f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]}{window}",
-        "memory of a device": f"{size(needed.total)} at the peak: {parts}; {device} has {size(there)}",
+        "tokens": f"{' x '.join(map(str, grid))} = {math.prod(grid):,}{window}",
+        "memory of a device": f"{size(needed.total)} at the peak: {parts}{lowest}; "
+        f"{device} has {size(there)}",
         "checkpoint": f"{size(budget.checkpoint_bytes(config))}, {config.train.keep_checkpoints} are kept",
         "disk": f"{size(budget.disk_bytes(config))} for the whole run, {size(free)} are free",
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",

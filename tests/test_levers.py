@@ -4,6 +4,7 @@ import json
 import math
 import os
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from conftest import assert_equal, read_checkpoint, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwin_dit import budget
+from iwin_dit import budget, build_pipeline
 from iwin_dit.config import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.report import describe_run
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.training import loop, memory, reports
@@ -182,14 +184,24 @@ def test_the_budget_of_the_authors_model():
     assert found.optimizer == 8 * 712_475_552
     assert budget.checkpoint_bytes(config) == 16 * 712_475_552
     assert budget.disk_bytes(config) == 16 * 712_475_552 * 3 + 4 * 712_475_552
-    assert budget.training_flops(config) == pytest.approx(6 * budget.multiply_adds(meta(config)))
 
 
-def meta(config):
-    from iwin_dit.build import build_model
+def test_the_operations_of_the_authors_model():
+    """Counted by hand: 256 tokens of width 1,152, windows of 64, kernels of 3 x 3, SwiGLU of 3 x 3,072."""
+    config = load_config(budget.Path(__file__).parent.parent / "configs" / "iwin_xl_1_imagenet256.yaml")
+    tokens, width, channels = 256, 1152, 32
+    mixer = tokens * width * (4 * width + 2 * 64 + 9)
+    mlp, modulation = tokens * width * 3 * 3072, 7 * width**2
+    condition = 256 * width + width**2  # of the timestep
+    ends = 2 * tokens * width * channels + 2 * width**2  # the patches, in and out, and the last modulation
+    forward = 28 * (mixer + mlp + modulation) + condition + ends
+    assert budget.training_flops(config) == 6 * forward  # two for each, forward; twice that backward
 
-    with torch.device("meta"):
-        return build_model(config)
+
+def test_tokens_of_clips_are_counted_along_all_axes(recipe):
+    clips = recipe(model={"sample_frames": 6, "sample_size": [8, 4], "mixer": {"window_size": [3, 4, 2]}})
+    assert "6 x 8 x 4 = 192, windows of 3 x 4 x 2" in describe_run(load_config(clips))
+    assert "8 x 8 = 64, windows of 4 x 4" in describe_run(load_config(recipe()))
 
 
 def test_a_run_that_cannot_fit_is_refused(recipe, train_here, tmp_path, monkeypatch):
@@ -238,6 +250,64 @@ def test_the_host_asks_the_device_only_for_the_log(recipe, train_here, tmp_path,
         trained(train_here, "--config", recipe(train=train))
     assert [b - a for a, b in pairwise(at_step[:6])] == [0] * 5
     assert [record["step"] for record in read_log(tmp_path / "run")] == [6, 12]
+
+
+def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch):
+    """By a clock on which a step takes a second, and saving, snapshots, drawing and going back a hundred."""
+    clock, steps = [0.0], []
+
+    def taking(seconds, call):
+        def timed(*arguments):
+            clock[0] += seconds
+            return call(*arguments)
+
+        return timed
+
+    def loss(*arguments, real=FlowMatching.loss):
+        steps.append(0)
+        return real(*arguments) * (100 if len(steps) == 17 else 1)
+
+    monkeypatch.setattr(FlowMatching, "loss", taking(1, loss))
+    monkeypatch.setattr(reports, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for name in ("save", "save_snapshot", "roll_back"):
+        monkeypatch.setattr(loop, name, taking(100, getattr(loop, name)))
+    monkeypatch.setattr(build_pipeline, "build_preview", lambda *_: taking(100, lambda *_: None))
+    config = recipe(
+        train={"max_steps": 24, "save_every_steps": 6, "log_every_steps": 2, "spike_factor": 5.0}
+        | {"sample_every_steps": 4},
+        ema={"power_stds": [0.1], "snapshot_every_steps": 8},
+    )
+    flops = 8 * budget.training_flops(load_config(config))
+    monkeypatch.setattr(reports, "peak_flops", lambda device: 2 * flops)
+    assert "back to step 12" in trained(train_here, "--config", config)
+    assert clock[0] >= 1000 + len(steps), "the clock went on"
+    for record in read_log(tmp_path / "run"):
+        assert record["images_per_second"] == 8
+        assert record["tflops_per_device"] == pytest.approx(flops / 1e12, rel=0.01)
+        assert record["mfu"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("card", "teraflops"),
+    [  # half of what the data sheets say, which is with sparsity
+        ("NVIDIA H200", 1979 / 2),
+        ("NVIDIA H200 NVL", 1671 / 2),
+        ("NVIDIA GH200 480GB", 1979 / 2),
+        ("NVIDIA H100 80GB HBM3", 1979 / 2),
+        ("NVIDIA H100 NVL", 1671 / 2),
+        ("NVIDIA H100 PCIe", 1513 / 2),
+        ("NVIDIA A100-SXM4-80GB", 624 / 2),
+        ("NVIDIA L40S", 733 / 2),
+        ("NVIDIA GeForce RTX 4090", 330 / 2),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_the_peak_of_a_card_is_that_of_its_data_sheet(card, teraflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    found = reports.peak_flops(torch.device("cuda"))
+    assert found == (None if teraflops is None else pytest.approx(teraflops * 1e12, rel=0.02))
 
 
 def test_speed_and_size_are_in_the_log(recipe, train_here, tmp_path):

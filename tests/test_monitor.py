@@ -10,6 +10,7 @@ from evaluation_stub import COUNT, Stub, make_sets
 
 from iwin_dit import build_evaluation, build_monitor
 from iwin_dit.config import load_config
+from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime.errors import ConfigError
 
 
@@ -89,6 +90,22 @@ def test_an_evaluation_that_was_stopped_is_made_by_the_resumed_run(
     code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
     assert code == 0, output
     assert figures(tmp_path / "other")[8] == expected[8]
+
+
+def test_what_a_spike_takes_back_is_evaluated_again(watched, train_here, tmp_path, monkeypatch):
+    """The loss is a hundred times as large in step 13: back to step 8; step 12 is evaluated a second time."""
+    real, calls = FlowMatching.loss, []
+
+    def loss(*arguments):
+        calls.append(0)
+        return real(*arguments) * (100 if len(calls) == 13 else 1)
+
+    monkeypatch.setattr(FlowMatching, "loss", loss)
+    longer = ("--train.max_steps", 16, "--train.save_every_steps", 8, "--train.log_every_steps", 1)
+    code, output = train_here("--config", watched, *longer, "--train.spike_factor", 5)
+    assert code == 0, output
+    assert "loss spike at step 13: back to step 8" in output
+    assert list(figures(tmp_path / "run")) == [4, 8, 12, 16]
 
 
 def test_what_is_wrong_shows_before_training(watched, train_here, tmp_path):

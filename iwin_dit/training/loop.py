@@ -8,7 +8,7 @@ and the optimiser: all randomness is a function of (seed, step), so "run the sam
 from __future__ import annotations
 
 import contextlib
-import time
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -108,6 +108,7 @@ def train(
     evaluated = set(logged(accelerator, run, "evaluated"))
     model = prepare(accelerator, state.model)
     decays = decay_rules(config.ema.decays, config.ema.power_stds)
+    max_norm = optim.max_grad_norm or math.inf  # the norm is measured in any case
     skip = options.max_skipped_steps if options.on_nonfinite == "skip" else 0
     reports, meter = Reports(accelerator), Meter(accelerator, options.batch_images, flops_per_image, skip)
     batches = iter(loader(step + offset))
@@ -115,11 +116,11 @@ def train(
     def evaluate_once() -> None:
         if step in evaluated or not options.evaluate_every_steps:
             return
-        began = time.perf_counter()
-        if (figures := evaluate(step, stop)) is not None:
+        with meter.paused():
+            figures = evaluate(step, stop)
+        if figures is not None:
             evaluated.add(step)
             write_log(accelerator, run, {"step": step, "evaluated": step} | figures)
-        meter.pause(since=began)
 
     with progress(
         total=options.max_steps,
@@ -146,7 +147,7 @@ def train(
                         share = per_image.sum() / options.batch_images  # of the mean over the global batch
                         accelerator.backward(share * accelerator.num_processes)  # gradients are averaged
                     mean += share.detach()
-            norm = full(nn.utils.clip_grad_norm_(state.model.parameters(), optim.max_grad_norm)).detach()
+            norm = full(nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)).detach()
             numbers = reports.combine(mean, norm, bool(stop))
             state.optimizer.found_inf = numbers[2]  # a step that is not finite changes nothing
             state.optimizer.step()
@@ -181,23 +182,24 @@ def train(
                     loss=record["loss"], images_s=round(record["images_per_second"]), refresh=False
                 )
                 if saved and is_spike(record["loss"], losses, options.spike_factor):
-                    step, offset = roll_back(accelerator, run, state, Progress(step, offset), rollbacks)
-                    losses = logged(accelerator, run, "loss")
-                    batches = iter(loader(step + offset))
+                    with meter.paused():
+                        step, offset = roll_back(accelerator, run, state, Progress(step, offset), rollbacks)
+                        losses = logged(accelerator, run, "loss")
+                        evaluated.intersection_update(logged(accelerator, run, "evaluated"))
+                        batches = iter(loader(step + offset))
                     bar.update(step - bar.n)
                     continue
                 losses.append(record["loss"])
             if any(report.stop for report in arrived):
                 break
-            if saves and not last:
-                save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
-                saved = step
-            if snapshots:
-                save_snapshot(accelerator, run, step, state)
-            if samples:
-                began = time.perf_counter()
-                together(accelerator, partial(preview, full_ema(state), step, stop))
-                meter.pause(since=began)  # drawing is not training
+            with meter.paused():
+                if saves and not last:
+                    save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
+                    saved = step
+                if snapshots:
+                    save_snapshot(accelerator, run, step, state)
+                if samples:
+                    together(accelerator, partial(preview, full_ema(state), step, stop))
             if due(step, options.evaluate_every_steps) and not last:
                 evaluate_once()
     save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
@@ -230,11 +232,12 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
 
 
 def synchronize(accelerator: Accelerator, model: nn.Module, prepared: Any, now: bool) -> Any:
-    """The context in which a backward pass averages gradients over the processes, or leaves it for later."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-        return contextlib.nullcontext()
-    return contextlib.nullcontext() if now else accelerator.no_sync(prepared)
+    """The context in which a backward pass averages gradients over the processes, or leaves it for later.
+
+    A split model never leaves it: until then its gradients would be whole on every process.
+    """
+    leaves = not now and not isinstance(model, FSDPModule)
+    return accelerator.no_sync(prepared) if leaves else contextlib.nullcontext()
 
 
 def write_log(accelerator: Accelerator, run: RunDirectory | None, record: dict[str, Any]) -> None:

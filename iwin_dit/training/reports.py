@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import time
+from collections.abc import Iterator
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,7 +18,10 @@ from iwin_dit.runtime.errors import NonFiniteError
 
 # Dense bf16 matrix-multiply peak in FLOP/s, by what the driver calls the card (the vendor's data sheets).
 PEAK_FLOPS = {
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -112,9 +118,12 @@ class Meter:
         self._norm = math.nan
         self._steps, self._paused, self._started = 0, 0.0, time.perf_counter()
 
-    def pause(self, since: float) -> None:
-        """Time since then, by ``time.perf_counter``, was not spent on training."""
-        self._paused += time.perf_counter() - since
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The context of what is not training: its time does not count."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def add(self, report: Report) -> None:
         """Counts one step.
@@ -166,6 +175,8 @@ def is_spike(loss: float | None, before: list[float | None], factor: float | Non
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of a card that is known here; else None, and no MFU."""
+    """Of a card that is known here, a whole one; else None, and no MFU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+    if "MIG" in name or "Laptop" in name:
+        return None
+    return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
