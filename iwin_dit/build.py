@@ -83,10 +83,10 @@ def build_accelerator(config: Any) -> Accelerator:
         raise ConfigError(f"{accelerator.device} does not compute in bf16; set train.precision fp32")
     if config.train.kernels == "triton" and not _runs_triton(accelerator.device):
         raise ConfigError(
-            f"train.kernels triton needs the triton package and a CUDA device, found {accelerator.device}; set auto"
+            f"train.kernels triton needs the triton package and a CUDA device, found {accelerator.device}; "
+            "set auto"
         )
-    tensor_cores = config.train.precision == "tf32" and accelerator.device.type == "cuda"
-    torch.set_float32_matmul_precision("high" if tensor_cores else "highest")
+    torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
@@ -216,28 +216,35 @@ def find_micro_batch(
     state: State,
     loss: Callable[..., Tensor],
     batch: Callable[[int], Sequence[Tensor]],
+    together: int = 1,
 ) -> int:
     """Images of one forward pass on one process: the config's, or the most that fit into memory.
+
+    The model is left as it was; what it computes with has to be chosen before.
 
     Args:
         loss: as the training loop takes it.
         batch: ``batch(images)``, random tensors as the loader gives them.
+        together: so many images stay in one micro-batch.
 
     Raises:
         ConfigError: where they do not divide the batch, or not even one image fits.
     """
     local, micro_batch = local_batch(config.train, accelerator.num_processes)
-    if config.train.micro_batch != "auto":
+    if config.train.micro_batch != "auto" or local % together:
         return micro_batch
 
-    def attempt(images: int) -> None:
-        tensors = [tensor.to(accelerator.device) for tensor in batch(images)]
+    def attempt(groups: int) -> None:
+        tensors = [tensor.to(accelerator.device) for tensor in batch(groups * together)]
         with accelerator.autocast():
             losses = loss(state.model, *tensors)
         losses.sum().backward()
 
+    buffers = [buffer.clone() for buffer in state.model.buffers()]  # such as BatchNorm's statistics
     with torch.random.fork_rng():
-        fitting = largest_that_fits(attempt, local)
+        fitting = largest_that_fits(attempt, local // together) * together
+    for buffer, before in zip(state.model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
     state.optimizer.zero_grad(set_to_none=True)
     fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
     if accelerator.is_main_process:
@@ -281,8 +288,8 @@ def attention_backend(config: Any) -> Iterator[None]:
             raise
         raise ConfigError(
             f"train.attention_backend {name} has no kernel for this model's attention here, in "
-            f"{config.train.precision}: on a GPU, flash and cudnn need bf16, and flash no masks (swin, swin_v2, "
-            "neighborhood, padded windows); a CPU has flash and math; set auto"
+            f"{config.train.precision}: on a GPU flash and cudnn need bf16, and flash takes no masks (swin, "
+            "swin_v2, neighborhood, padded windows); a CPU has flash and math; set auto"
         ) from None
 
 
@@ -304,8 +311,8 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
         if before != now:
             raise ConfigError(
                 f"{run.path} was begun with train.max_steps {before}, found {now}: the learning rate of "
-                f"optimizer.schedule {config.optimizer.schedule} depends on it; set {before}, or begin another "
-                f"run with these weights: another output_dir, and model.init_from {run.path}"
+                f"optimizer.schedule {config.optimizer.schedule} depends on it; set {before}, or begin "
+                f"another run with these weights: another output_dir, and model.init_from {run.path}"
             )
     return run
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwin_dit.build import leave_group
+from iwin_dit.build import any_attention, leave_group
 from iwin_dit.build_labelled import HeldOutData
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
@@ -96,7 +96,7 @@ def model_options(config: ClassifierConfig) -> dict[str, Any]:
 def begin_from(model: nn.Module, source: str) -> None:
     """Copies weights of a run or a file into a model; a head of other classes stays as it is drawn.
 
-    A larger image may give the last stage convolutions that the smaller one had no use for: they stay too.
+    A larger image may give the last stage convolutions that the smaller one had no use for: zeros at first.
     A model of clips takes those of images as well, see :func:`iwin_dit.models.inflation.inflate`.
 
     Raises:
@@ -151,10 +151,20 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def build_trained(config: ClassifierConfig) -> nn.Module:
-    """The network as it is trained: :func:`build_model` with gradient checkpointing where asked for."""
+    """The network as it is trained: :func:`build_model` with gradient checkpointing where asked for.
+
+    Raises:
+        ConfigError: where the network cannot do that.
+    """
     model = build_model(config)
     if config.train.gradient_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError:  # so timm says it
+            raise ConfigError(
+                f"train.gradient_checkpointing is {config.train.gradient_checkpointing}, but model.name "
+                f"{config.model.name} does not support it; set 0"
+            ) from None
     return model
 
 
@@ -276,6 +286,7 @@ def build_preview(
     chosen = torch.linspace(0, len(images) - 1, min(MAX_SHOWN, len(images))).round().long().tolist()
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
 
+    @any_attention
     @torch.no_grad()
     def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
         if stop:

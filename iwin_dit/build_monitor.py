@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from iwin_dit.build import any_attention
 from iwin_dit.build_evaluation import (
     build_extractor,
     check_fit,
@@ -54,6 +55,7 @@ def build_monitor(
     labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
     folder = Path(config.output_dir) / "evaluation"
 
+    @any_attention
     def evaluate(step: int, stop: Any) -> dict[str, float] | None:
         if step == 0:  # noise
             return None

@@ -13,6 +13,7 @@ from iwin_dit.config_rules import (
     TRAIN_ABOVE_ZERO,
     TRAIN_ZERO_OR_MORE,
     check_ema,
+    check_optimizer,
     check_ranges,
     check_train,
 )
@@ -134,7 +135,7 @@ class ClassifierOptimizerConfig(OptimizerConfig):
     schedule: Literal["constant", "cosine"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
-    max_grad_norm: float = 5.0
+    max_grad_norm: float | None = 5.0
     layer_decay: float = 1.0
     backbone_lr_scale: float = 1.0
 
@@ -170,6 +171,7 @@ class ClassifierConfig:
     def check(self) -> None:
         """All rules. Raises ConfigError."""
         check_ranges(self, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
+        check_optimizer(self.optimizer)
         check_ema(self.ema)
         check_train(self)
         _check_clips(self)
@@ -191,6 +193,11 @@ class ClassifierConfig:
             raise ConfigError(
                 f"train.sharding {self.train.sharding} is for train_dit.py; a classifier fits on one device: "
                 "set none"
+            )
+        if self.train.gradient_checkpointing > 1:
+            raise ConfigError(
+                f"train.gradient_checkpointing is {self.train.gradient_checkpointing}, but a classifier "
+                "computes all of its blocks twice, or none, as timm's models do: set 1 or 0"
             )
         for key in ("batch_images", "micro_batch"):
             images = getattr(self.train, key)

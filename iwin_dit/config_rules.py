@@ -11,10 +11,19 @@ from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from iwin_dit.config_schema import Config, DataConfig, EmaConfig, ModelConfig, TrainConfig
+    from iwin_dit.config_schema import (
+        Config,
+        DataConfig,
+        EmaConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
 
 # Samplers of each objective; a test compares them with the objectives' own.
 SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "ddpm", "dpm++")}
+DDPM_TIMESTEPS = 1000  # the same test
 
 
 def check(config: Config) -> None:
@@ -25,6 +34,8 @@ def check(config: Config) -> None:
     _check_sampling(config)
     _check_data(config.data)
     _check_clips(config)
+    _check_objective(config.objective)
+    check_optimizer(config.optimizer)
     check_ema(config.ema)
     check_train(config)
     asked = config.evaluation
@@ -42,12 +53,36 @@ def check(config: Config) -> None:
             f"train.evaluate_every_steps is {config.train.evaluate_every_steps}, but evaluation.reference is "
             "not set: give a folder of real images, or an .npz of them or of their statistics"
         )
-    if config.objective.name == "ddpm":
-        for f in fields(config.objective)[1:]:
-            if getattr(config.objective, f.name) != f.default:
-                raise ConfigError(
-                    f"objective.{f.name} has no meaning for ddpm; remove it, or take flow_matching"
-                )
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    given = [f.name for f in fields(objective)[1:] if getattr(objective, f.name) != f.default]
+    if objective.name == "ddpm" and given:
+        raise ConfigError(f"objective.{given[0]} has no meaning for ddpm; remove it, or take flow_matching")
+    of_density = [key for key in given if key.startswith("logit_")]
+    if objective.time_sampling == "uniform" and of_density:
+        raise ConfigError(
+            f"objective.{of_density[0]} has no meaning for time_sampling uniform; remove it, or take "
+            "logit_normal"
+        )
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """The rules of ``optimizer`` that all trainers have."""
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(
+            f"optimizer.betas is {list(optimizer.betas)}, expected two numbers in [0, 1), such as [0.9, 0.95]"
+        )
+    if optimizer.min_learning_rate and optimizer.schedule == "constant":
+        raise ConfigError(
+            f"optimizer.min_learning_rate is {optimizer.min_learning_rate}, to which a constant learning "
+            "rate never comes down; remove it, or set optimizer.schedule cosine"
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.min_learning_rate {optimizer.min_learning_rate} is above optimizer.learning_rate "
+            f"{optimizer.learning_rate}, from which the cosine comes down; lower it"
+        )
 
 
 def check_train(config: Any) -> None:
@@ -64,6 +99,18 @@ def check_train(config: Any) -> None:
         )
     if config.train.spike_factor is not None and config.train.spike_factor <= 1:
         raise ConfigError(f"train.spike_factor is {config.train.spike_factor}, expected above 1, such as 3")
+    if config.train.spike_factor is not None and config.train.save_every_steps % config.train.log_every_steps:
+        raise ConfigError(
+            f"train.save_every_steps {config.train.save_every_steps} is no multiple of train.log_every_steps "
+            f"{config.train.log_every_steps}, whose losses train.spike_factor looks at: it would go back to "
+            "a checkpoint whose loss nothing has looked at; take one"
+        )
+    most = config.train.max_skipped_steps
+    if config.train.on_nonfinite == "stop" and most != type(config.train)().max_skipped_steps:
+        raise ConfigError(
+            f"train.max_skipped_steps is {most}, but train.on_nonfinite stop skips none; set skip, or remove "
+            "max_skipped_steps"
+        )
     if config.train.health_every_steps % config.train.log_every_steps:
         raise ConfigError(
             f"train.health_every_steps {config.train.health_every_steps} is no multiple of "
@@ -172,6 +219,11 @@ def _check_sampling(config: Config) -> None:
             f"sample.sampler {sample.sampler} does not fit objective {config.objective.name}; "
             f"expected one of {', '.join(samplers)}"
         )
+    if config.objective.name == "ddpm" and sample.num_inference_steps > DDPM_TIMESTEPS:
+        raise ConfigError(
+            f"sample.num_inference_steps is {sample.num_inference_steps}, but ddpm has {DDPM_TIMESTEPS} "
+            "times; take at most so many"
+        )
     low, high = sample.guidance_interval
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"sample.guidance_interval is [{low}, {high}], expected 0 <= low <= high <= 1")
@@ -252,6 +304,7 @@ ZERO_OR_MORE = {
     "objective": ("cosine_weight",),
     "optimizer": ("warmup_steps", "weight_decay", "min_learning_rate"),
     "ema": ("snapshot_every_steps",),
+    "sample": ("guidance_scale",),
     "train": TRAIN_ZERO_OR_MORE,
 }
 SHARES = {"data": ("image_share",), "model": ("label_dropout",)}

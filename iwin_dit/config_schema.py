@@ -11,12 +11,14 @@ from typing import Any, Literal
 from iwin_dit.config_rules import check
 from iwin_dit.layers.specs import SIZES, MixerSpec
 
-# What a resumed run may set anew without being another run.
+# What a resumed run may set anew without being another run; max_steps only under a constant learning rate.
 MAY_CHANGE = frozenset(
     (
         "output_dir",
         "data.path",
         "data.images",
+        "data.held_out",
+        "data.held_out_labels",
         "model.init_from",
         "train.max_steps",
         "train.micro_batch",
@@ -195,11 +197,11 @@ class OptimizerConfig:
         learning_rate: after the warm-up.
         warmup_steps: linear warm-up.
         schedule: after it, constant, or half a cosine that ends with ``train.max_steps``.
-        min_learning_rate: at the end of the cosine.
+        min_learning_rate: at the end of the cosine, which alone has one.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; null for never.
     """
 
     learning_rate: float = 2e-4
@@ -209,7 +211,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -235,23 +237,26 @@ class TrainConfig:
     """The run.
 
     Args:
-        max_steps: optimiser steps; a finished run goes on when this grows.
+        max_steps: optimiser steps; a finished run goes on when this grows, unless its learning rate follows a
+            cosine, which ends here.
         batch_images: images of a step, over all processes.
         micro_batch: images of one forward pass on one process; gradients accumulate. ``auto`` takes the
             largest that fits into memory. Default: all at once.
-        precision: ``fp32``, or ``bf16`` (autocast; weights, EMA and optimiser stay in float32).
+        precision: ``fp32``; ``tf32``, the same, but a GPU's tensor cores round the factors of matrix products
+            to 10 bits (a CPU does not); or ``bf16`` (autocast; weights, EMA and optimiser stay in float32).
         sharding: ``fsdp2`` splits weights, gradients, optimiser and EMA over the processes.
-        gradient_checkpointing: compute every n-th block twice to save memory; 1 for all, 0 for none.
+        gradient_checkpointing: compute every n-th block twice to save memory; 1 for all, 0 for none, which is
+            all that a classifier knows.
         compile: torch.compile for the blocks.
-        attention_backend: kernel of scaled dot-product attention; ``auto`` lets PyTorch choose.
+        attention_backend: kernel of scaled dot-product attention in training; ``auto`` lets PyTorch choose.
         kernels: Iwin's own ones, in Triton: ``auto`` takes them on a GPU where they are faster, ``torch``
             takes PyTorch's operations everywhere.
         num_workers: processes that read data.
         worker_timeout_seconds: a batch that takes longer to read is an error.
         on_nonfinite: a loss or gradient that is not finite stops the run, or the step is skipped.
-        max_skipped_steps: so many skipped steps in a row stop the run.
+        max_skipped_steps: so many skipped steps in a row, of ``on_nonfinite skip``, stop the run.
         spike_factor: a logged loss above so many times the recent median goes back to the last checkpoint,
-            and on with other data. Default: never.
+            and on with other data; checkpoints then come with lines of the log. Default: never.
         log_every_steps: a line in log.jsonl.
         health_every_steps: root mean squares of each block's output and weights in these lines; 0 for none.
         sample_every_steps: a grid of samples; 0 for none.
@@ -264,7 +269,7 @@ class TrainConfig:
     max_steps: int = 400_000
     batch_images: int = 256
     micro_batch: int | Literal["auto"] | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     sharding: Literal["none", "fsdp2"] = "none"
     gradient_checkpointing: int = 0
     compile: bool = False

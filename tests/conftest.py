@@ -165,6 +165,19 @@ def start(*arguments, cwd=ROOT, launcher=(), start_new_session=False, **environm
     )
 
 
+def watch_attention(monkeypatch):
+    """The set of (whether gradients are wanted, whether flash attention is allowed), which calls fill."""
+    seen, real = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q, *arguments, **options):
+        if not q.is_meta:  # which counts operations
+            seen.add((torch.is_grad_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return real(q, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    return seen
+
+
 @pytest.fixture
 def script_here(monkeypatch, capfd):
     """``script_here(script, *arguments) -> (exit code, output)``: in this process, to be patched."""

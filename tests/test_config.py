@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, watch_attention
+from evaluation_stub import COUNT, Stub, make_sets
 
-from iwin_dit import build, config_rules
+from iwin_dit import build, build_evaluation, config_rules
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config, load_config, parse_arguments
 from iwin_dit.config_rules import local_batch
@@ -55,6 +56,7 @@ def test_samplers_are_those_of_the_objectives():
     for name, objective in (("flow_matching", build.FlowMatching), ("ddpm", build.DDPM)):
         assert config_rules.SAMPLERS[name] == objective.samplers
         assert objective.default_sampler in objective.samplers
+    assert build.DDPM().scheduler().config.num_train_timesteps == config_rules.DDPM_TIMESTEPS
 
 
 def test_a_resolved_config_is_a_config(tmp_path):
@@ -62,7 +64,7 @@ def test_a_resolved_config_is_a_config(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(tmp_path / "config.yaml") == config
     assert config.train.max_steps == 7
-    assert set(flatten(config.to_dict())) > MAY_CHANGE
+    assert set(flatten(config.to_dict())) | set(flatten(ClassifierConfig().to_dict())) > MAY_CHANGE
 
 
 def test_yaml_that_is_read_as_it_is_meant(tmp_path):
@@ -76,7 +78,7 @@ MISTAKES = [
     ("--train.max_stepz 5", "did you mean --train.max_steps?"),
     ("--train.max_step 5", "did you mean --train.max_steps?"),
     ("--model.depth many", "model.depth is 'many', expected int"),
-    ("--train.precision fp16", "train.precision is 'fp16', expected Literal['fp32', 'bf16']"),
+    ("--train.precision fp16", "train.precision is 'fp16', expected Literal['fp32', 'tf32', 'bf16']"),
     ("--model.mixer.name swim", "model.mixer.name is 'swim', expected Literal['iwin', 'global', 'swin'"),
     ("--model.heads 3", "3 heads do not divide the width 128; nearest that do: 1, 2, 4"),
     (
@@ -108,6 +110,32 @@ MISTAKES = [
     ("--ema.on_cpu true --train.sharding fsdp2", "exclude each other"),
     ("--train.micro_batch auto --train.sharding fsdp2", "give a number"),
     ("--train.spike_factor 0.5", "train.spike_factor is 0.5, expected above 1"),
+    (
+        "--train.spike_factor 3 --train.save_every_steps 25",
+        "train.save_every_steps 25 is no multiple of train.log_every_steps 10",
+    ),
+    ("--train.max_skipped_steps 3", "max_skipped_steps is 3, but train.on_nonfinite stop skips none"),
+    ("--optimizer.betas [0.9,1.0]", "optimizer.betas is [0.9, 1.0], expected two numbers in [0, 1)"),
+    ("--optimizer.betas [-0.1,0.9]", "optimizer.betas is [-0.1, 0.9], expected two numbers in [0, 1)"),
+    ("--optimizer.min_learning_rate 1e-5", "is 1e-05, to which a constant learning rate never comes down"),
+    (
+        "--optimizer.schedule cosine --optimizer.min_learning_rate 1",
+        "optimizer.min_learning_rate 1.0 is above optimizer.learning_rate 0.003",
+    ),
+    ("--optimizer.max_grad_norm 0", "optimizer.max_grad_norm is 0.0, expected a number above 0"),
+    (
+        "--objective.time_sampling uniform --objective.logit_mean 1",
+        "objective.logit_mean has no meaning for time_sampling uniform",
+    ),
+    (
+        "--objective.time_sampling uniform --objective.logit_std 2",
+        "objective.logit_std has no meaning for time_sampling uniform",
+    ),
+    (
+        "--objective.name ddpm --sample.num_inference_steps 1001",
+        "sample.num_inference_steps is 1001, but ddpm has 1000 times",
+    ),
+    ("--sample.guidance_scale -1", "sample.guidance_scale is -1.0, expected 0 or more"),
     ("--train.health_every_steps 7", "no multiple of train.log_every_steps 10"),
     ("--train.trackers [tensorbord]", "train.trackers"),
     ("--config missing.yaml", "missing.yaml cannot be read: No such file"),
@@ -120,6 +148,26 @@ def test_mistakes_are_explained(arguments, message):
     with pytest.raises(ConfigError) as error:
         parse(*arguments.split())
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--train.spike_factor 3 --train.save_every_steps 30",
+        "--train.max_skipped_steps 3 --train.on_nonfinite skip",
+        "--train.max_steps 20",  # below the warm-up, to look whether it runs
+        "--optimizer.betas [0,0]",
+        "--optimizer.schedule cosine --optimizer.min_learning_rate 3e-3",
+        "--optimizer.max_grad_norm null",
+        "--objective.time_sampling uniform",
+        "--objective.name ddpm --sample.num_inference_steps 1000",
+        "--sample.num_inference_steps 1001",
+        "--sample.guidance_scale 0",
+        "--train.precision tf32",
+    ],
+)
+def test_what_borders_on_mistakes_is_none(arguments):
+    parse(*arguments.split())
 
 
 @pytest.mark.parametrize(
@@ -193,6 +241,76 @@ def test_help_and_errors_answer_at_once_without_torch(arguments):
     assert ended.returncode == (0 if arguments == ["--help"] else 2)
     assert ended.stderr.strip().splitlines()[-1] == "False"
     assert ("usage: train_dit.py" in ended.stdout) or "error: model: 3 heads" in ended.stderr
+
+
+# --- what the config alone cannot tell
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "efficient"])
+def test_an_attention_that_is_not_there_is_a_mistake(recipe, refused_here, backend):
+    """Of float32 on a CPU, where neither is; on a GPU cuDNN's is not."""
+    if torch.cuda.is_available() and backend == "efficient":
+        pytest.skip("it is there")
+    config = recipe(train={"max_steps": 2})
+    for more in ((), ("--train.compile", "true")):
+        error = refused_here("train_dit.py", "--config", config, "--train.attention_backend", backend, *more)
+        assert f"train.attention_backend {backend} has no kernel for this model's attention here" in error
+        assert "in fp32" in error
+
+
+def test_other_errors_stay_what_they_are(recipe):
+    config = load_config(recipe(train={"attention_backend": "math"}))
+    with pytest.raises(RuntimeError, match="another") as error, build.attention_backend(config):
+        raise RuntimeError("another")
+    assert not isinstance(error.value, ConfigError)
+
+
+@pytest.mark.parametrize("what", ["sample_every_steps", "evaluate_every_steps"])
+def test_drawing_takes_the_attention_that_it_finds(recipe, train_here, monkeypatch, tmp_path, what):
+    """Training's need not serve the float32 of samples: they are drawn as if ``auto`` were set."""
+    monkeypatch.setattr(build_evaluation, "Inception", Stub)
+    seen = watch_attention(monkeypatch)
+    evaluation = {"reference": str(make_sets(tmp_path) / "real"), "num_images": COUNT}
+    config = recipe(train={"max_steps": 2, what: 2, "attention_backend": "math"}, evaluation=evaluation)
+    code, output = train_here("--config", config)
+    assert code == 0, output
+    assert seen == {(True, False), (False, True)}
+
+
+def test_triton_needs_a_device(recipe, refused_here, monkeypatch, tmp_path):
+    """Or Triton's interpreter, which conftest.py asks for where there is none."""
+    config = recipe(train={"kernels": "triton"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert build._runs_triton(device)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert build._runs_triton(torch.device("cuda"))
+    monkeypatch.setattr(build.kernels, "INSTALLED", device.type == "cpu")
+    error = refused_here("train_dit.py", "--config", config)
+    assert f"train.kernels triton needs the triton package and a CUDA device, found {device.type}" in error
+    monkeypatch.setattr(build.kernels, "INSTALLED", False)
+    assert not build._runs_triton(torch.device("cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tf32_is_float32_but_for_products(recipe, train_here, monkeypatch, tmp_path):
+    """Without autocast; a run in fp32 that follows does without tensor cores again."""
+    asked, real = [], build.Accelerator
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(
+        build, "Accelerator", lambda **options: asked.append(options["mixed_precision"]) or real(**options)
+    )
+    for precision in ("tf32", "fp32"):
+        config = recipe(output_dir=str(tmp_path / precision), train={"max_steps": 1, "precision": precision})
+        code, output = train_here("--config", config)
+        assert code == 0, output
+    assert asked == ["no", "high", "no", "highest"]
+
+
+def test_dit_is_trained_as_dit_was():
+    """facebookresearch/DiT's train.py: no clipping, TF32."""
+    config = load_config(ROOT / "configs" / "dit_xl_2_imagenet256.yaml")
+    assert config.optimizer.max_grad_norm is None
+    assert config.train.precision == "tf32"
 
 
 def test_defaults_are_documented():

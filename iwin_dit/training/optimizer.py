@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What has the shape of matrices and is none: embeddings, and what a relative position adds to attention's
+# scores, a table (Swin) or a network and a temperature (Swin V2, which leave them without decay, too).
+UNDECAYED = frozenset(("label_embedding", "bias_table", "bias_network", "logit_scale"))
+
 
 def learning_rate(step: int, options: Any, max_steps: int) -> float:
     """Linear warm-up, then constant, or half a cosine down to ``min_learning_rate`` at the last step.
 
     Args:
         options: an :class:`~iwin_dit.config_schema.OptimizerConfig`.
-        max_steps: the length of the run; a constant rate does not depend on it, so such a run may be made
-            longer.
+        max_steps: the length of the run; a constant rate does not depend on it, so such a run, and no other,
+            may be made longer (:func:`iwin_dit.build.build_run`).
     """
     peak, warmup = options.learning_rate, options.warmup_steps
     if step < warmup or options.schedule == "constant":
@@ -25,10 +29,12 @@ def learning_rate(step: int, options: Any, max_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All parameters; weight decay acts on matrices and kernels, not on biases and norm weights."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """All parameters; weight decay acts on matrices and kernels, not on biases, norms or UNDECAYED."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and UNDECAYED.isdisjoint(name.split("."))
+        (matrices if decays else others).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_adamw(
