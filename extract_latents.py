@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--labels", help="CSV with columns file,label for a flat folder")
     add("--vae", help="a preset, a folder, a hub id, or an original .pt, .ckpt or .safetensors file")
     add("--vae-config", type=Path, help="YAML of an original file's ddconfig (that of VA-VAE f16d32)")
-    add("--out", type=Path, help="folder for the shards and index.json")
+    add("--out", help="folder for the shards and index.json")
     add(
         "--size",
         type=int,
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--crop", choices=("center", "random"), default="center", help="(center: ADM's)")
     add("--batch-images", type=int, default=32, help="images of one pass through the VAE (32)")
     add("--shard-images", type=int, default=10_000, help="images of a shard (10,000)")
-    add("--workers", type=int, default=4, help="processes that decode images (4)")
+    add("--workers", type=int, help="processes that decode images (4, or as many as there are cores)")
     add(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
@@ -49,13 +49,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--info", type=Path, metavar="DIR", help="say what a set holds, and draw contact.png beside it")
     arguments = parser.parse_args()
     if not (arguments.verify or arguments.info):
-        missing = [name for name in ("images", "vae", "out") if getattr(arguments, name) is None]
-        if missing:
-            raise ConfigError(f"--{missing[0]} is missing; see --help")
+        missing = [name for name in ("images", "vae", "out") if not getattr(arguments, name)]
+        if missing:  # an empty --out would be the working directory
+            raise ConfigError(f"--{missing[0]} is missing or empty; see --help")
+        arguments.out = Path(arguments.out)
         numbers = [*arguments.size, arguments.batch_images, arguments.shard_images, arguments.frame_stride]
         numbers += [arguments.clips_per_video, 1 if arguments.frames is None else arguments.frames]
         if min(numbers) < 1 or len(arguments.size) > 2:
             raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
+        if min(arguments.workers or 0, arguments.max_bad_images) < 0:
+            raise ConfigError("--workers and --max-bad-images are at least 0")
+        if arguments.vae_config and not Path(arguments.vae).is_file():
+            raise ConfigError(f"--vae-config is for an original file; --vae {arguments.vae} is none")
         if arguments.frames is None and (arguments.frame_stride, arguments.clips_per_video) != (1, 1):
             raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
         if arguments.frames is not None and arguments.labels is not None:

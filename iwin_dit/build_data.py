@@ -17,6 +17,7 @@ from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import (
+    VA_VAE_PRESET,
     encode,
     is_of_videos,
     load_vae,
@@ -38,9 +39,7 @@ from iwin_dit.runtime.errors import DataError
 
 PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
 
-# VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator. It is
-# published as an original file, not for diffusers.
-VA_VAE_PRESET, VA_VAE_REPOSITORY = "va-vae-f16d32", "hustvl/vavae-imagenet256-f16d32-dinov2"
+VA_VAE_REPOSITORY = "hustvl/vavae-imagenet256-f16d32-dinov2"
 VA_VAE = dict(
     ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, resolution=256, attn_resolutions=[16], z_channels=32
 )

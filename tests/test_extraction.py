@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,12 +18,15 @@ import torch
 from conftest import make_vae, refused, run, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
+from iwin_dit.data import extraction
+from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode, encode_posterior, load_vae
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.sources import open_source
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, DiskError
 
 SIZE, COUNT, SHARD = 16, 100, 12
 TWO_PROCESSES = (
@@ -177,6 +183,142 @@ def test_other_settings_do_not_continue_what_was_begun(workshop, tmp_path):
     assert len(LatentDataset(out)) == COUNT
 
 
+@pytest.fixture
+def few(workshop, tmp_path):
+    """Two shards' worth of images, in folders of their own, and the VAE."""
+    draw_images(tmp_path / "images", count=2 * SHARD)
+    shutil.copytree(workshop / "vae", tmp_path / "vae")
+    return tmp_path
+
+
+def test_latents_of_other_images_are_not_taken_for_theirs(few):
+    out, images = few / "out", few / "images" / "umbrella"
+    in_process(few, out)
+    before, first, last = hashes(out), min(images.iterdir()), max(images.iterdir())
+    shutil.move(few / "images", few / "elsewhere")
+    shutil.copytree(few / "elsewhere", few / "images", copy_function=shutil.copyfile)  # with other times
+    in_process(few, out)
+
+    data = last.read_bytes()
+    Image.new("RGB", (30, 20)).save(last)
+    with pytest.raises(DataError, match=r"shard001\.safetensors was made of other images than are there now"):
+        in_process(few, out)
+    last.write_bytes(data)
+    first.rename(images / "zzz.png")
+    (out / "latents_rank00_shard000.safetensors").unlink()  # as if it had not been finished
+    with pytest.raises(DataError, match="was made of other images"):
+        in_process(few, out)
+    (images / "zzz.png").rename(first)
+    in_process(few, out)
+    assert hashes(out) == before
+
+    Image.new("RGB", (30, 20)).save(last)
+    for path in (out / ".entries").glob("shard*.json"):  # as an older version left them
+        entry = json.loads(path.read_text())
+        del entry["images_sha256"]
+        path.write_text(json.dumps(entry))
+    in_process(few, out)
+    assert hashes(out) == before
+
+
+def test_a_shard_that_lacks_bad_images_is_made_again_when_they_are_mended(few):
+    image = min((few / "images" / "umbrella").iterdir())
+    data = image.read_bytes()
+    image.write_bytes(data[:200])
+    with pytest.raises(
+        DataError, match=r"mend them or raise --max-bad-images; after a removal, extract into"
+    ):
+        in_process(few, few / "out")
+    assert len(in_process(few, few / "out", max_bad_images=1)) == 1
+    image.write_bytes(data)
+    assert in_process(few, few / "out") == []
+    assert len(LatentDataset(few / "out")) == 2 * SHARD
+    in_process(few, few / "clean")
+    assert hashes(few / "out") == hashes(few / "clean")
+
+
+def test_what_is_in_a_source_is_told_without_reading_it(tmp_path):
+    """In each kind, of one example: the same in a copy, another with other bytes or another label."""
+
+    def fingerprints(kind):
+        root = tmp_path / kind
+        root.mkdir()
+        for label, size in ((0, 5), (0, 6), (1, 6)):
+            data, where = bytes(size), root / "set" / f"{'ab'[label]}"
+            shutil.rmtree(root / "set", ignore_errors=True)
+            where.mkdir(parents=True)
+            if kind == "clips":
+                (where / "clip").mkdir()
+                for frame in range(2):
+                    (where / "clip" / f"{frame}.png").write_bytes(data[frame:])
+                source = ClipFolderSource(root / "set")
+            elif kind == "csv":
+                (root / "set" / "x.png").write_bytes(data)
+                (root / "labels.csv").write_text(f"file,label\nx.png,{label}\n")
+                source = open_source(str(root / "set"), str(root / "labels.csv"))
+            elif kind == "tar":
+                (root / "x.png").write_bytes(data)
+                (root / "x.cls").write_text(str(label))
+                with tarfile.open(root / "set" / "0.tar", "w") as tar:
+                    for name in ("x.png", "x.cls"):
+                        tar.add(root / name, name)
+                source = open_source(str(root / "set"))
+            else:
+                (where / "x.png").write_bytes(data)
+                source = open_source(str(root / "set"))
+            yield source.fingerprint(0)
+
+    for kind in ("folders", "csv", "tar", "clips"):
+        found = list(fingerprints(kind))
+        assert len(set(found)) == 3, found
+        assert str(tmp_path) not in "".join(found)
+
+
+@pytest.mark.parametrize("name", ["index.json", "latents_rank01_shard000.safetensors"])
+def test_latents_made_by_something_else_are_not_overwritten(few, name):
+    out = few / "out"
+    out.mkdir()
+    (out / name).write_text("published")
+    with pytest.raises(
+        DataError, match=rf"out holds latents that were not begun here \({name}\); take another"
+    ):
+        in_process(few, out)
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_full_disk_is_said_when_the_vae_is_saved(few):
+    """The kernel's own error, by a limit on the sizes of files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"vae cannot be saved .*make room on this disk"):
+            in_process(few, few / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    in_process(few, few / "out")
+    assert len(LatentDataset(few / "out")) == 2 * SHARD
+
+
+def test_there_are_no_more_workers_than_cores_unless_asked_for(few, monkeypatch):
+    asked = []
+
+    def loader(*positional, num_workers, **options):
+        asked.append(num_workers)
+        return DataLoader(*positional, **options)
+
+    monkeypatch.setattr(extraction, "DataLoader", loader)
+    for cores, given in ((1, None), (64, None), (1, 3)):
+        monkeypatch.setattr(extraction, "cores", lambda cores=cores: cores)
+        in_process(few, few / f"{cores} {given}", num_workers=given)
+    assert asked == [1, 4, 3]
+
+
+def test_a_class_whose_name_is_no_text_is_refused(few):
+    os.rename(few / "images" / "umbrella", os.fsencode(few / "images") + b"/caf\xe9")
+    with pytest.raises(DataError, match=r"class folder caf\? of .* has a name that is not UTF-8; rename it"):
+        open_source(str(few / "images"))
+
+
 def test_damaged_shards_are_found_and_made_again(workshop, made, tmp_path, run_here, refused_here):
     out = tmp_path / "out"
     shutil.copytree(made, out)
@@ -222,6 +364,15 @@ def test_mistakes_are_one_line(workshop, tmp_path, refused_here):
     assert "is no multiple of the VAE's factor 2; nearest" in error
     with pytest.raises(DataError, match=r"is no preset, folder or hub id .*did you mean sd-vae-ft-ema\?"):
         load_vae("sd-vae-ft-em")
+    with pytest.raises(DataError, match=r"did you mean va-vae-f16d32\?"):
+        load_vae("va-vae")
+    for more, message in (
+        (("--workers", -1), "--workers and --max-bad-images are at least 0"),
+        (("--max-bad-images", -1), "--workers and --max-bad-images are at least 0"),
+        (("--vae-config", "nope.yaml"), "--vae-config is for an original file"),
+        (("--out", ""), "--out is missing or empty"),
+    ):
+        assert message in refused_here(*arguments(workshop, out), *more)
     marker = tmp_path / "marker"
 
     class Malicious:
@@ -239,7 +390,7 @@ def test_latents_that_are_not_finite_are_not_written(workshop, tmp_path):
     vae = make_vae()
     torch.nn.init.constant_(vae.quant_conv.bias, torch.inf)
     settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD)
-    with pytest.raises(DataError, match="is not finite"):
+    with pytest.raises(DataError, match="is not finite; take --precision float32"):
         extract(open_source(str(workshop / "images")), vae, tmp_path / "out", settings, {"vae": "vae"})
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

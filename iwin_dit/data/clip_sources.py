@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from iwin_dit.data import packed_sources
-from iwin_dit.data.packed_sources import printable
+from iwin_dit.data.packed_sources import printable, sized
 from iwin_dit.data.sources import by_class, files_below, real_folder
-from iwin_dit.data.video import EXTENSIONS, ClipSpec, check_numbers, choose_clip, spread_clips
+from iwin_dit.data.video import EXTENSIONS, ClipSpec, check_numbers, choose_clip, frame_names, spread_clips
 from iwin_dit.runtime.errors import DataError
 
 
@@ -44,6 +44,12 @@ class ClipFolderSource:
     def name(self, i: int) -> str:
         """What to call clip i in an error."""
         return printable(self.path(i))
+
+    def fingerprint(self, i: int) -> str:
+        """Label, sizes and names of clip i's files, without reading them."""
+        clip, path = self._clips[i], self.path(i)
+        files = [os.path.join(clip, name) for name in frame_names(path)] if os.path.isdir(path) else [clip]
+        return f"{self._labels[i]} {' '.join(sized(self.root, file) for file in files)}"
 
     def path(self, i: int) -> str:
         """The video file or the folder of frames."""

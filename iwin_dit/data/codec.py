@@ -54,6 +54,9 @@ PRESETS = {
     "flux-vae": Preset("black-forest-labs/FLUX.1-dev", 16, 8, 0.3611, "vae"),
     "dc-ae-f32c32": Preset("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
 }
+# VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator. It is
+# published as an original file, not for diffusers, so that build_data.py loads it.
+VA_VAE_PRESET = "va-vae-f16d32"
 
 
 def spatial_factor(vae: Any) -> int:
@@ -111,9 +114,11 @@ def load_vae(name_or_path: str) -> Any:
     """
     preset = PRESETS.get(name_or_path, Preset(name_or_path, 0, 0, 0.0))
     where = dict(subfolder=preset.subfolder) if preset.subfolder else {}
+    names = [*PRESETS, VA_VAE_PRESET]
+    known = f"presets: {', '.join(names)}"
     if name_or_path not in PRESETS and "/" not in name_or_path and not Path(name_or_path).is_dir():
-        near = difflib.get_close_matches(name_or_path, PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        near = difflib.get_close_matches(name_or_path, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else known
         raise DataError(f"the VAE {name_or_path} is no preset, folder or hub id such as user/model; {hint}")
     try:
         name = AutoencoderKL.load_config(preset.source, **where).get("_class_name")
@@ -122,7 +127,6 @@ def load_vae(name_or_path: str) -> Any:
         vae = VAES[name].from_pretrained(preset.source, use_safetensors=True, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        known = f"presets: {', '.join(PRESETS)}"
         raise DataError(f"the VAE {name_or_path} cannot be loaded: {reason} ({known})") from None
     return vae.eval().requires_grad_(False)
 

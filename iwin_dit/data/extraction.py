@@ -2,11 +2,13 @@
 
 Shard s holds the images ``[s n, (s + 1) n)`` of the source and is made by process ``s mod P``, in batches of
 its own. So the bytes of a shard depend on source, VAE and settings alone, not on processes or interruption. A
-finished shard leaves an entry in ``.entries``; together they make ``index.json``.
+finished shard leaves an entry in ``.entries``; together they make ``index.json``. The entry holds a hash of
+its images' names, sizes and labels, so that latents of other images are not taken for theirs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,16 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iwin_dit.data.codec import encode_posterior, is_of_videos, latent_frames, spatial_factor
 from iwin_dit.data.images import BadImage
-from iwin_dit.data.latents import Shard, write_index, write_shard
+from iwin_dit.data.latents import SHARD_NAME, Shard, write_index, write_shard
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.cpu import cores
+from iwin_dit.runtime.errors import DataError, DiskError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
@@ -92,7 +96,7 @@ def extract(
     out: Path,
     settings: Settings,
     description: dict[str, Any],
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     max_bad_images: int = 0,
     process: int = 0,
     num_processes: int = 1,
@@ -104,11 +108,14 @@ def extract(
         source: of encoded images or videos, see :class:`iwin_dit.data.reading.Reader`.
         vae: a diffusers autoencoder on its device.
         description: ``vae`` and ``vae_sha256``, for the index.
+        num_workers: processes that decode images. None: 4, or as many as there are cores.
         max_bad_images: more broken images than this are an error.
         wait: a barrier for all processes.
 
     Raises:
-        DataError: for too many bad images, values that are not finite, or a folder begun otherwise.
+        DataError: for too many bad images, values that are not finite, a folder begun otherwise or by
+            something else, or shards that were made of other images.
+        DiskError: where the VAE cannot be saved beside the latents.
     """
     factor = spatial_factor(vae)
     if any(side % factor for side in settings.size):
@@ -124,19 +131,22 @@ def extract(
     numbers = range(-(-len(reader) // settings.shard_images))
     if process == 0:
         _begin(out, {**asdict(settings), **description, "images": len(reader)})
+        _check_images(out, reader, settings, numbers)
         if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
-            vae.save_pretrained(out / f".tmp-{LOCAL_VAE}")
-            files.publish(out / f".tmp-{LOCAL_VAE}", out / LOCAL_VAE)
+            _take_along(vae, out)
     wait()
     mine = [number for number in numbers[process::num_processes] if _entry(out, number) is None]
+    hashes = {number: _images_sha256(reader, settings, number) for number in mine}  # before they are read
     if not is_of_videos(vae):
         vae.to(memory_format=torch.channels_last)
     if vae.dtype != (dtype := getattr(torch, settings.precision)):
         vae.to(dtype=dtype)
-    for number, shard, bad in _encode_shards(reader, vae, settings, mine, num_workers, main=process == 0):
+    workers = min(4, cores()) if num_workers is None else num_workers
+    for number, shard, bad in _encode_shards(reader, vae, settings, mine, workers, main=process == 0):
         _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images, settings)
         entry = {"count": 0} if shard is None else write_shard(out, number, shard)
-        files.replace(_entry_path(out, number), files.to_json(entry | {"bad": bad}))
+        entry |= {"bad": bad, "images_sha256": hashes[number]}
+        files.replace(_entry_path(out, number), files.to_json(entry))
     wait()
     bad = _bad_so_far(out, numbers)
     _check_bad(bad, max_bad_images, settings)
@@ -158,11 +168,59 @@ def _begin(out: Path, begun: dict[str, Any]) -> None:
         ]
         if changed:
             raise DataError(
-                f"{out} was begun with other settings ({changed[0][:200]}); restore them, or remove it"
+                f"{out} was begun with other settings ({changed[0][:200]}); restore them, or take another "
+                "folder"
             )
     else:
+        if out.is_dir():
+            found = [p.name for p in out.iterdir() if p.name == "index.json" or SHARD_NAME.fullmatch(p.name)]
+            if found:  # published latents, or those of the quickstart: their shards have the same names
+                raise DataError(
+                    f"{out} holds latents that were not begun here ({min(found)}); take another folder"
+                )
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(path, files.to_json(begun))
+
+
+def _check_images(out: Path, reader: Reader, settings: Settings, numbers: range) -> None:
+    """That finished shards are of the images as they are now. One that lacks bad images is made again."""
+    for number in numbers:
+        entry = _entry(out, number) or {}
+        if "images_sha256" not in entry:  # not finished, or made by an older version, which did not ask
+            continue
+        if entry["images_sha256"] == _images_sha256(reader, settings, number):
+            continue
+        if not entry["bad"]:
+            raise DataError(
+                f"{out / entry['file']} was made of other {_what(settings)} than are there now, by name, "
+                "size or label; restore them, or extract into a new folder"
+            )
+        _entry_path(out, number).unlink()
+
+
+def _images_sha256(reader: Reader, settings: Settings, number: int) -> str:
+    """Of a shard's images, by name, size and label: to read them would take as long as to encode them."""
+    shard = _indices(reader, settings, number)
+    chosen = range(shard[0] // reader.clips_per_video, shard[-1] // reader.clips_per_video + 1)
+    text = "\0".join(reader.source.fingerprint(i) for i in chosen)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
+
+
+def _indices(reader: Reader, settings: Settings, number: int) -> range:
+    start = number * settings.shard_images
+    return range(start, min(len(reader), start + settings.shard_images))
+
+
+def _take_along(vae: Any, out: Path) -> None:
+    temporary = out / f".tmp-{LOCAL_VAE}"
+    try:
+        vae.save_pretrained(temporary)
+    except SafetensorError as error:  # its own kind, where other writers raise OSError
+        raise DiskError(
+            f"{out / LOCAL_VAE} cannot be saved ({error}); make room on this disk and run the same command "
+            "again"
+        ) from error
+    files.publish(temporary, out / LOCAL_VAE)
 
 
 def _encode_shards(
@@ -175,9 +233,8 @@ def _encode_shards(
     device, dtype = next(vae.parameters()).device, getattr(torch, settings.store)
     batches = []
     for number in numbers:
-        end = min(len(reader), (number + 1) * settings.shard_images)
-        starts = range(number * settings.shard_images, end, settings.batch_images)
-        batches += [(number, list(range(start, min(end, start + settings.batch_images)))) for start in starts]
+        indices, size = list(_indices(reader, settings, number)), settings.batch_images
+        batches += [(number, indices[start : start + size]) for start in range(0, len(indices), size)]
     loader = DataLoader(
         Examples(reader),
         batch_sampler=[indices for _, indices in batches],
@@ -229,8 +286,11 @@ def _bad_so_far(out: Path, numbers: Any) -> list[str]:
 def _check_bad(bad: list[str], most: int, settings: Settings) -> None:
     if len(bad) > most:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        what = "images" if settings.clip is None else "clips"
         raise DataError(
-            f"{len(bad)} bad {what}, allowed are {most}: {'; '.join(bad[:5])}{more}; "
-            "mend or remove them, or raise --max-bad-images"
+            f"{len(bad)} bad {_what(settings)}, allowed are {most}: {'; '.join(bad[:5])}{more}; "
+            "mend them or raise --max-bad-images; after a removal, extract into a new folder"
         )
+
+
+def _what(settings: Settings) -> str:
+    return "images" if settings.clip is None else "clips"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from iwin_dit.data.examples import epoch_order
 from iwin_dit.data.images import BadImage, decode_image
-from iwin_dit.data.sources import Source
+from iwin_dit.data.sources import Source, identity_of
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.seeds import derive_seed
 
@@ -88,16 +87,6 @@ class LabelledExamples(Dataset):
         alpha = self.cutmix if cuts else self.mixup
         share = rng.beta(alpha, alpha) if alpha > 0 else 1.0
         return torch.tensor([share, float(cuts), *rng.random(2)], dtype=torch.float32)
-
-
-def identity_of(source: Any) -> dict[str, Any]:
-    """Number, classes and names of what a source has."""
-    names = "\n".join(source.name(i).rpartition("/")[2] for i in range(len(source)))
-    return {
-        "images": len(source),
-        "classes": source.class_names,
-        "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
-    }
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from iwin_dit.data.clip_sources import ClipFolderSource
-from iwin_dit.data.labelled import drawing_from, identity_of, seed_generators
+from iwin_dit.data.labelled import drawing_from, seed_generators
+from iwin_dit.data.sources import identity_of
 from iwin_dit.data.video import ClipSpec
 
 # Where crops lie along the longer side, from its start (0) to its end (1), by their number.

@@ -53,7 +53,7 @@ def write_shard(directory: Path, number: int, shard: Shard) -> dict[str, Any]:
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     name = f"latents_rank00_shard{number:03d}.safetensors"
     if bad:
-        raise DataError(f"{bad[0]} of {name} is not finite; take --precision fp32, or another VAE")
+        raise DataError(f"{bad[0]} of {name} is not finite; take --precision float32, or another VAE")
     data = save(tensors)
     files.replace(directory / name, data)
     values = shard.latents.double().movedim(1, 0).flatten(1)  # (C, N h w)

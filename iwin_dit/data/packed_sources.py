@@ -82,6 +82,10 @@ class WebDatasetSource:
     def name(self, i: int) -> str:
         return printable(f"{self._tars[self._index[i, 0]]}:{self._names[i]}")
 
+    def fingerprint(self, i: int) -> str:
+        number, _, size, label = self._index[i].tolist()
+        return f"{size} {label} {os.path.basename(self._tars[number])}:{self._names[i]}"
+
 
 class HuggingFaceSource:
     """A dataset of the Hugging Face hub or a folder of parquet files, by the package ``datasets``.
@@ -102,9 +106,12 @@ class HuggingFaceSource:
         try:
             if self._is_local:
                 files = _parquet_files(self.location, split)
+                paths = [os.path.relpath(file, self.location) for file in files]
+                self._version = " ".join(sized(self.location, path) for path in paths)
                 data = datasets.load_dataset("parquet", data_files={split: files}, split=split)
             else:
                 data = datasets.load_dataset(self.location, split=split)
+                self._version = f"{data.info.version} {data.info.dataset_size}"
         except DataError:
             raise
         except Exception as error:  # the package raises its own, the hub's, pyarrow's and Python's
@@ -143,6 +150,9 @@ class HuggingFaceSource:
 
     def name(self, i: int) -> str:
         return f"{self.location}, row {i}"
+
+    def fingerprint(self, i: int) -> str:
+        return f"{self._labels[i]} {i} {self._version}"  # of all rows together: none has a size of its own
 
 
 def _index_tar(path: str) -> list[tuple[str, int, int, int]]:
@@ -220,7 +230,7 @@ def _class_names_beside(folder: Path) -> list[str] | None:
         names = json.loads(array.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"the class names in {folder} cannot be read: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(n, str) and n == printable(n) for n in names):
         raise DataError(f"{array} is not a list of class names")
     return names
 
@@ -242,6 +252,15 @@ def read_file(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+
+
+def sized(root: str, file: str) -> str:
+    """The size of a file and its path below ``root``, for fingerprints: a copy elsewhere has the same."""
+    path = os.path.join(root, file)
+    try:
+        return f"{os.path.getsize(path)} {file}"
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
 

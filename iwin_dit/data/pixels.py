@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from iwin_dit.data.codec import (
     weights_sha256,
 )
 from iwin_dit.data.reading import Reader
+from iwin_dit.data.sources import identity_of
 
 
 class PixelDataset(Dataset):
@@ -61,12 +61,10 @@ class PixelDataset(Dataset):
     @property
     def identity(self) -> dict[str, Any]:
         """What makes these images the same to a run that is resumed."""
-        source, clip = self.reader.source, self.reader.clip
-        names = "\n".join(source.name(i).rpartition("/")[2] for i in range(len(source)))
+        clip = self.reader.clip
         return {
             "vae_sha256": self.vae_sha256,
             "latent_shape": list(self.latent_shape),
-            "images": len(self),
-            "classes": self.class_names,
-            "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
-        } | ({} if clip is None else {"frames": clip.frames, "frame_stride": clip.stride})
+            **identity_of(self.reader.source),
+            **({} if clip is None else {"frames": clip.frames, "frame_stride": clip.stride}),
+        }

@@ -1,7 +1,8 @@
 """Where encoded images come from: class folders, a CSV, tar shards or Hugging Face data.
 
-Every source knows its ``class_names``, its length, ``read(i) -> (encoded bytes, label)`` and a ``name(i)``
-for errors. None holds a file open, so that all can be sent to worker processes.
+Every source knows its ``class_names``, its length, ``read(i) -> (encoded bytes, label)``, a ``name(i)`` for
+errors and a ``fingerprint(i)`` that changes with image i. None holds a file open, so that all can be sent to
+worker processes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
@@ -25,6 +26,7 @@ from iwin_dit.data.packed_sources import (
     listed,
     printable,
     read_file,
+    sized,
 )
 from iwin_dit.runtime.errors import DataError
 
@@ -44,6 +46,9 @@ class Source(Protocol):
 
     def name(self, i: int) -> str:
         """What to call image i in an error."""
+
+    def fingerprint(self, i: int) -> str:
+        """Size, label and name below the root: what tells image i from another without reading it."""
 
 
 def open_source(location: str, labels: str | None = None) -> Source:
@@ -77,6 +82,16 @@ def open_source(location: str, labels: str | None = None) -> Source:
     raise DataError(f"{location} does not exist; give a folder of images, .tar files or hf:NAME")
 
 
+def identity_of(source: Any) -> dict[str, Any]:
+    """Number, classes and names of what a source has: what makes it the same to a run that is resumed."""
+    names = "\n".join(source.name(i).rpartition("/")[2] for i in range(len(source)))
+    return {
+        "images": len(source),
+        "classes": source.class_names,
+        "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
+    }
+
+
 class _FilesSource:
     """Image files below ``root``: what a folder of classes and a CSV have in common."""
 
@@ -92,6 +107,9 @@ class _FilesSource:
 
     def name(self, i: int) -> str:
         return printable(os.path.join(self.root, self._files[i]))
+
+    def fingerprint(self, i: int) -> str:
+        return f"{self._labels[i]} {sized(self.root, self._files[i])}"
 
 
 class FolderSource(_FilesSource):
@@ -176,9 +194,14 @@ def by_class(
     """Class folders, sorted, then what ``below(root, folder)`` finds in each, with their labels.
 
     Raises:
-        DataError: where nothing is found, or in a class nothing.
+        DataError: where nothing is found, or in a class nothing, or a class's name is not UTF-8.
     """
     folders = sorted(name for name, is_folder in _entries(root, root) if is_folder)
+    if odd := [folder for folder in folders if printable(folder) != folder]:
+        raise DataError(
+            f"the class folder {listed(odd)} of {root} has a name that is not UTF-8; rename it, since the "
+            "model's classes are named by it"
+        )
     found = [below(root, folder) for folder in folders]
     if not any(found):
         raise DataError(
