@@ -9,7 +9,10 @@ import argparse
 from pathlib import Path
 
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.errors import FULL, ConfigError, run_script
+
+GRIDS = (".png", ".gif", ".mp4")
+OTHERS = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".apng", ".webm", ".avi", ".mkv", ".mov")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (the model's own)")
     add("--num-frames", type=int, help="of a clip (the model's own)")
     add("--fps", type=float, default=8, help="frames per second of a clip (8)")
-    add("--out", type=Path, default=Path("samples.png"), help="x.png is a grid, else a folder (samples.png)")
+    add("--out", default="samples.png", help="x.png is a grid, else a folder (samples.png)")
     add("--device", help="cuda, cpu, ... (a GPU where there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--compile", action="store_true", help="compile the model first: worth it for many images")
@@ -39,11 +42,15 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("num_images", "batch_size", "steps", "num_frames"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if arguments.fps <= 0:
-        raise ConfigError(f"--fps is {arguments.fps}, expected above 0")
-    is_file = arguments.out.suffix in (".png", ".gif", ".mp4")
-    if not (files.can_write_file if is_file else files.can_write_folder)(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a path in a folder that is yours")
+    if not 0.01 <= arguments.fps <= 1000:
+        raise ConfigError(f"--fps is {arguments.fps}, expected 0.01 to 1000")
+    out = Path(arguments.out)
+    if not arguments.out or out.suffix.lower() in OTHERS:
+        expected = "x.png for a grid (clips also .gif, .mp4), or a folder"
+        raise ConfigError(f"--out is {arguments.out!r}, expected {expected}")
+    arguments.out, arguments.is_grid = out, out.suffix.lower() in GRIDS
+    if not (files.can_write_file if arguments.is_grid else files.can_write_folder)(out):
+        raise ConfigError(f"--out {out} cannot be written; take a path in a folder that is yours")
     return arguments
 
 
@@ -73,7 +80,7 @@ def main() -> None:
     is_video = pipeline.transformer.rank == 3
     if is_video:
         options["num_frames"] = arguments.num_frames
-    elif arguments.num_frames is not None or arguments.out.suffix in (".gif", ".mp4"):
+    elif arguments.num_frames is not None or arguments.out.suffix.lower() in GRIDS[1:]:
         raise ConfigError(f"--num-frames, .gif and .mp4 are for clips, but {checkpoint} draws images")
     count, seed, out, fps = arguments.num_images, arguments.seed, arguments.out, arguments.fps
     try:
@@ -84,20 +91,22 @@ def main() -> None:
         recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide) if guide else None}
         if arguments.compile:
             compile_models(pipeline.transformer, guide)
-        is_grid = out.suffix in (".png", ".gif", ".mp4") if is_video else out.suffix == ".png"
-        drawn = set() if is_grid else open_folder(out, recipe)
+        drawn = set() if arguments.is_grid else open_folder(out, recipe)
         options["guide"] = guide
         samples = sample_classes(pipeline, labels, count, seed, arguments.batch_size, drawn, **options)
-        if is_grid:
-            made = write_grid(list(samples), out, recipe, pipeline.id2label, fps)
+        if arguments.is_grid:
+            samples = list(samples)
+            made, written = len(samples), write_grid(samples, out, recipe, pipeline.id2label, fps)
         else:
-            made = write_samples(samples, out, fps)
+            made, written = write_samples(samples, out, fps), [out]
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+        if error.errno in FULL:
+            raise
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
     kept = f", {len(drawn)} were there" if drawn else ""
-    print(f"{made} {'clips' if is_video else 'images'} in {out}{kept}")
+    print(f"{made} {'clips' if is_video else 'images'} in {', '.join(map(str, written))}{kept}")
 
 
 if __name__ == "__main__":

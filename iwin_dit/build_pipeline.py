@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.utils.logging import disable_progress_bar
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from iwin_dit.build import build_model, build_objective
+from iwin_dit.build import any_attention, build_model, build_objective
 from iwin_dit.build_data import build_dataset, load_autoencoder
 from iwin_dit.config import Config, load_config
 from iwin_dit.data.codec import weights_sha256
@@ -27,10 +30,10 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import FPS, draw_animation, draw_grid, sample_classes
-from iwin_dit.pipelines.trust import PIPELINES, check_pipeline_folder
+from iwin_dit.pipelines.trust import MAX_JSON, check_index, check_pipeline_folder
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
-from iwin_dit.runtime import checkpoint
-from iwin_dit.runtime.errors import CheckpointError, ConfigError
+from iwin_dit.runtime import checkpoint, files
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.training.posthoc import reconstruct
 
@@ -108,23 +111,29 @@ def build_preview(
     true.
     """
 
+    @any_attention
     def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
         weights = {name: tensor.to(accelerator.device) for name, tensor in ema.items()}
         pipeline = build_pipeline(config, model_of(config, weights), dataset)
         pipeline.set_progress_bar_config(disable=True)
         labels = range(min(10, config.model.num_classes))
         samples = []
-        for sample in sample_classes(
+        drawn = sample_classes(
             pipeline,
             labels,
             config.sample.num_per_class,
             config.seed,
             batch_size=40,
             **sampling_options(config),
-        ):
-            if stop:
-                return
-            samples.append(sample)
+        )
+        try:
+            for sample in drawn:
+                if stop:
+                    return
+                samples.append(sample)
+        except DataError as error:  # not finite; training goes on, and says itself where it diverges
+            warnings.warn(f"no samples of step {step}: {error}", stacklevel=1)
+            return
         grid = draw_grid(samples, pipeline.id2label)
         path = run.samples / f"step-{step:08d}.png"
         grid.save(path)
@@ -154,13 +163,17 @@ def newest_run(root: Path = Path("runs")) -> Path:
     Raises:
         CheckpointError: where there is none.
     """
-    runs = [path.parent for path in root.glob("*/config.yaml") if (path.parent / "checkpoints").is_dir()]
-    runs = [run for run in runs if "objective" in read_config(run)]  # a classifier has none
-    if not runs:
-        raise CheckpointError(
-            f"there is no run in {root}/; train one (accelerate launch train_dit.py) or give --checkpoint"
-        )
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    when = {}
+    for run in (path.parent for path in root.glob("*/config.yaml")):
+        weights = [*checkpoint.step_directories(run / "checkpoints"), *run.glob("pipeline/recipe.json")]
+        if weights:
+            when[run] = max(path.stat().st_mtime for path in weights)
+    for run in sorted(when, key=when.get, reverse=True):
+        if "objective" in read_config(run):  # a classifier has none
+            return run
+    raise CheckpointError(
+        f"there is no run in {root}/; train one (accelerate launch train_dit.py) or give --checkpoint"
+    )
 
 
 def load_pipeline(
@@ -193,6 +206,8 @@ def load_pipeline(
             f"{source} does not exist; expected a run, a pipeline folder, or a hub id such as user/model"
         )
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it computes shapes alone")
         pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from None
@@ -250,26 +265,26 @@ def compile_models(*models: nn.Module | None) -> None:
 
 
 def _from_folder(folder: Path) -> ClassConditionalPipeline:
-    return _from_pretrained(check_pipeline_folder(folder), folder, "is a damaged pipeline")
+    kind = check_pipeline_folder(folder)
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is a damaged pipeline: {str(error).splitlines()[0]}") from error
 
 
 def _from_hub(name: str) -> ClassConditionalPipeline:
-    otherwise = "is neither a folder here nor a pipeline on the hub"
-    try:
-        kind = IwinDiTPipeline.load_config(name)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{name} {otherwise}: {str(error).splitlines()[0]}") from error
-    kind = PIPELINES.get(kind[-1] if isinstance(kind, list) else kind, IwinDiTPipeline)
-    return _from_pretrained(kind, name, otherwise)
+    check_index(_fetch(name, "model_index.json"))  # before the weights of what is not ours are fetched
+    return _from_folder(_fetch(name, "*.json", "*.safetensors"))
 
 
-def _from_pretrained(
-    kind: type[ClassConditionalPipeline], source: str | Path, otherwise: str
-) -> ClassConditionalPipeline:
+def _fetch(name: str, *patterns: str) -> Path:
     try:
-        return kind.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} {otherwise}: {str(error).splitlines()[0]}") from error
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a pipeline on the hub: {reason}"
+        ) from error
 
 
 def _load_run(run: Path, ema_std: float | None) -> ClassConditionalPipeline:
@@ -280,12 +295,10 @@ def _load_run(run: Path, ema_std: float | None) -> ClassConditionalPipeline:
     if ema_std is not None:
         config = load_config(run / "config.yaml")
         weights = reconstruct(run / "snapshots", ema_std)
-        return build_pipeline(config, model_of(config, weights), build_dataset(config))
+        return build_pipeline(config, model_of(config, weights), _data_of(run, config))
     newest = checkpoint.newest(run / "checkpoints")
     exported = run / "pipeline" / "recipe.json"
-    if exported.is_file() and (
-        newest is None or json.loads(exported.read_text())["step"] >= checkpoint.step_of(newest)
-    ):
+    if exported.is_file() and (newest is None or _step_of_export(exported) >= checkpoint.step_of(newest)):
         return _from_folder(run / "pipeline")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
@@ -293,4 +306,39 @@ def _load_run(run: Path, ema_std: float | None) -> ClassConditionalPipeline:
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     weights = checkpoint.read_tensors(newest, "ema", like=expected, any_precision=True)
-    return build_pipeline(config, model_of(config, weights), build_dataset(config))
+    return build_pipeline(config, model_of(config, weights), _data_of(run, config))
+
+
+def _step_of_export(recipe: Path) -> int:
+    try:
+        return int(files.read_json(recipe, MAX_JSON)["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{recipe} does not say the step of its pipeline: {error!r}; remove {recipe.parent}, and its run "
+            "is sampled from its newest checkpoint"
+        ) from error
+
+
+def _data_of(run: Path, config: Config) -> Data:
+    """The data that the run was trained on: names, normalisation and autoencoder. Nothing is made anew.
+
+    Raises:
+        CheckpointError: where it has changed since.
+        DataError: where it is missing.
+    """
+    dataset = build_dataset(replace(config, data=replace(config.data, prepare=None)))
+    path = run / "data.json"
+    try:
+        before = files.read_json(path, MAX_JSON) if path.exists() else dataset.identity
+        now = json.loads(files.to_json(dataset.identity))
+        changed = [key for key in now if before.get(key) != now[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not say what {run} was trained on: {error!r}") from error
+    if changed:
+        key = changed[0]
+        raise CheckpointError(
+            f"{run} was trained on other data than {config.data.path} is now "
+            f"({key}: {before.get(key)!r:.200} -> {now[key]!r:.200}); "
+            "restore it, or sample an exported pipeline"
+        )
+    return dataset

@@ -86,6 +86,12 @@ def test_the_pipeline_follows_the_equation():
     torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    with pytest.raises(ValueError, match=f"guidance_scale is {scale}, expected a finite number"):
+        Guidance(scale)
+
+
 def test_a_model_that_guides_itself_is_unguided():
     pipeline = make_pipeline()
     unguided = latents_of(pipeline, guidance_scale=1.0)

@@ -2,33 +2,44 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_model, make_vae
-from diffusers import DDIMScheduler, DDPMScheduler
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers import AutoencoderDC, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, dynamic_modules_utils
 from safetensors.torch import load_file
 
-from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
+from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel, build_pipeline
 from iwin_dit.build_pipeline import load_pipeline
 from iwin_dit.data.codec import decode
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.pipelines.sampling import draw_grid, open_folder, sample_classes, write_samples
+from iwin_dit.runtime.errors import CheckpointError, DataError
 from iwin_dit.runtime.seeds import generator
 
+SMALL_DC = dict(
+    **dict(latent_channels=4, attention_head_dim=8, scaling_factor=1.0),
+    **dict(encoder_block_types="ResBlock", decoder_block_types="ResBlock"),
+    **dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8)),
+    **dict(encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1)),
+    **dict(encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ())),
+)
 NAMES = {0: "white shark, Carcharodon carcharias", 1: "golden retriever", 2: "umbrella"}
 
 
-def make_pipeline(scheduler=None, model=None, **options):
+def make_pipeline(scheduler=None, model=None, vae=None, **options):
     pipeline = IwinDiTPipeline(
         model or make_model(prediction_type="flow_prediction"),
-        make_vae(),
+        vae or make_vae(),
         scheduler or FlowMatching().scheduler(),
         id2label=NAMES,
         **options,
@@ -54,6 +65,9 @@ def test_ids_and_names_can_be_mixed():
     ]
     assert pipeline.get_label_ids("white shark, Carcharodon carcharias") == [0]
     assert pipeline.get_label_ids(torch.tensor([1, 2])) == [1, 2]
+    assert (
+        pipeline.get_label_ids(np.array([1, 2])) == pipeline.get_label_ids(list(np.array([1, 2]))) == [1, 2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,6 +75,11 @@ def test_ids_and_names_can_be_mixed():
     [
         (3, "class 3 is out of range: this model has 3 classes, 0 to 2"),
         (-1, "class -1 is out of range"),
+        ("-1", "class -1 is out of range"),
+        ("²", "unknown class name '²'"),
+        ("--3", "unknown class name '--3'"),
+        (3.7, "class 3.7 is neither a whole number nor a name"),
+        (None, "class None is neither a whole number nor a name"),
         ("golden retreiver", "unknown class name 'golden retreiver'; nearest names: golden retriever"),
         ("zzz", "unknown class name 'zzz'; the model has 3 classes, such as"),
     ],
@@ -114,8 +133,38 @@ def test_output_types():
 def test_other_sizes():
     pipeline = make_pipeline()
     assert images_of(pipeline, [1], height=24, width=40).shape == (1, 3, 24, 40)
-    with pytest.raises(ValueError, match="height is 25, expected a multiple of 2"):
-        pipeline([1], height=25)
+    for height in (25, 0, -32):
+        with pytest.raises(ValueError, match=f"height is {height}, expected a multiple of 2"):
+            pipeline([1], height=height)
+
+
+def test_no_labels_are_refused():
+    with pytest.raises(ValueError, match="class_labels is empty"):
+        make_pipeline()([])
+
+
+def test_what_is_not_finite_is_no_image():
+    """It would be black; latents are given as they are."""
+    pipeline = make_pipeline()
+    torch.nn.init.constant_(pipeline.transformer.label_embedding.weight[1], torch.nan)
+    assert images_of(pipeline, [1], output_type="latent").isnan().any()
+    for output_type in ("pil", "np", "pt"):
+        with pytest.raises(DataError, match="draws images that are not finite; its weights are not usable"):
+            images_of(pipeline, [0, 1], output_type=output_type)
+    assert images_of(pipeline, [0]).isfinite().all()
+
+
+@pytest.mark.parametrize("vae", [make_vae, lambda: AutoencoderDC(**SMALL_DC)], ids=["KL", "DC"])
+def test_from_pipe_takes_everything_over(vae, tmp_path):
+    pipeline = make_pipeline(vae=vae(), latents_mean=[0.1] * 4, latents_std=[1.5] * 4)
+    again = IwinDiTPipeline.from_pipe(pipeline)
+    assert again.transformer is pipeline.transformer
+    assert again.vae is pipeline.vae
+    assert again.id2label == NAMES
+    assert again.config.latents_std == [1.5] * 4
+    again.save_pretrained(tmp_path)
+    assert type(load_pipeline(str(tmp_path)).vae) is type(pipeline.vae)
+    torch.testing.assert_close(images_of(again, [1]), images_of(pipeline, [1]))
 
 
 def count_passes(pipeline, **options):
@@ -244,6 +293,46 @@ def test_loading_in_a_process_of_its_own(exported, tmp_path, imports, call):
     torch.testing.assert_close(
         torch.load(tmp_path / "images.pt", weights_only=True), expected, atol=1e-5, rtol=0
     )
+
+
+def test_diffusers_loads_what_save_pretrained_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    make_pipeline().save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(loaded) is IwinDiTPipeline
+    assert loaded.id2label == NAMES
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("model_index.json", "pipeline.py", "transformer/iwin_dit.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_a_pipeline_of_the_hub_is_checked_as_a_folder_is(exported, tmp_path, monkeypatch):
+    """The hub's cache stands for the hub; weights of what is not ours are not asked for."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--user--digits", "0" * 40
+    snapshot = Path(shutil.copytree(exported[0], repository / "snapshots" / commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_pipeline("user/digits").id2label == NAMES
+    with pytest.raises(CheckpointError, match="user/missing is neither a folder here nor a pipeline on the"):
+        load_pipeline("user/missing")
+
+    config = snapshot / "transformer" / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"num_layers": 10**9}))
+    with pytest.raises(CheckpointError, match="has num_layers 1000000000, expected a whole number from 1"):
+        load_pipeline("user/digits")
+    config.write_text(before)
+    index = snapshot / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"latents_std": [1.0] * 3}))
+    with pytest.raises(CheckpointError, match="expected a number for each of the 4 latent channels"):
+        load_pipeline("user/digits")
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    monkeypatch.setattr(build_pipeline, "check_pipeline_folder", lambda folder: pytest.fail("was fetched"))
+    with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, expected an IwinDiTPipeline"):
+        load_pipeline("user/digits")
 
 
 def test_a_model_alone_makes_the_round_trip(tmp_path):

@@ -1,20 +1,26 @@
 """sample.py: what it draws, and what it refuses with one line."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
 from conftest import make_model, make_vae
 from PIL import Image
 
 from iwin_dit import IwinDiTPipeline, build_pipeline
+from iwin_dit.build_data import PREPARE
+from iwin_dit.config import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
-from iwin_dit.runtime.errors import CheckpointError
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.seeds import generator
 
 
@@ -87,18 +93,47 @@ def test_40_a_folder_goes_on_where_it_was_stopped(pipeline_folder, script_here, 
 
     code, output = script_here(*command, "--num-images", 4)
     assert "2 images in" in output, "more of the same"
+    shutil.copytree(pipeline_folder, tmp_path / "copy")
+    copied = [tmp_path / "copy" if part == pipeline_folder else part for part in command]
+    code, output = script_here(*copied, "--num-images", 4)
+    assert "0 images in" in output, "the weights count, not where they are"
     code, output = script_here(*command, "--num-images", 4, "--seed", 1)
     assert code == 2
     assert "holds images of another recipe (seed: 0 -> 1); remove it" in output
+    for text in ("{", "[]"):
+        (out / "recipe.json").write_text(text)
+        code, output = script_here(*command, "--num-images", 4)
+        assert code == 2
+        assert f"error: {out / 'recipe.json'} is not the recipe of the images beside it: " in output
+
+
+def test_a_command_that_was_refused_does_not_block_the_next(
+    pipeline_folder, run_here, refused_here, tmp_path
+):
+    command = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--num-images", 1, "--steps", 1)
+    error = refused_here(*command, "--out", tmp_path / "out", "--guidance-interval", 0.9, 0.1)
+    assert "guidance_interval is (0.9, 0.1)" in error
+    assert "1 images in" in run_here(*command, "--out", tmp_path / "out", "--guidance-interval", 0.1, 0.9)
+
+
+@pytest.mark.parametrize("out", ["out", "grid.png"])
+def test_a_full_disk_is_exit_3(pipeline_folder, run_here, tmp_path, monkeypatch, out):
+    def full(image, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    command = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--num-images", 1, "--steps", 1)
+    assert "make room, and run it again" in run_here(*command, "--out", tmp_path / out, expect=3)
 
 
 def test_a_grid_has_its_recipe_beside_it(pipeline_folder, run_here, tmp_path):
-    out = tmp_path / "new folder" / "grid.png"
+    out = tmp_path / "new folder" / "grid.PNG"
     stdout = run_here(
         *("sample.py", "--checkpoint", pipeline_folder, "--class", 0, 1, "--num-images", 2, "--steps", 1),
         *("--size", 24, 32, "--out", out),
     )
-    assert str(out) in stdout
+    out = out.with_suffix(".png")
+    assert f"4 images in {out}\n" in stdout
     assert json.loads(out.with_suffix(".json").read_text())["height"] == 24
     assert Image.open(out).size[1] == 2 * (24 * 3 + 2)
 
@@ -109,6 +144,11 @@ def test_mistakes_are_one_line(pipeline_folder, refused_here, tmp_path):
         *base, "--class", 207
     )
     assert "unknown class name 'digt 3'; nearest names: digit 3" in refused_here(*base, "--class", "digt 3")
+    for scale in ("nan", "inf"):
+        error = refused_here(*base, "--class", 1, "--guidance-scale", scale)
+        assert f"guidance_scale is {scale}, expected a finite number" in error
+    assert "height is -32, expected a multiple of 2" in refused_here(*base, "--class", 1, "--size", -32, -32)
+    assert "the device meta cannot be used" in refused_here(*base, "--class", 1, "--device", "meta")
     error = refused_here("sample.py", "--class", 1, "--checkpoint", tmp_path / "missing")
     assert "missing does not exist; expected a run, a pipeline folder, or a hub id" in error
     if not torch.cuda.is_available():
@@ -144,7 +184,7 @@ def test_a_guide_and_a_sampler(pipeline_folder, guide_folder, run_here, script_h
 
     code, output = script_here(*command, *guided[2:], "--out", tmp_path / "guided")
     assert code == 2
-    assert "holds images of another recipe (guide: " in output
+    assert "holds images of another recipe (guide_sha256: " in output
 
 
 def test_guides_and_samplers_that_do_not_fit_are_one_line(pipeline_folder, refused_here, tmp_path):
@@ -196,12 +236,45 @@ def test_output_paths_are_checked_before_any_work(refused_here, tmp_path):
         "sample.py", "--class", 1, "--out", tmp_path / "file" / "x.png"
     )
     assert "--steps is 0, expected at least 1" in refused_here("sample.py", "--class", 1, "--steps", 0)
+    for fps in ("inf", "nan", "1e-9", "0"):
+        assert "expected 0.01 to 1000" in refused_here("sample.py", "--class", 1, "--fps", fps)
+    for out in ("", tmp_path / "x.jpg", tmp_path / "x.WEBM"):
+        error = refused_here("sample.py", "--class", 1, "--out", out)
+        assert f"--out is '{out}', expected x.png for a grid (clips also .gif, .mp4), or a folder" in error
+    for out in ("x" * 300, f"{'x' * 300}.png"):
+        assert "cannot be written" in refused_here("sample.py", "--class", 1, "--out", tmp_path / out)
 
 
 def test_without_a_run_there_is_nothing_to_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="there is no run in runs/; train one"):
         build_pipeline.newest_run()
+
+
+def test_the_newest_run_has_weights(tmp_path):
+    """And the configs of older ones are not read."""
+    for when, (name, config, weights) in enumerate(
+        [
+            ("broken", "a: [", "pipeline/recipe.json"),
+            ("old", "objective: {}", "pipeline/recipe.json"),
+            ("newest", "objective: {}", "checkpoints/step-00000020/manifest.json"),
+            ("classifier", "model: {}", "checkpoints/step-00000020/manifest.json"),
+            ("begun", "objective: {}", "checkpoints/nothing"),
+        ]
+    ):
+        path = tmp_path / name / weights
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        (tmp_path / name / "config.yaml").write_text(config)
+        for part in (path, path.parent):
+            os.utime(part, (when, when))
+    assert build_pipeline.newest_run(tmp_path).name == "newest"
+    for name in ("old", "newest"):
+        shutil.rmtree(tmp_path / name)
+    for text in ("a: [", "a\0: 1", "just words", ""):
+        (tmp_path / "broken" / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"broken.config\.yaml (cannot be read|holds a)"):
+            build_pipeline.newest_run(tmp_path)
 
 
 def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
@@ -236,3 +309,40 @@ def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, run_here, tmp_path
     ]
     torch.testing.assert_close(images[0], images[1])
     assert json.loads((tmp_path / "moved" / "recipe.json").read_text())["step"] == 4
+
+    run, data = tmp_path / "run", json.loads((tmp_path / "run" / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(data | {"vae_sha256": "of another"}))
+    with pytest.raises(CheckpointError, match=r"was trained on other data .*\(vae_sha256: 'of another' -> "):
+        build_pipeline.load_pipeline(str(run))
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "recipe.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"recipe\.json does not say the step of its pipeline"):
+        build_pipeline.load_pipeline(str(run))
+
+
+def test_sampling_makes_no_data(recipe, run_here, tmp_path, monkeypatch):
+    """A new autoencoder would draw something else."""
+    config = recipe(train={"max_steps": 2, "save_every_steps": 2})
+    run_here("train_dit.py", "--config", config)
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"] |= {"path": str(tmp_path / "missing"), "prepare": "digits"}
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setitem(PREPARE, "digits", lambda path: pytest.fail("it was made"))
+    with pytest.raises(DataError, match="missing"):
+        build_pipeline.load_pipeline(str(tmp_path / "run"))
+
+
+def test_a_preview_that_is_not_finite_does_not_stop_training(tmp_path, monkeypatch):
+    def not_finite(*arguments, **options):
+        raise DataError("the model draws images that are not finite")
+        yield
+
+    config, pipeline = Config(), make_pipeline_of()
+    monkeypatch.setattr(build_pipeline, "sample_classes", not_finite)
+    monkeypatch.setattr(build_pipeline, "model_of", lambda *arguments: None)
+    monkeypatch.setattr(build_pipeline, "build_pipeline", lambda *arguments: pipeline)
+    preview = build_pipeline.build_preview(config, None, None, Accelerator(cpu=True))
+    with pytest.warns(UserWarning, match="no samples of step 7: the model draws images that are not finite"):
+        preview({}, 7, False)

@@ -103,7 +103,8 @@ def test_autoencoders_of_videos(name, tmp_path):
     assert len(mean) == len(std) == channels
     if name == "LTX":  # among the weights, and divided by the factor
         assert std == pytest.approx([1 / 0.5] * channels)
-    pipeline = make_pipeline(vae, channels)
+    pipeline = IwinDiTVideoPipeline.from_pipe(make_pipeline(vae, channels))
+    assert pipeline.vae is vae
     assert clips_of(pipeline, [1], num_inference_steps=1).shape == (1, 9, 3, 8 * factor, 8 * factor)
     assert clips_of(pipeline, [1], num_frames=1, num_inference_steps=1).shape[1] == 1
 
@@ -194,6 +195,7 @@ def test_an_export_is_loaded_by_us_and_by_diffusers(tmp_path):
     expected = draw(pipeline)
     ours = load_pipeline(str(folder))
     assert type(ours) is IwinDiTVideoPipeline
+    torch.testing.assert_close(draw(IwinDiTVideoPipeline.from_pipe(ours)), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(draw(ours), expected, atol=1e-5, rtol=0)
     subprocess.run([sys.executable, "-c", LOAD, str(folder), str(tmp_path / "frames.pt")], check=True)
     loaded = torch.load(tmp_path / "frames.pt", weights_only=True)
@@ -203,3 +205,14 @@ def test_an_export_is_loaded_by_us_and_by_diffusers(tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="expected iwin_dit's IwinDiTTransformer3DModel"):
         load_pipeline(str(folder))
+
+
+def test_sample_says_what_it_wrote(run_here, tmp_path):
+    export_pipeline(make_pipeline(), tmp_path / "pipeline", {"step": 1})
+    command = ("sample.py", "--checkpoint", tmp_path / "pipeline", "--class", 1, "--num-images", 2)
+    command = (*command, "--steps", 1, "--out", tmp_path / "b.gif")
+    assert f"2 clips in {tmp_path / 'b.png'}\n" in run_here(*command, "--num-frames", 1)
+    assert sorted(path.name for path in tmp_path.glob("b.*")) == ["b.json", "b.png"]
+    pictures = ", ".join(str(tmp_path / f"b.{kind}") for kind in ("png", "gif", "mp4"))
+    assert f"2 clips in {pictures}\n" in run_here(*command)
+    assert sorted(path.name for path in tmp_path.glob("b.*")) == ["b.gif", "b.json", "b.mp4", "b.png"]

@@ -8,6 +8,7 @@ Legend: B batch, C latent channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,10 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
+        if not math.isfinite(self.scale):
+            raise ValueError(
+                f"guidance_scale is {self.scale}, expected a finite number; 1 is without guidance"
+            )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(

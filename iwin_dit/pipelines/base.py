@@ -4,18 +4,22 @@ Legend: B images or clips, C latent channels, T, h and w sides of the latent.
 """
 
 import difflib
+import json
+import operator
+import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Union
 
 import diffusers.pipelines
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import iwin_dit
-from iwin_dit.data.codec import decode, denormalize, spatial_factor, vae_statistics
+from iwin_dit.data.codec import VAES, decode, denormalize, spatial_factor, vae_statistics
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.diffusion.sampling import (
     check_scheduler,
@@ -24,11 +28,23 @@ from iwin_dit.diffusion.sampling import (
     split_sigma,
     step_arguments,
 )
-from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import DataError
 
 # diffusers looks for a component's library among the attributes of diffusers.pipelines before it asks for
 # trust in code that lies beside the weights: with the package installed, its own classes are used.
 diffusers.pipelines.iwin_dit = sys.modules[iwin_dit.__name__]
+
+LOADER = '''"""Loads {name} from the installed package."""
+
+try:
+    from iwin_dit import {name}
+except ImportError as error:
+    raise ImportError("this pipeline needs the package iwin-dit: pip install iwin-dit") from error
+
+__all__ = ["{name}"]
+'''
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -48,9 +64,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: Any,
-        vae: Any,
-        scheduler: Any,
+        # from_pipe takes over the models of these very classes, not those of classes derived from them
+        transformer: IwinDiTTransformer2DModel | IwinDiTTransformer3DModel,
+        vae: Union[tuple(VAES.values())],  # noqa: UP007  the classes of a table
+        scheduler: SchedulerMixin,
         id2label: Any = None,
         latents_mean: Any = None,
         latents_std: Any = None,
@@ -79,6 +96,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
             config["_class_name"] = config["_class_name"][-1]
         return config
 
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+        """``model_index.json``, the last file that ``save_pretrained`` writes before it uploads, and loaders.
+
+        The loaders, ``pipeline.py`` and ``transformer/iwin_dit.py``, are a few lines that import the
+        installed package. They serve ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
+        """
+        super().save_config(save_directory, push_to_hub, **options)
+        folder, name = Path(save_directory), type(self).__name__
+        index = folder / self.config_name
+        config = json.loads(index.read_text()) | {"_class_name": ["pipeline", name]}
+        config.pop("_name_or_path", None)
+        index.write_bytes(files.to_json(config))
+        (folder / "transformer").mkdir(exist_ok=True)
+        (folder / "pipeline.py").write_text(LOADER.format(name=name))
+        model = LOADER.format(name=config["transformer"][1])
+        (folder / "transformer" / "iwin_dit.py").write_text(model)
+
     @property
     def guidance_scale(self) -> float:
         """The scale of the call in progress; a callback may set ``_guidance_scale``."""
@@ -95,9 +129,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an id out of range, or an unknown name, with the nearest names.
         """
-        if isinstance(labels, Tensor):
+        if hasattr(labels, "tolist"):  # a tensor or an array
             labels = labels.tolist()
-        if isinstance(labels, (int, str)):
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
             labels = [labels]
         ids = []
         for label in labels:
@@ -108,16 +142,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_classes = self.transformer.config.num_classes
         if isinstance(label, str) and label.strip().lower() in self.labels:
             return self.labels[label.strip().lower()]
-        if isinstance(label, str) and not label.strip().lstrip("-").isdigit():
+        if isinstance(label, str) and not re.fullmatch("-?[0-9]{1,18}", label.strip()):
             near = difflib.get_close_matches(label.lower(), self.labels, n=3, cutoff=0.4)
             known = f"nearest names: {', '.join(near)}" if near else f"the model has {num_classes} classes"
             example = "" if near or not self.labels else f", such as {', '.join(list(self.labels)[:3])}"
             raise ValueError(f"unknown class name {label!r}; {known}{example}")
-        if not 0 <= int(label) < num_classes:
+        try:
+            index = int(label) if isinstance(label, str) else operator.index(label)
+        except TypeError:
+            raise ValueError(f"class {label!r} is neither a whole number nor a name") from None
+        if not 0 <= index < num_classes:
             raise ValueError(
                 f"class {label} is out of range: this model has {num_classes} classes, 0 to {num_classes - 1}"
             )
-        return int(label)
+        return index
 
     def _denoise(
         self,
@@ -141,6 +179,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         model, device = self.transformer, self._execution_device
         ids = self.get_label_ids(class_labels)
+        if not ids:
+            raise ValueError("class_labels is empty, expected at least one id or name")
         self._guidance_scale = guidance_scale
         if guide is not None:
             self._check_guide(guide)
@@ -205,9 +245,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Pixels to latents; None stays None."""
         factor, multiple = spatial_factor(self.vae), spatial_factor(self.vae) * self.transformer.patch_size
         for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and pixels % multiple:
+            if pixels is not None and (pixels < 1 or pixels % multiple):
                 raise ValueError(
                     f"{name} is {pixels}, expected a multiple of {multiple} (VAE factor times patch size)"
+                    + ("" if pixels > 0 else " above 0")
                 )
         return tuple(None if pixels is None else pixels // factor for pixels in (height, width))
 
@@ -231,8 +272,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return latents.to(device=device, dtype=torch.float32)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents to float32 pixels, about [-1, 1]."""
+        """Normalised latents to float32 pixels, about [-1, 1].
+
+        Raises:
+            DataError: where they are not finite: image files would show them black.
+        """
         mean, std = self.config.latents_mean, self.config.latents_std
         if mean is None or std is None:
             mean, std = vae_statistics(self.vae)
-        return decode(self.vae, denormalize(latents, mean, std)).float()
+        pixels = decode(self.vae, denormalize(latents, mean, std)).float()
+        if not torch.isfinite(pixels).all():
+            dtype = str(self.transformer.dtype).removeprefix("torch.")
+            raise DataError(
+                f"the model draws images that are not finite; its weights are not usable in {dtype}"
+            )
+        return pixels

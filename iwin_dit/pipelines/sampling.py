@@ -24,7 +24,8 @@ from iwin_dit.runtime.seeds import generator
 SMALLEST_SIDE = 64  # of an image in a grid, in pixels
 FPS = 8.0  # frames per second of a clip
 MAX_STRIP = 10  # frames of a clip that a film strip shows
-AMOUNTS = ("classes", "num_images")  # of a recipe: what they change is which images there are
+# Of a recipe: what changes which images there are, and where the weights lay, whose hashes are in it, too.
+NOT_COMPARED = ("classes", "num_images", "checkpoint", "guide")
 MAX_RECIPE_BYTES = 1 << 20
 
 
@@ -117,20 +118,22 @@ def draw_animation(samples: Sequence[Sample], names: dict[int, str]) -> list[Ima
 
 def write_grid(
     samples: Sequence[Sample], path: Path, recipe: dict[str, Any], names: dict[int, str], fps: float = FPS
-) -> int:
+) -> list[Path]:
     """The grid, and the recipe as JSON beside it; of clips the film strips, and the grid as GIF and MP4.
 
     Returns:
-        how many images or clips there are in it.
+        the pictures written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(samples, names).save(path.with_suffix(".png"))
+    written = [path.with_suffix(".png")]
+    draw_grid(samples, names).save(written[0])
     if len(samples[0].frames) > 1:
         frames = draw_animation(samples, names)
-        write_gif(frames, path.with_suffix(".gif"), fps)
-        write_mp4(frames, path.with_suffix(".mp4"), fps)
+        written += [path.with_suffix(".gif"), path.with_suffix(".mp4")]
+        write_gif(frames, written[1], fps)
+        write_mp4(frames, written[2], fps)
     files.replace(path.with_suffix(".json"), files.to_json(recipe))
-    return len(samples)
+    return written
 
 
 def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
@@ -143,21 +146,33 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
     Raises:
         ConfigError: where it holds images of another recipe; more classes and images are the same one.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (re.fullmatch(r"(\d{4,})-(\d{5,})\.png", path.name) for path in folder.iterdir())
+    drawn = {(int(name[1]), int(name[2])) for name in names if name}
     path = folder / "recipe.json"
-    now = json.loads(files.to_json(recipe))
-    if path.exists():
-        before = files.read_json(path, MAX_RECIPE_BYTES)
-        changed = [key for key in now if key not in AMOUNTS and before.get(key) != now[key]]
+    if drawn:  # a recipe alone is that of a call that was refused
+        before, now = _read_recipe(path), json.loads(files.to_json(recipe))
+        changed = [key for key in now if key not in NOT_COMPARED and before.get(key) != now[key]]
         if changed:
             key = changed[0]
             raise ConfigError(
                 f"--out {folder} holds images of another recipe ({key}: {before.get(key)} -> {now[key]}); "
                 "remove it, or take another folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     files.replace(path, files.to_json(recipe))
-    names = (re.fullmatch(r"(\d{4,})-(\d{5,})\.png", name.name) for name in folder.iterdir())
-    return {(int(name[1]), int(name[2])) for name in names if name}
+    return drawn
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = files.read_json(path, MAX_RECIPE_BYTES)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"it holds a {type(recipe).__name__}")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not the recipe of the images beside it: {error}; remove the folder, or take another"
+        ) from error
+    return recipe
 
 
 def write_samples(samples: Iterable[Sample], folder: Path, fps: float = FPS) -> int:

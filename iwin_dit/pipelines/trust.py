@@ -79,10 +79,12 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
         CheckpointError: saying in which file what was found, and what is accepted.
     """
     index = path / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
-    name, vae = _check_index(path, index)
-    _check_transformer(path / "transformer" / "config.json", MODELS[name].__name__)
+    name, vae = check_index(path)
+    channels = _check_transformer(path / "transformer" / "config.json", MODELS[name].__name__)
+    for key in ("latents_mean", "latents_std"):
+        values = _read_json(index).get(key)
+        if values is not None and len(values) != channels:
+            raise _unexpected(index, key, values, f"a number for each of the {channels} latent channels")
     _check_vae(path / "vae" / "config.json", vae)
     _check_scheduler(path / "scheduler" / "scheduler_config.json")
     _check_weights(path / "transformer", MODELS[name])
@@ -90,8 +92,11 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
     return PIPELINES[name]
 
 
-def _check_index(path: Path, index: Path) -> tuple[str, str]:
-    """Returns the classes of the pipeline and of the VAE."""
+def check_index(path: Path) -> tuple[str, str]:
+    """The first part of :func:`check_pipeline_folder`: returns the classes of the pipeline and of the VAE."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
     try:
         content = files.read_json(index, MAX_JSON)
         name = content["_class_name"]
@@ -124,7 +129,8 @@ def _check_index(path: Path, index: Path) -> tuple[str, str]:
     return name, content["vae"][1]
 
 
-def _check_transformer(path: Path, kind: str) -> None:
+def _check_transformer(path: Path, kind: str) -> int:
+    """Returns the number of latent channels."""
     config = _read_config(path, kind)
     parameters = inspect.signature(IwinDiTTransformer2DModel).parameters
     unknown = sorted(key for key in config if key not in parameters and not key.startswith("_"))
@@ -148,6 +154,7 @@ def _check_transformer(path: Path, kind: str) -> None:
     for key, value in config.items():
         if not all(map(_is_number, _numbers(value))):
             raise _unexpected(path, key, value, "finite numbers")
+    return config["in_channels"]
 
 
 def _check_size(path: Path, key: str, value: Any, most: int) -> None:

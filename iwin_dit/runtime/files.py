@@ -49,14 +49,20 @@ def publish(temporary: Path, final: Path) -> None:
 
 def can_write_folder(path: Path) -> bool:
     """Whether a folder may be made or filled at ``path``, without making anything."""
-    existing = _existing(path)
+    try:
+        existing = _existing(path)
+    except OSError:  # a name that is too long
+        return False
     return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def can_write_file(path: Path) -> bool:
     """Whether a file may be made or replaced at ``path``, without making anything."""
-    if path.exists():
-        return path.is_file() and os.access(path, os.W_OK)
+    try:
+        if path.exists():
+            return path.is_file() and os.access(path, os.W_OK)
+    except OSError:
+        return False
     return can_write_folder(path)
 
 

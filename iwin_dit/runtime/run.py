@@ -60,7 +60,7 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.samples.mkdir(exist_ok=True)
-            self._lock = self._acquire_lock()
+            self._lock = hold(self.path)
         except OSError as error:
             raise ConfigError(
                 f"output_dir {self.path} cannot be written: {error.strerror or error}"
@@ -68,22 +68,6 @@ class RunDirectory:
         self.config, self.data = config, data
         self._check_config(may_change, flatten(defaults or {}))
         self._check_data()
-
-    def _acquire_lock(self) -> Any:
-        lock = open(self.path / "lock", "a+")  # noqa: SIM115  held until the process ends
-        try:
-            # a lock of the process: its data workers, which may outlive it by seconds, do not hold it
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            raise ConfigError(
-                f"{self.path} is in use, held by {lock.read().strip()}; wait, or take another"
-            ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
-        lock.flush()
-        return lock
 
     def _check_config(self, may_change: frozenset[str], defaults: dict[str, Any]) -> None:
         if (self.path / "config.yaml").exists():
@@ -135,9 +119,43 @@ class RunDirectory:
         return self.log_path.read_text().splitlines() if self.log_path.exists() else []
 
 
+def hold(folder: Path) -> Any:
+    """Keeps a folder for this process, as long as what is returned lives.
+
+    Raises:
+        ConfigError: where another process holds it.
+        OSError: where it cannot be written.
+    """
+    lock = open(folder / "lock", "a+")  # noqa: SIM115
+    try:
+        # a lock of the process: its data workers, which may outlive it by seconds, do not hold it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise ConfigError(
+            f"{folder} is in use, held by {lock.read().strip()}; wait, or take another"
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
 def read_config(run: Path) -> dict[str, Any]:
-    """The config that a run was begun with."""
-    return yaml.safe_load((run / "config.yaml").read_text())
+    """The config that a run was begun with.
+
+    Raises:
+        ConfigError: where it cannot be read, or is not keys and values.
+    """
+    path = run / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read, expected the config of a run: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}, expected the keys and values of a config")
+    return config
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
