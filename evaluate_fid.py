@@ -23,27 +23,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
-    """Those of a command line (default: of the process), checked; with ``--repeat`` they are not."""
+    """Those of a command line (default: of the process), checked."""
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
     add("--reference", help="a folder or .npz of real images (clips), or stored statistics")
     add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
     add("--metrics", help="; ".join(f"{kind}: {','.join(names)}" for kind, names in rules.EXTRACTORS.items()))
-    add("--num-images", type=int, default=50_000, help="to draw (50,000)")
-    add("--plan", choices=("equal", "uniform"), default="equal", help="classes in turn, or at random (equal)")
-    add("--seed", type=int, default=0, help="image k of a class depends on seed, class and k alone (0)")
+    add("--num-images", type=int, help="to draw (50,000)")
+    add("--plan", choices=("equal", "uniform"), help="classes in turn, or at random (equal)")
+    add("--seed", type=int, help="image k of a class depends on seed, class and k alone (0)")
     add("--sampler", help="euler, heun, dpm++, unipc; of DDPM ddim, ddpm, dpm++ (the model's own)")
-    add("--steps", type=int, default=50, help="steps of the sampler (50)")
-    add("--guidance-scale", type=float, default=1.0, help="(1: without)")
-    low_high = dict(nargs=2, type=float, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    add("--steps", type=int, help="steps of the sampler (50)")
+    add("--guidance-scale", type=float, help="(1: without)")
+    low_high = dict(nargs=2, type=float, metavar=("LOW", "HIGH"))
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
     add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
     add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
-    add(
-        "--draw-batch", type=int, default=32, help="images drawn together; a pixel in 10^5 depends on it (32)"
-    )
+    add("--draw-batch", type=int, help="images drawn together; a pixel in 10^5 depends on it (32)")
     add("--compile", action="store_true", help="compile the model first: worth it for many images")
     add("--inception-weights", help="torch-fidelity's file, for machines without a network")
     add("--save-images", metavar="PATH", help="keep what is drawn: a folder of PNGs, or an .npz as ADM's")
@@ -53,8 +51,7 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compare", metavar="RESULT", nargs="+", help="print stored results as one table")
     add("--sweep", metavar="KEY=V1,V2", help=f"one evaluation per value of {' or '.join(SWEEPS)}, and a plot")
     arguments = parser.parse_args(command)
-    if arguments.repeat is None and arguments.compare is None:
-        rules.check_arguments(arguments)
+    rules.check_arguments(arguments, {name: parser.get_default(name) for name in vars(arguments)})
     return arguments
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
 from iwin_dit.evaluation.i3d import I3D
 from iwin_dit.evaluation.images import BROKEN_NPZ, Images, SampledImages, label_plan, open_images
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
-from iwin_dit.evaluation.rules import name_figures
+from iwin_dit.evaluation.rules import holds_images, name_figures
 from iwin_dit.evaluation.statistics import identity, read_statistics, write_statistics
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
-from iwin_dit.runtime.errors import ConfigError, DataError
+from iwin_dit.runtime.errors import FULL, ConfigError, DataError
 from iwin_dit.runtime.progress import say
 
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
@@ -180,9 +181,29 @@ def read_reference(
     images: Images, extractor: nn.Module, metrics: list[str], batch_size: int, accelerator: Accelerator
 ) -> Features:
     """Features of real images, from the cache; each set's are kept under a key of its content."""
+    with reference_cache() as cache:
+        folder = extract(images, extractor, cache, batch_size, accelerator, "reference")
+        return read_features(folder, len(images), metrics)
+
+
+@contextlib.contextmanager
+def reference_cache() -> Iterator[Path]:
+    """The folder of the references' features, which is made.
+
+    Raises:
+        ConfigError: where it cannot be made or, in the context, written.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iwin-dit" / "references"
-    folder = extract(images, extractor, cache, batch_size, accelerator, "reference")
-    return read_features(folder, len(images), metrics)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield cache
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(
+            f"features of the reference cannot be kept in {cache}: {error.strerror}; "
+            "set XDG_CACHE_HOME to a folder that is yours"
+        ) from None
 
 
 def open_reference(location: str | None, metrics: list[str], extractor: str) -> Images | Path | None:
@@ -199,6 +220,8 @@ def open_reference(location: str | None, metrics: list[str], extractor: str) -> 
     path = Path(location)
     if path.suffix == ".safetensors" or (path.suffix == ".npz" and _holds(path, "mu.npy")):
         return path
+    with reference_cache():
+        pass  # made now: where it cannot be, that shows before images are drawn
     return open_set(location, extractor)
 
 
@@ -225,14 +248,7 @@ def _describe(reference: Images | Path | None) -> dict[str, Any] | None:
 
 def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
     """A folder or ``.npz`` of images; or what a run or pipeline draws."""
-    path = Path(arguments.generated)
-    is_model = any((path / name).is_file() for name in ("config.yaml", "model_index.json"))
-    if path.exists() and not is_model:
-        for name in ("save_images", "sweep", "sampler", "guide", "compile"):
-            if getattr(arguments, name):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is for what a model draws; {path} holds images already"
-                )
+    if holds_images(arguments.generated):
         return open_set(arguments.generated, arguments.extractor)
     pipeline = load_pipeline(arguments.generated, device)
     draws_clips = pipeline.transformer.rank == 3
@@ -274,11 +290,15 @@ def drawer(
     They are rounded as saving a PNG rounds them.
 
     Raises, when called:
+        ConfigError: where the pipeline refuses the options.
         DataError: where the model draws what is not finite.
     """
 
     def draw(labels: list[int], generators: list[torch.Generator]) -> Tensor:
-        (images,) = pipeline(labels, generator=generators, output_type="pt", return_dict=False, **options)
+        try:
+            (images,) = pipeline(labels, generator=generators, output_type="pt", return_dict=False, **options)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if images.ndim == 5:  # (B, T, 3, H, W)
             images = images.transpose(1, 2)
         if not torch.isfinite(images).all():

@@ -381,7 +381,7 @@ def test_clips_that_a_model_draws_are_those_that_sampling_writes(
 
 def test_statistics_stand_in_for_the_reference(sets, evaluate, stub, script_here, tmp_path):
     """Of the extractor that they were made with alone; stored results print as one table."""
-    kept, both = tmp_path / "kept.safetensors", ("--metrics", "fid,sfid")
+    kept, both = tmp_path / "new" / "folder" / "kept.safetensors", ("--metrics", "fid,sfid")
     expected, first = evaluate("other", *both, "--save-reference", kept)
     found, second = evaluate("other", *both, "--reference", kept)
     assert found == pytest.approx(expected, rel=1e-6)

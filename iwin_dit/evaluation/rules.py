@@ -18,34 +18,90 @@ EXTRACTORS = {  # the metrics of each; the first is the default
     "i3d": ("fvd",),
 }
 TITLES = {"fd": "FD", "fvd": "FVD", "kid": "KID", "kid_std": "KID_std"}  # of figures that are not Inception's
+DRAWING = {  # options for a model that draws, with what stands in where they are not given
+    "num_images": 50_000,
+    "plan": "equal",
+    "seed": 0,
+    "sampler": None,
+    "steps": 50,
+    "guidance_scale": 1.0,
+    "guidance_interval": [0.0, 1.0],
+    "guidance_channels": None,
+    "guide": None,
+    "draw_batch": 32,
+    "compile": False,
+    "save_images": None,
+    "sweep": None,
+}
 MAX_RESULT_BYTES = 1 << 20
 NOT_REPEATED = ("out", "save_images", "save_reference", "repeat", "sweep", "compare")
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuses what cannot be evaluated; sets ``metrics`` where it is None.
+def check_arguments(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Refuses what cannot be evaluated; sets ``metrics`` and the options of drawing where they are None.
+
+    Args:
+        defaults: of all options; ``--repeat`` and ``--compare`` take nothing but these beside them.
 
     Raises:
         ConfigError: with what was given and what was expected.
     """
+    for alone in ("repeat", "compare"):
+        if getattr(arguments, alone) is not None:
+            for name, value in vars(arguments).items():
+                if name != alone and value != defaults[name]:
+                    raise ConfigError(f"--{alone} takes no other option; leave {_option(name)} out")
+            return
     if arguments.generated is None:
         raise ConfigError("--generated is missing; see --help")
     metrics = None if arguments.metrics is None else arguments.metrics.split(",")
     names = chosen_metrics(arguments.extractor, metrics, arguments.inception_weights)
     arguments.metrics = ",".join(names)
     for name in ("num_images", "batch_size", "draw_batch", "steps"):
-        if (value := getattr(arguments, name)) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ConfigError(f"{_option(name)} is {value}, expected at least 1")
     kept = arguments.save_reference
     if kept is not None and not kept.endswith(".safetensors"):
         raise ConfigError(f"--save-reference is {kept}, expected a path that ends with .safetensors")
     for name in ("out", "save_images", "save_reference"):
         path = getattr(arguments, name)
-        is_folder = name == "save_images" and path is not None and not path.endswith(".npz")
-        can_write = files.can_write_folder if is_folder else files.can_write_file
-        if path is not None and not can_write(Path(path)):
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} {path} cannot be written; take a path in a folder that is yours")
+        if path is None or (name == "save_images" and Path(path).is_file()):  # open_export looks whose it is
+            continue
+        is_folder = name == "save_images" and not path.endswith(".npz")
+        if not (files.can_write_folder if is_folder else files.can_write_file)(Path(path)):
+            raise ConfigError(
+                f"{_option(name)} {path} cannot be written; take a path in a folder that is yours"
+            )
+    _check_drawing(arguments)
+
+
+def _check_drawing(arguments: argparse.Namespace) -> None:
+    """Sets the options of drawing that are not given, for a model; refuses those that are, for images."""
+    there = holds_images(arguments.generated)
+    swept = (arguments.sweep or "").partition("=")[0]
+    for name, default in DRAWING.items():
+        value = getattr(arguments, name)
+        is_given = value is not None and value is not False
+        if there and is_given:
+            raise ConfigError(
+                f"{_option(name)} is for what a model draws; {arguments.generated} holds images already: "
+                "leave it out"
+            )
+        if is_given and name == swept:
+            raise ConfigError(f"{_option(name)} is {value}, and --sweep gives it too; leave one of them out")
+        if not there and not is_given:
+            setattr(arguments, name, default)
+
+
+def holds_images(generated: str) -> bool:
+    """Whether ``--generated`` is a set of images or clips, and no model that draws them."""
+    path = Path(generated)
+    is_model = any((path / name).is_file() for name in ("config.yaml", "model_index.json"))
+    return path.exists() and not is_model
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def chosen_metrics(
@@ -114,11 +170,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def stored_command(result: Mapping[str, Any]) -> list[str]:
     """The command line that a result was made by, but for where to write."""
+    made = result.get("generated")
+    # results of images that were there held the options of drawing, too, before these were refused
+    left_out = DRAWING if isinstance(made, dict) and "model" not in made else ()
     command = []
     for key, value in result["arguments"].items():
-        if value is None or value is False or key in NOT_REPEATED:
+        if value is None or value is False or key in NOT_REPEATED or key in left_out:
             continue
-        option = f"--{key.replace('_', '-')}"
+        option = _option(key)
         if value is True:
             command.append(option)
         else:

@@ -90,6 +90,7 @@ def write_statistics(path: Path, features: Features, extractor: Any, source: Map
         tensors[f"{layer}.sigma"] = torch.from_numpy(moments.covariance)
     images = {moments.count for moments in features.moments.values()}.pop()
     about = {"extractor": identity(extractor), "images": images, "source": dict(source)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.replace(path, save(tensors, {"about": json.dumps(about)}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,21 @@ def values_of(sweep: str, kinds: Mapping[str, Callable[[str], Any]]) -> tuple[st
     """``guidance_scale=1,1.5`` as its key and values.
 
     Raises:
-        ConfigError: for another key, or a value that is no number.
+        ConfigError: for another key, or a value that is no finite number, no count of steps, or there twice.
     """
     key, _, text = sweep.partition("=")
     try:
-        return key, [kinds[key](value) for value in text.split(",")]
+        values = [kinds[key](value) for value in text.split(",")]
     except (KeyError, ValueError):
+        values = []
+    if not values or not all(map(math.isfinite, values)):
         expected = " or ".join(f"{name}=V1,V2" for name in kinds)
-        raise ConfigError(f"--sweep is {sweep!r}, expected {expected} with numbers") from None
+        raise ConfigError(f"--sweep is {sweep!r}, expected {expected} with numbers")
+    if key == "steps" and min(values) < 1:
+        raise ConfigError(f"--sweep is {sweep!r}, expected steps of at least 1")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"--sweep is {sweep!r}, expected each value once")
+    return key, values
 
 
 def named(path: str | None, key: str, value: Any) -> str | None:

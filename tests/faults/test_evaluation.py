@@ -1,7 +1,9 @@
 """Row 41: what evaluate_fid.py is given that cannot be evaluated, or should not be used again."""
 
+import errno
 import gc
 import json
+import os
 import pickle
 import shutil
 import urllib.error
@@ -10,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_model, make_pipeline, make_vae
 from evaluation_stub import COUNT, Stub, make_sets
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from iwin_dit import build_evaluation
+from iwin_dit import IwinDiTPipeline, build_evaluation
 from iwin_dit.build_evaluation import drawer
+from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
 from iwin_dit.evaluation.extractors import DINOv2, Inception
 from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
+from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 
 ALL = "fid,sfid,kid,is,pr"
@@ -40,7 +44,8 @@ def evaluate(monkeypatch, script_here, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def call(*arguments):
-        return script_here("evaluate_fid.py", "--out", tmp_path / "result.json", *arguments)
+        out = () if "--repeat" in arguments else ("--out", tmp_path / "result.json")
+        return script_here("evaluate_fid.py", *out, *arguments)
 
     return call
 
@@ -88,9 +93,65 @@ def test_41_arguments(sets, refused, tmp_path):
         ((*real, "--save-images", tmp_path / "x"), "--save-images is for what a model draws"),
         ((*real, "--save-images", sets / "real" / "00.png" / "x"), "x cannot be written"),
         ((*real, "--sweep", "steps=1,2"), "--sweep is for what a model draws"),
+        ((*real, "--num-images", 5), "--num-images is for what a model draws"),
+        ((*real, "--steps", 50), "--steps is for what a model draws"),
+        ((*real, "--seed", 0), "--seed is for what a model draws"),
+        ((*real, "--guidance-scale", 1), "--guidance-scale is for what a model draws"),
+        ((*real, "--guidance-interval", 0, 1), "--guidance-interval is for what a model draws"),
+        ((*real, "--plan", "equal"), "--plan is for what a model draws"),
+        ((*real, "--draw-batch", 32), "--draw-batch is for what a model draws"),
+        (("--repeat", "x.json", "--steps", 4), "--repeat takes no other option; leave --steps out"),
+        (("--compare", "x.json", "--seed", 0), "--compare takes no other option; leave"),
         (("--generated", sets / "real"), "fid compares with real images: give --reference"),
     ):
         refused(message, *arguments)
+
+
+def test_41_arguments_of_drawing(sets, refused, tmp_path):
+    """Found before the work: the first image is drawn at once."""
+    drawn = ("--generated", sets / "pipeline", "--reference", sets / "real", "--num-images", 4)
+    for arguments, message in (
+        (("--guidance-interval", 0.9, 0.1), "guidance_interval is (0.9, 0.1), expected 0 <= low"),
+        (("--guidance-channels", 0), "guidance_channels is 0, expected at least 1"),
+        (("--guidance-scale", "nan"), "guidance_scale is nan, expected a finite number"),
+        (("--sweep", "steps=0,2"), "--sweep is 'steps=0,2', expected steps of at least 1"),
+        (("--sweep", "steps=2,2"), "--sweep is 'steps=2,2', expected each value once"),
+        (("--sweep", "guidance_scale=1,inf"), "expected guidance_scale=V1,V2 or steps=V1,V2 with numbers"),
+        (("--sweep", "steps=1,2", "--steps", 4), "--steps is 4, and --sweep gives it too"),
+    ):
+        refused(message, *drawn, *arguments)
+    assert not (tmp_path / "result.work").exists()
+
+    statistics = dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    for name, options in (("bare", {"class_dropout_prob": 0.0}), ("fewer", {"num_classes": 2})):
+        model = make_model(prediction_type="flow_prediction", **options)
+        pipeline = IwinDiTPipeline(model, make_vae(), FlowMatching().scheduler(), **statistics)
+        export_pipeline(pipeline, tmp_path / name, {})
+    refused("trained without a null label", *drawn, "--guidance-scale", 2, "--generated", tmp_path / "bare")
+    refused("the guide's num_classes is 2, expected 3", *drawn, "--guide", tmp_path / "fewer")
+
+
+def test_41_a_cache_that_cannot_be_kept(sets, refused, evaluate, monkeypatch, tmp_path):
+    """Found before images are looked at; the disk that is full has an exit code of its own."""
+    images = ("--generated", sets / "other", "--reference", sets / "real")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    refused("Not a directory; set XDG_CACHE_HOME to a folder that is yours", *images)
+    assert not (tmp_path / "result.work").exists()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    replace = chunks.files.replace
+
+    def failing(path, data):
+        if "iwin-dit" in path.parts:
+            raise OSError(number, os.strerror(number), str(path))
+        replace(path, data)
+
+    monkeypatch.setattr(chunks.files, "replace", failing)
+    number = errno.EROFS
+    refused("Read-only file system; set XDG_CACHE_HOME", *images)
+    number = errno.ENOSPC
+    assert evaluate(*images)[0] == 3
 
 
 def test_41_too_few_images(sets, refused, evaluate, tmp_path):
@@ -291,6 +352,12 @@ def test_41_results_that_cannot_be_repeated(sets, evaluate, refused, tmp_path):
     assert code == 0, output
     good = json.loads((tmp_path / "result.json").read_text())
     path = tmp_path / "stored.json"
+    options = dict(num_images=50_000, seed=0, steps=50, plan="equal", guidance_scale=1.0, draw_batch=32)
+    options |= dict(guidance_interval=[0.0, 1.0], compile=False, sampler=None)
+    path.write_text(json.dumps(good | {"arguments": good["arguments"] | options}))
+    code, output = evaluate("--repeat", path)
+    assert (code, "difference 0.0e+00" in output) == (0, True), "as it was stored before they were refused"
+    path.unlink()
     refused("stored.json cannot be read: No such file or directory", "--repeat", path)
     refused("cannot be read: Is a directory", "--repeat", tmp_path)
     for content, message in (
@@ -300,7 +367,10 @@ def test_41_results_that_cannot_be_repeated(sets, evaluate, refused, tmp_path):
         ({"figures": good["figures"]}, "expected arguments and figures in it"),
         (good | {"figures": {"fid": "low"}}, "its figures are not all numbers"),
         (good | {"arguments": good["arguments"] | {"stpes": 3}}, "unrecognized arguments: --stpes=3"),
-        (good | {"arguments": good["arguments"] | {"steps": "x"}}, "argument --steps: invalid int value"),
+        (
+            good | {"arguments": good["arguments"] | {"batch_size": "x"}},
+            "argument --batch-size: invalid int value",
+        ),
         (good | {"arguments": {"seed": 1}}, "--generated is missing"),
         (good | {"arguments": good["arguments"] | {"generated": "/no/where"}}, "/no/where"),
     ):
