@@ -8,8 +8,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from iwin_dit.convert import from_dit, from_flashdit, from_lightningdit, load_official
+from iwin_dit.convert import (
+    from_dit,
+    from_flashdit,
+    from_iwin_transformer,
+    from_ldm_vae,
+    from_lightningdit,
+    load_official,
+)
+from iwin_dit.convert.__main__ import read_config
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.runtime.errors import ConfigError
 
 DATA = Path(__file__).parent / "data"
 IMPORTERS = {"flashdit_0": from_flashdit, "lightningdit_0": from_lightningdit, "dit_0": from_dit}
@@ -24,7 +33,7 @@ def read(name):
     for key, tensor in tensors.items():
         group, _, rest = key.partition(".")
         groups[group][rest] = tensor
-    return groups["weight"], groups["input"], groups["output"]["prediction"], config
+    return groups["weight"], groups["input"], groups["output"].get("prediction"), config
 
 
 def answer(model, inputs, noise_first):
@@ -85,6 +94,93 @@ def test_arguments_that_do_not_fit_are_listed():
         from_flashdit(weights, config | {"windw_size": 4})
     with pytest.raises(ValueError, match=r"x_embedder\.proj\.weight \(48, 8, 1, 1\)|instead of"):
         from_flashdit(weights, config | {"in_channels": 4})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"depth": "2"}, "depth is '2', expected a whole number of at least 1"),
+        ({"num_heads": 0}, "num_heads is 0, expected a whole number of at least 1"),
+        ({"num_heads": 5}, "num_heads is 5, expected a divisor of hidden_size 48"),
+        ({"patch_size": True}, "patch_size is True, expected a whole number"),
+        ({"mlp_ratio": None}, "mlp_ratio is None, expected a number above 0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan, expected a number above 0"),
+        ({"class_dropout_prob": 2}, "class_dropout_prob is 2, expected a number from 0 to 1"),
+        ({"learn_sigma": "no"}, "learn_sigma is 'no', expected true or false"),
+        ({"learn_sigma": True}, r"final_layer\.linear\.weight is \(8, 48\), expected 16 rows"),
+        ({"window_size": []}, r"window_size is \[\], expected a whole number of at least 1, or a list"),
+        ({"window_size": [4, 0]}, r"window_size is \[4, 0\], expected"),
+        ({3: 4, "a": 5}, "unknown arguments 3, a; the official constructor has"),
+    ],
+)
+def test_values_of_another_kind_are_refused(given, message):
+    weights, _, _, config = read("flashdit_0")
+    with pytest.raises(ValueError, match=message):
+        from_flashdit(weights, config | given)
+
+
+def test_values_of_the_other_constructors_are_checked():
+    weights, _, _, config = read("iwin_classifier_1")
+    for given, message in (
+        ({"num_heads": 2}, "num_heads is 2, expected a list of whole numbers"),
+        ({"num_heads": [0, 4]}, r"num_heads is \[0, 4\], expected a list"),
+        ({"mlp_ratio": "4"}, "mlp_ratio is '4', expected a number above 0"),
+        ({"qk_scale": 0}, "qk_scale is 0, expected a number above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_iwin_transformer(weights, config | given)
+    weights, _, _, config = read("ldm_vae_0")
+    for given, message in (
+        ({"ch_mult": []}, r"ch_mult is \[\], expected a list of whole numbers"),
+        ({"attn_resolutions": 8}, "attn_resolutions is 8, expected a list"),
+        ({"embed_dim": "8"}, "embed_dim is '8', expected a whole number"),
+        ({"ddconfig": 3}, "ddconfig is int, expected arguments by name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_ldm_vae(weights, config | given)
+
+
+ODD = {
+    "dit_0": (from_dit, "x_embedder.proj.weight", r" \(3,\) instead of \(48, 16\)"),
+    "ldm_vae_0": (from_ldm_vae, "encoder.conv_in.weight", r" \(3,\) instead of \(32, 3, 3, 3\)"),
+    "iwin_classifier_1": (from_iwin_transformer, "patch_embed.proj.weight", r" is \(3,\), expected two axes"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_tensor_by_name_is_refused(name):
+    weights, _, _, config = read(name)
+    convert, key, misshapen = ODD[name]
+    for odd, message in (
+        ({3: torch.ones(1)}, "has the key 3, expected names of tensors"),
+        ({key: 1.0}, f"{key} is float, expected a tensor; give the weights alone, or under"),
+        ({key: torch.ones(3)}, f"{key}{misshapen}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(weights | odd, config)
+        with pytest.raises(ValueError, match=message):
+            convert({"ema": weights | odd}, config)
+
+
+def test_the_first_ten_names_are_listed():
+    weights, _, _, config = read("dit_0")
+    with pytest.raises(ValueError, match=r"missing blocks\..* and \d\d\d more; unexpected none") as caught:
+        from_dit(weights, config | {"depth": 28})
+    assert len(str(caught.value)) < 500
+    weights, _, _, config = read("flashdit_0")
+    with pytest.raises(ValueError, match=r"instead of .* and \d+ more$"):
+        from_flashdit(weights, config | {"hidden_size": 40})
+
+
+def test_a_config_is_arguments_by_name(tmp_path):
+    for text, message in (
+        ("1: 2", "has the argument 1, expected names"),
+        ("depth: 2001-99-99", "is not JSON or YAML: month must be in"),
+        ("[1]", "holds list, expected arguments by name"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_config(str(tmp_path / "config.yaml"), "dit")
 
 
 def test_a_position_table_of_another_size_is_refused():

@@ -55,10 +55,12 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
         raise ConfigError(f"--config {source} is not a file{names}")
     try:
         config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not JSON or YAML: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds {type(config).__name__}, expected arguments by name")
+    if odd := [name for name in config if not isinstance(name, str)]:
+        raise ConfigError(f"{path} has the argument {odd[0]!r}, expected names")
     return config
 
 
@@ -136,7 +138,7 @@ def main() -> None:
     try:
         model = getattr(convert, KINDS[arguments.kind])(tensors, config)
     except ValueError as error:
-        raise DataError(f"{arguments.file}: {error}") from None
+        raise DataError(f"{arguments.file} with --config {arguments.config}: {error}") from None
     save(model, arguments.folder)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{arguments.folder}: {type(model).__name__}, {count:,} parameters")

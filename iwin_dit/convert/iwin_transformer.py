@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iwin_dit.convert.names import check_names
+from iwin_dit.convert.arguments import check_values
+from iwin_dit.convert.names import check_names, find_tensors
 from iwin_dit.models.backbone import IwinFeatures, IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
-from iwin_dit.models.official_names import official_name, serves_later_stages, to_our_names, unwrap
+from iwin_dit.models.official_names import WRAPPERS, official_name, serves_later_stages, to_our_names, unwrap
+from iwin_dit.runtime.checkpoint import listed
 
 # Arguments of the official constructors: those that weights tell as well, those that they do not (with
 # defaults), and those that matter in training only or choose an implementation.
@@ -39,11 +41,14 @@ CHOSEN = dict(
     qk_scale=None,
     drop_path_rate=0.0,
 )
+EXAMPLES = CHOSEN | dict(
+    num_heads=[3], window_size=(7,), img_size=(224, 224), pretrain_img_size=(224, 224), qk_scale=1.0
+)
 WITHOUT_EFFECT = (
     *("drop_rate", "attn_drop_rate", "norm_layer", "use_checkpoint", "fused_window_process", "frozen_stages"),
     *("pretrained", "pretrained2d", "init_cfg", "with_cp", "convert_weights", "act_cfg", "norm_cfg"),
 )
-PATCHES = "patch_embed.proj.weight"
+PATCHES, FIRST_MLP = "patch_embed.proj.weight", "layers.0.blocks.0.mlp.fc1.weight"
 
 
 def from_iwin_transformer(
@@ -62,7 +67,7 @@ def from_iwin_transformer(
         ValueError: listing missing or unexpected names, arguments that are unknown, lacking or not those of
             the weights, or tensors of another shape.
     """
-    weights = unwrap(state_dict)
+    weights = unwrap(find_tensors(state_dict, WRAPPERS))
     told = _read(weights)
     chosen = _arguments(config, told)
     arguments = dict(
@@ -106,12 +111,15 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             f"the state dict has no {PATCHES}, so it is not an Iwin Transformer's; "
             f"it has {', '.join(sorted(weights)[:5]) or 'no tensors'}"
         )
+    for name in (PATCHES, FIRST_MLP, "head.weight"):
+        if name in weights and weights[name].ndim < 2:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)}, expected two axes or more")
     patches = weights[PATCHES]
     found = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in weights]
     blocks = sorted({(int(match[1]), int(match[2])) for match in found if match})
     stages = range(1 + max((stage for stage, _ in blocks), default=-1))
     norms = [re.fullmatch(r"norm(\d+)\.weight", name) for name in weights]
-    hidden = weights.get("layers.0.blocks.0.mlp.fc1.weight")
+    hidden = weights.get(FIRST_MLP)
     return dict(
         embed_dim=patches.shape[0],
         in_chans=patches.shape[1],
@@ -129,14 +137,15 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _arguments(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """The other arguments, with defaults; what config and weights both tell has to agree."""
-    unknown = sorted(set(config) - {*TOLD, *CHOSEN, *WITHOUT_EFFECT})
+    unknown = sorted(map(str, set(config) - {*TOLD, *CHOSEN, *WITHOUT_EFFECT}))
     if unknown:
         raise ValueError(
-            f"unknown arguments {', '.join(unknown)}; "
+            f"unknown arguments {listed(unknown)}; "
             f"the official constructors have {', '.join((*TOLD, *CHOSEN, *WITHOUT_EFFECT))}"
         )
     if config.get("num_heads") is None:
         raise ValueError("the config lacks num_heads, which the weights do not tell")
+    check_values(config, EXAMPLES, optional=("qk_scale",))
     if len(config["num_heads"]) != len(told["depths"]):
         raise ValueError(f"num_heads is {config['num_heads']}, the weights have {len(told['depths'])} stages")
     wrong = []
@@ -180,5 +189,5 @@ def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if found[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"the state dict does not fit the config: {'; '.join(wrong)}")
+        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
     model.load_state_dict(found)

@@ -13,11 +13,16 @@ from typing import Any
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from iwin_dit.convert.names import check_names
+from iwin_dit.convert.arguments import check_values
+from iwin_dit.convert.names import check_names, find_tensors
+from iwin_dit.runtime.checkpoint import listed
 
 # LDM's ddconfig with embed_dim: arguments that must be given, and the others' defaults.
 REQUIRED = ("ch", "ch_mult", "num_res_blocks", "resolution", "attn_resolutions", "z_channels")
 DEFAULTS = dict(double_z=True, in_channels=3, out_ch=3, dropout=0.0, embed_dim=None)
+EXAMPLES = DEFAULTS | dict(
+    ch=128, ch_mult=[1], num_res_blocks=2, resolution=256, attn_resolutions=[], z_channels=4, embed_dim=4
+)
 
 WRAPPERS = ("ema", "state_dict", "model")
 PREFIXES = re.compile(r"^(?:(?:module|first_stage_model)\.)+")
@@ -60,18 +65,21 @@ def from_ldm_vae(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> Au
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     given, unknown = dict(config), set()
     if "ddconfig" in given:
+        if not isinstance(given["ddconfig"], Mapping):
+            raise ValueError(f"ddconfig is {type(given['ddconfig']).__name__}, expected arguments by name")
         outer = {name: value for name, value in given.items() if name != "ddconfig"}
         unknown = set(outer) - {"embed_dim"}
         given = dict(given["ddconfig"]) | outer
     unknown |= set(given) - {*REQUIRED, *DEFAULTS}
     if unknown:
         raise ValueError(
-            f"unknown arguments {', '.join(sorted(unknown))}; "
+            f"unknown arguments {listed(sorted(map(str, unknown)))}; "
             f"the official autoencoder has {', '.join((*REQUIRED, *DEFAULTS))}"
         )
     missing = [name for name in REQUIRED if name not in given]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
+    check_values(given, EXAMPLES, optional=("embed_dim",))
     official = DEFAULTS | given
     if not official["double_z"]:
         raise ValueError("double_z must be true: the encoder gives mean and log-variance")
@@ -103,11 +111,8 @@ def _build(official: dict[str, Any]) -> AutoencoderKL:
 
 def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The autoencoder's tensors by their plain names."""
-    for key in WRAPPERS:
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    plain = {PREFIXES.sub("", name): tensor for name, tensor in state_dict.items()}
+    tensors = find_tensors(state_dict, WRAPPERS)
+    plain = {PREFIXES.sub("", name): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in plain.items() if not name.startswith(TRAINING_ONLY)}
 
 
@@ -123,7 +128,7 @@ def _load(model: AutoencoderKL, weights: dict[str, Tensor]) -> AutoencoderKL:
         if tuple(weights[official].shape) != shape:
             wrong.append(f"{official} {tuple(weights[official].shape)} instead of {shape}")
     if wrong:
-        raise ValueError(f"the state dict does not fit the config: {'; '.join(wrong)}")
+        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
     model.load_state_dict({name: weights[expected[name]].reshape(ours[name].shape) for name in ours})
     return model.eval()
 

@@ -1,19 +1,44 @@
-"""The names in a state dict, against those that a model expects."""
+"""The tensors of an official file, and their names against those that a model expects."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from iwin_dit.runtime.checkpoint import listed
+
+
+def find_tensors(state_dict: Mapping[str, Any], wrappers: Sequence[str]) -> Mapping[str, Tensor]:
+    """Tensors by name: those under the first of the wrappers' keys that a training checkpoint has, or all.
+
+    Raises:
+        ValueError: where something else than a tensor is among them, or a key is no name.
+    """
+    state_dict = next(
+        (state_dict[key] for key in wrappers if isinstance(state_dict.get(key), Mapping)), state_dict
+    )
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the state dict has the key {name!r}, expected names of tensors")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"the state dict's {name} is {type(tensor).__name__}, expected a tensor; "
+                f"give the weights alone, or under {' or '.join(wrappers)}"
+            )
+    return state_dict
 
 
 def check_names(expected: Collection[str], found: Collection[str]) -> None:
     """Every official name must be used, and none may be missing.
 
     Raises:
-        ValueError: listing the names that are missing and those that are unexpected.
+        ValueError: listing the names that are missing and those that are unexpected, the first ten of each.
     """
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unexpected:
         raise ValueError(
-            f"the state dict does not fit the config: missing {', '.join(missing) or 'none'}; "
-            f"unexpected {', '.join(unexpected) or 'none'}"
+            f"the state dict does not fit the config: missing {listed(missing) or 'none'}; "
+            f"unexpected {listed(unexpected) or 'none'}"
         )

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from iwin_dit.convert.names import check_names
+from iwin_dit.convert.arguments import check_values
+from iwin_dit.convert.names import check_names, find_tensors
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.runtime.checkpoint import listed
 
 # The official constructors' arguments and their defaults.
 DIT = dict(
@@ -79,7 +81,8 @@ def from_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDi
     Timesteps are integers or floats in 0..999.
 
     Raises:
-        ValueError: listing missing or unexpected names, unknown arguments, or tensors of another shape.
+        ValueError: listing missing or unexpected names, arguments that are unknown or of another kind, or
+            tensors of another shape.
     """
     official = _arguments(config, DIT)
     model = _build(
@@ -135,12 +138,17 @@ def load_official(path: str | Path) -> dict[str, Any]:
 
 
 def _arguments(config: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(config) - set(defaults))
+    unknown = sorted(map(str, set(config) - set(defaults)))
     if unknown:
         raise ValueError(
-            f"unknown arguments {', '.join(unknown)}; the official constructor has {', '.join(defaults)}"
+            f"unknown arguments {listed(unknown)}; the official constructor has {', '.join(defaults)}"
         )
-    return defaults | dict(config)
+    check_values(config, defaults)
+    official = defaults | dict(config)
+    width, heads = official["hidden_size"], official["num_heads"]
+    if width % heads:
+        raise ValueError(f"num_heads is {heads}, expected a divisor of hidden_size {width}")
+    return official
 
 
 def _build(official: dict[str, Any], **options: Any) -> IwinDiTTransformer2DModel:
@@ -164,11 +172,8 @@ def _build(official: dict[str, Any], **options: Any) -> IwinDiTTransformer2DMode
 
 def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Training checkpoints hold ``ema`` and ``model``, with names prefixed ``module.``: EMA first."""
-    for key in ("ema", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    tensors = find_tensors(state_dict, ("ema", "model"))
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:
@@ -198,6 +203,12 @@ def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, l
         if name in weights:
             rows = weights[name]
             if learn_sigma:  # rows are laid out (p, q, channel)
+                count = 2 * model.out_channels * model.patch_size**2
+                if rows.shape[:1] != (count,):
+                    raise ValueError(
+                        f"{name} is {tuple(rows.shape)}, expected {count} rows: "
+                        "check learn_sigma, in_channels and patch_size"
+                    )
                 rows = rows.unflatten(0, (-1, 2 * model.out_channels))[:, : model.out_channels].flatten(0, 1)
             weights[name] = -rows
 
@@ -207,15 +218,16 @@ def _load(model: IwinDiTTransformer2DModel, weights: dict[str, Tensor]) -> IwinD
     expected = {name: _official_name(name, model.config.mlp) for name in model.state_dict()}
     check_names(expected.values(), weights)
     ours = {name: weights[official] for name, official in expected.items()}
-    # theirs is a convolution, (D, C, p, p)
-    ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(1)
+    patches = ours["patch_embed.proj.weight"]
+    if patches.ndim == 4:  # theirs is a convolution, (D, C, p, p)
+        ours["patch_embed.proj.weight"] = patches.flatten(1)
     wrong = [
         f"{expected[name]} {tuple(ours[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in model.state_dict().items()
         if ours[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"the state dict does not fit the config: {'; '.join(wrong)}")
+        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
     model.load_state_dict(ours)
     return model.eval()
 
