@@ -4,8 +4,8 @@
     python benchmarks/sampling.py --time [--size XL/1]  a call of the pipeline, eager and compiled
     python benchmarks/sampling.py --sync-check          every sampler on CUDA, where a wait is an error
 
-FD (iwin) is the distance to halves of the 297 held-out digits, of 150 images a seed, so that the real digits'
-own distance, half against half, stands beside it as the scale. The noise is the same in every row. The guides
+FD (iwin) is the distance to halves of the held-out digits, of 150 images a seed, so that the real digits' own
+distance, half against half, stands beside it as the scale. The noise is the same in every row. The guides
 of autoguidance are the quickstart after 50 steps, and a smaller model:
 
     accelerate launch train_dit.py --output_dir runs/quickstart_small --model.depth 2 --model.width 64 \
@@ -33,7 +33,6 @@ from iwin_dit.data.digits import read_images
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation.digits_report import CLASSIFIER, Distance
-from iwin_dit.evaluation.frechet import Moments, frechet_distance
 from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, run_script
 from iwin_dit.runtime.progress import progress, say
@@ -72,21 +71,6 @@ class Case:
         return f"{mean(self.distances):.2f}{spread}"
 
 
-class HalfDistance(Distance):
-    """FD (iwin) of as many images as a half of those held out, to each half of ten halvings."""
-
-    def __call__(self, images: Tensor) -> float:
-        """Images ``(B, 3, H, W)`` in [-1, 1]."""
-        one = self._moments(self._features(images))
-        others = [self._moments(self.real[half]) for pair in self.halves for half in pair]
-        return mean(frechet_distance(one.mean, one.covariance, o.mean, o.covariance) for o in others)
-
-    def _moments(self, features: Tensor) -> Moments:
-        moments = Moments.empty(features.shape[1])
-        moments.add(features)
-        return moments
-
-
 class Calls:
     """Counts the images that a network is asked about."""
 
@@ -118,7 +102,7 @@ def guidance_cases(guides: dict[str, IwinDiTTransformer2DModel]) -> list[Case]:
 
 
 def measure(
-    cases: list[Case], pipeline: IwinDiTPipeline, guides: dict, distance: HalfDistance, seeds: int
+    cases: list[Case], pipeline: IwinDiTPipeline, guides: dict, distance: Distance, seeds: int
 ) -> None:
     """Fills in the distances and the calls of all cases."""
     own, theirs = Calls(pipeline.transformer), [Calls(guide) for guide in guides.values()]
@@ -132,7 +116,7 @@ def measure(
                 noise = [generator(seed, "image", label, k // NUM_CLASSES) for k, label in enumerate(labels)]
                 options = dict(num_inference_steps=case.steps, output_type="pt", return_dict=False)
                 (images,) = pipeline(labels, generator=noise, **options, **case.options)
-                case.distances.append(distance(2 * images.float().cpu() - 1))
+                case.distances.append(distance(2 * images.float().cpu() - 1, torch.tensor(labels)))
                 bar.update(case.steps)
             case.calls = own.images / NUM_IMAGES / seeds
             case.guide_calls = sum(counter.images for counter in theirs) / NUM_IMAGES / seeds
@@ -199,9 +183,9 @@ def compare(arguments: argparse.Namespace) -> None:
             say(f"without the guide {source}, which is not there; see --help")
     for model in (pipeline.transformer, *guides.values()):
         DTYPES[arguments.dtype](model)
-    images, _, _ = read_images(HELD_OUT)
-    distance = HalfDistance(CLASSIFIER, images)
-    real = Distance.__call__(distance, images)
+    images, labels, _ = read_images(HELD_OUT)
+    distance = Distance(CLASSIFIER, images, labels)
+    real = distance(images, labels)
     solvers, guided = solver_cases(), guidance_cases(guides)
     measure([*solvers, *guided], pipeline, guides, distance, arguments.seeds)
     say(

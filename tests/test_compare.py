@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -97,9 +99,9 @@ def test_blocks_to_connect_of_windows_by_their_definition(side, window):
     for name in ("swin", "swin_v2"):
         found = connectivity.blocks_to_connect(spec(name=name, window_size=window), (side, side))
         assert found == reach(swin, side)
-    size = window - (window % 2 == 0)
+    size = max(3, window - (window % 2 == 0))
     found = connectivity.blocks_to_connect(spec(name="neighborhood", window_size=window), (side, side))
-    assert found == (reach(neighbors, side) if size > 1 else None)
+    assert found == reach(neighbors, side)
 
 
 def test_memory_of_a_step_holds_what_autograd_saves():
@@ -150,8 +152,7 @@ def test_steps_are_timed_in_turn(monkeypatch):
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("import sys; print('error: no room'); sys.exit(3)", "no room"),
-        ("raise RuntimeError", "the trainer ended with 1, see "),
+        ("import sys; print('error: no such device'); sys.exit(2)", "no such device"),
         ("", "it stopped at step 0"),
     ],
 )
@@ -162,6 +163,20 @@ def test_why_a_run_was_not_trained(tmp_path, monkeypatch, program, reason):
     failures = runs.train_all([first, second])
     assert list(failures) == [first.path, second.path]
     assert all(found.startswith(reason) for found in failures.values())
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; print('error: no room'); sys.exit(3)", "no room"),
+        ("raise RuntimeError", "the trainer ended with 1, see "),
+    ],
+)
+def test_what_is_no_fault_of_the_config_stops(tmp_path, monkeypatch, program, reason):
+    (tmp_path / "trainer.py").write_text(program)
+    monkeypatch.setattr(runs, "TRAINER", tmp_path / "trainer.py")
+    with pytest.raises(ConfigError, match=f"{RECIPES[0].stem}-seed-0 could not be trained: {reason}"):
+        runs.train_all(runs.runs_of(RECIPES[0], [0, 1], 5, tmp_path / "runs"))
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +306,34 @@ def test_what_cannot_be_compared_is_said(setup, tmp_path, digits_folder):
         Judge(digits_folder, str(tmp_path / "nothing"), 20)
     with pytest.raises(ConfigError, match="does not exist; expected recipes"):
         setup(compare, "--configs", tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match=f"--configs has {RECIPES[0].stem} twice"):
+        setup(compare, "--configs", RECIPES[0], RECIPES[0])
+    with pytest.raises(ConfigError, match="--tuning-steps is 0"):
+        setup(transfer, "--tuning-steps", "0")
+    other = tmp_path / "wide.yaml"
+    text = RECIPES[0].read_text()
+    assert "width: 128" in text
+    other.write_text(text.replace("width: 128", "width: 64"))
+    rows = [compare.Row(path, runs.runs_of(path, [0], 5, tmp_path)) for path in (RECIPES[0], other)]
+    with pytest.raises(ConfigError, match="differ in the model's size"):
+        compare.check_budgets(compare.valid_configs(rows))
+    (tmp_path / "held").mkdir()
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from iwin_dit.runtime.run import hold\n"
+            "held = hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()",
+            tmp_path / "held",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert held.stdout.readline()
+    with pytest.raises(ConfigError, match=f"is in use, held by pid {held.pid}"):
+        runs.hold_runs(tmp_path / "held")
+    held.communicate()
     with pytest.raises(ConfigError, match="--models sea is unknown, expected some of iwin"):
         setup(transfer, "--models", "sea")
 
@@ -303,6 +346,35 @@ def test_the_judge_knows_digits_at_every_size(setup, tmp_path, digits_folder):
         assert judge.of_real(side)["recognised"] > 0.6
     assert judge(noise, judge.labels)["recognised"] < 0.4
     assert judge(noise, judge.labels)["fd"] > judge.of_real(64)["fd"]
+
+
+def test_the_distance_is_of_looks_not_of_how_often_a_digit_occurs(setup, digits_folder):
+    """Of real digits and of the same in another order, or with one digit three times as often."""
+    known, known_labels, _ = digits_report.read_images(digits_folder / "train")
+    real, labels, _ = digits_report.read_images(digits_folder / "test")
+    distance = digits_report.Distance("classifier", real, labels)
+    expected = distance(known, known_labels)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    assert distance(known[order], known_labels[order]) == pytest.approx(expected, rel=0.3)
+    often = torch.cat([torch.arange(len(known)), *2 * [(known_labels == 3).nonzero().flatten()]])
+    assert distance(known[often], known_labels[often]) == pytest.approx(expected, rel=0.3)
+    one = distance(known[known_labels == 3].repeat(10, 1, 1, 1), known_labels)  # threes alone
+    assert one > 2 * expected
+
+
+def test_halves_are_apart_and_have_as_many_of_each():
+    labels = torch.tensor([0] * 7 + [1] * 4 + [2] * 2)
+    counts = {0: 3, 1: 2, 2: 2}
+    one, other = digits_report.halves(labels, counts, 0)
+    for half in (one, other):
+        assert torch.bincount(labels[half]).tolist() == [3, 2, 2]
+    shared = set(one.tolist()) & set(other.tolist())
+    assert {int(labels[i]) for i in shared} == {2}, "too few to be apart"
+    assert [half.tolist() for half in digits_report.halves(labels, counts, 0)] == [
+        one.tolist(),
+        other.tolist(),
+    ]
+    assert digits_report.halves(labels, counts, 1)[0].tolist() != one.tolist()
 
 
 @pytest.mark.slow
@@ -323,9 +395,11 @@ def test_transfer_writes_tables_and_a_picture(setup, tmp_path, monkeypatch, run_
             assert len(row) == 5
             assert all(float(cell) >= 0 for cell in row[1:])
     figures = {path.name for path in (tmp_path / "tuned" / "figures").glob("*-iwin-seed-0-*")}
+    figures = {re.sub("-from-[0-9a-f]{8}", "", name) for name in figures}
     judged = ("runs", 32, 4), ("runs", 48, 4), ("runs", 64, 4), ("runs", 64, 8), ("tuned", 64, 4)
     assert figures == {f"{of}-iwin-seed-0-{side}px-window-{m}.json" for of, side, m in judged}
-    tuned = load_config(tmp_path / "tuned" / "iwin-auto-seed-0" / "config.yaml").model
+    (folder,) = (tmp_path / "tuned").glob("iwin-auto-seed-0-from-*")
+    tuned = load_config(folder / "config.yaml").model
     assert tuned.grid == (16, 16)
     assert tuned.mixer.window(tuned.grid) == (8, 8)
     assert (out.parent / "transfer.png").stat().st_size > 1000

@@ -29,7 +29,7 @@ from iwin_dit.evaluation.compare_report import (
 from iwin_dit.evaluation.costs import costs, draw_in_turn, train_in_turn
 from iwin_dit.evaluation.digits_report import CLASSIFIER
 from iwin_dit.evaluation.judge import Judge, unguided
-from iwin_dit.evaluation.runs import Run, kept, runs_of, train_all
+from iwin_dit.evaluation.runs import Run, check_once, hold_runs, kept, runs_of, train_all
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, run_script
@@ -59,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError(
             f"--configs {missing[0]} does not exist; expected recipes such as {CONFIGS}/iwin.yaml"
         )
+    check_once("--seeds", arguments.seeds)
+    check_once("--configs", [path.stem for path in arguments.configs])
     if not files.can_write_file(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
     return arguments
@@ -82,13 +84,18 @@ def valid_configs(rows: Sequence[Row]) -> dict[Path, Config]:
 
 
 def check_budgets(configs: dict[Path, Config]) -> None:
-    """Rows may differ in the model alone.
+    """Rows may differ in how the model mixes tokens, and tells their positions, alone.
 
     Raises:
         ConfigError: naming two files that differ elsewhere.
     """
     (first, expected), *others = configs.items()
     for path, config in others:
+        sizes = [(c.model.shape, c.model.grid, c.model.in_channels) for c in (config, expected)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"{path} and {first} differ in the model's size: the comparison would not be equal"
+            )
         for section in ("data", "objective", "optimizer", "ema", "train", "sample"):
             if getattr(config, section) != getattr(expected, section):
                 raise ConfigError(
@@ -126,6 +133,7 @@ def main() -> None:
     config = next(iter(configs.values()))
     judge = Judge(Path(config.data.path), arguments.classifier, arguments.num_images)
 
+    held = hold_runs(arguments.runs)  # noqa: F841  to the end
     failures = train_all(runs)
     pipelines = {}
     for row in rows:

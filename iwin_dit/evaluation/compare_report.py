@@ -101,8 +101,9 @@ apart.
 {table}
 
 * FD (iwin): distance of {images} samples ({sampling} steps, no guidance, the same noise for all) to {real} \
-digits that nothing was trained on, by the features of `{classifier}`; lower is better. Those digits \
-themselves have {fd:.2f}, through the autoencoder {vae_fd:.2f}.
+digits that nothing was trained on, by the features of `{classifier}`; lower is better. It is the mean over \
+halves of both, with equally many of each digit, so that those digits themselves have a distance: {fd:.2f}, \
+through the autoencoder {vae_fd:.2f}.
 * Recognised: share of the samples that a support vector machine takes for their class; of the real digits \
 {recognised:.1f} %, through the autoencoder {vae_recognised:.1f} %.
 * Training: {steps:,} times the median of {step_rounds} steps. Sampling: median of {rounds} draws of ten \

@@ -5,10 +5,10 @@ Writes to ``RUN/report``: samples, the loss curve, reconstructions of the VAE, a
 trained for 50 steps only (of ``RUN_50_steps``, where that is there) and for noise:
 
 * how many are recognised as what they should be, by a support vector machine that knows real scans only;
-* FD (iwin), the Frechet distance to held-out digits by the features of a run of ``train_classifier.py``.
+* FD (iwin), the Frechet distance to held-out digits by the features of a run of ``train_classifier.py``, half
+  of them against the other half.
 
-The samples are drawn without guidance, and with it in a row of their own: guidance takes away the variety
-that real digits have, and a distance between so few images rewards that.
+The samples are drawn without guidance, and with it in a row of their own.
 """
 
 from __future__ import annotations
@@ -86,40 +86,53 @@ def to_samples(images: Tensor, label: str) -> list[Sample]:
 
 
 class Distance:
-    """FD (iwin) of images to the held-out digits; these are halved, so that they have a distance themselves.
+    """FD (iwin) of images to halves of the held-out digits, so that these have a distance themselves.
 
-    The mean over ten halvings, both ways round: the features of the images that stand where one half stands,
-    against the other half. What was trained on is no part of it: a classifier knows that too well.
+    The mean over ten halvings, both ways round: the images that stand where one half stands, against the
+    other half. Each side has as many of each digit, drawn at random: otherwise the distance would be that of
+    how often a digit occurs. What was trained on is no part of it: a classifier knows that too well.
 
     Args:
         run: of ``train_classifier.py``.
         held_out: real images ``(B, 3, H, W)`` in [-1, 1].
+        labels: their digits ``(B,)``.
+        most: of a digit on each side.
     """
 
-    def __init__(self, run: str, held_out: Tensor):
+    def __init__(self, run: str, held_out: Tensor, labels: Tensor, most: int = 1_000_000):
         loaded = load_classifier(run)
         self.extractor = Classifier(loaded.model, loaded.image_size, loaded.mean, loaded.std, loaded.sha256)
-        self.real, half = self._features(held_out), len(held_out) // 2
-        self.halves = []
-        for i in range(NUM_HALVINGS):
-            order = torch.randperm(len(held_out), generator=generator(SEED, "halves", i))
-            one, other = order[:half], order[half : 2 * half]
-            self.halves += [(one, other), (other, one)]
+        self.real, self.labels, self.most = self._features(held_out), labels, most
 
-    def __call__(self, images: Tensor) -> float:
-        """Of at least as many images as were held out, rounded as a saved PNG is."""
+    def __call__(self, images: Tensor, labels: Tensor) -> float:
+        """Of images of each digit that was held out, rounded as a saved PNG is."""
         features = self._features(images)
+        counts = {
+            digit: min(self.most, int((labels == digit).sum()), int((self.labels == digit).sum()) // 2)
+            for digit in self.labels.unique().tolist()
+        }
         distances = []
-        for own, others in self.halves:
-            one, two = (Moments.empty(features.shape[1]) for _ in range(2))
-            one.add(features[own])
-            two.add(self.real[others])
-            distances.append(frechet_distance(one.mean, one.covariance, two.mean, two.covariance))
+        for i in range(NUM_HALVINGS):  # of real images themselves the halves are the same
+            own, others = (halves(each, counts, i) for each in (labels, self.labels))
+            for one, other in zip(own, reversed(others), strict=True):
+                a, b = Moments.of(features[one]), Moments.of(self.real[other])
+                distances.append(frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
         return sum(distances) / len(distances)
 
     def _features(self, images: Tensor) -> Tensor:
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
         return torch.cat([self.extractor(part)["pool"] for part in pixels.split(100)])
+
+
+def halves(labels: Tensor, counts: dict[int, int], number: int) -> tuple[Tensor, Tensor]:
+    """Positions of so many images of each label, at random, twice: apart where there are enough."""
+    rng, one, other = generator(SEED, "halves", number), [], []
+    for label, count in counts.items():
+        own = (labels == label).nonzero().flatten()
+        own = own[torch.randperm(len(own), generator=rng)]
+        one.append(own[:count])
+        other.append(own[len(own) - count :])
+    return torch.cat(one), torch.cat(other)
 
 
 def percent(right: Tensor) -> str:
@@ -172,8 +185,8 @@ def main() -> None:
     recogniser = Recogniser(known, known_labels)
     columns = {"recognised": lambda images, labels: percent(recogniser(images) == labels)}
     if Path(classifier).is_dir():
-        distance = Distance(classifier, real)
-        columns["FD (iwin)"] = lambda images, labels: f"{distance(images):.3f}"
+        distance = Distance(classifier, real, labels)
+        columns["FD (iwin), by halves"] = lambda images, labels: f"{distance(images, labels):.3f}"
     else:
         say(f"no FD (iwin): {classifier} is not there; accelerate launch train_classifier.py makes it")
     lines = [f"| images | number | {' | '.join(columns)} |", "|---|---" + "|---" * len(columns) + "|"]

@@ -29,6 +29,13 @@ class Moments:
         """Of no samples of so many features."""
         return cls(0, np.zeros(features), np.zeros((features, features)))
 
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Of ``(N, D)``."""
+        moments = cls.empty(features.shape[1])
+        moments.add(features)
+        return moments
+
     def add(self, features: Tensor) -> None:
         """Adds a batch ``(N, D)``."""
         values = features.detach().to("cpu", torch.float64).numpy()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,8 +18,8 @@ from iwin_dit.data.digits import read_images
 from iwin_dit.evaluation.digits_report import SEED, Distance, Recogniser, to_samples, to_tensor
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.sampling import sample_classes
+from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, DataError
-from iwin_dit.runtime.seeds import generator
 
 LEAST_IMAGES = 20
 BATCH_IMAGES = 50
@@ -32,8 +31,7 @@ class Judge:
     Args:
         data: folder of the digits.
         classifier: a run of ``train_classifier.py``.
-        num_images: to judge, equally many of each digit. They are compared with as many held-out digits, at
-            most all 297.
+        num_images: to judge, equally many of each digit.
 
     Raises:
         ConfigError: where ten does not divide ``num_images``, or they are too few.
@@ -53,12 +51,14 @@ class Judge:
             )
         self.classifier, self.num_images = classifier, num_images
         self.recogniser = Recogniser(*read_images(data / "train")[:2])
-        images, labels, _ = read_images(data / "test")
-        chosen = torch.randperm(len(images), generator=generator(SEED, "held out"))[:num_images]
-        self.real, self.labels = images[chosen], labels[chosen]
+        self.real, self.labels, _ = read_images(data / "test")
         self._distances: dict[int, Distance] = {}
-        sha256 = self.distance(images.shape[-1]).extractor.sha256
-        self.identity = {"classifier": sha256, "num_images": num_images}  # what figures depend on
+        self.identity = {  # what figures depend on
+            "classifier": self.distance(self.real.shape[-1]).extractor.sha256,
+            "held_out": files.digest(self.real.numpy().tobytes() + self.labels.numpy().tobytes())["sha256"],
+            "num_images": num_images,
+            "distance": "by halves of equally many of each digit",
+        }
 
     def held_out(self, side: int) -> Tensor:
         """Real digits ``(N, 3, side, side)`` in [-1, 1], of which :attr:`labels` are the labels."""
@@ -73,13 +73,15 @@ class Judge:
     def distance(self, side: int) -> Distance:
         """FD (iwin) to the held-out digits of this size."""
         if side not in self._distances:
-            self._distances[side] = Distance(self.classifier, self.held_out(side))
+            most = self.num_images // 10
+            self._distances[side] = Distance(self.classifier, self.held_out(side), self.labels, most)
         return self._distances[side]
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """``fd``, and ``recognised``, a share: of ``(N, 3, side, side)`` in [-1, 1] and ``(N,)``."""
         right = self.recogniser(images) == labels
-        return {"fd": self.distance(images.shape[-1])(images), "recognised": right.float().mean().item()}
+        fd = self.distance(images.shape[-1])(images, labels)
+        return {"fd": fd, "recognised": right.float().mean().item()}
 
     def of_real(self, side: int) -> dict[str, float]:
         """Of the held-out digits themselves: what can be reached."""

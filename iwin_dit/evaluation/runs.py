@@ -15,8 +15,9 @@ from typing import Any
 
 from iwin_dit.config import Config, parse_arguments
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import ConfigError, UserError
 from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.run import hold
 
 TRAINER = Path(__file__).parents[2] / "train_dit.py"
 POLL_SECONDS = 0.5
@@ -89,6 +90,22 @@ class Run:
         return trained["step"] == wanted.train.max_steps and trained["config"] == wanted.to_dict()
 
 
+def check_once(option: str, values: Sequence[Any]) -> None:
+    """Raises ConfigError where a value is given twice: it would be one run, counted twice."""
+    twice = [value for value in values if list(values).count(value) > 1]
+    if twice:
+        raise ConfigError(f"{option} has {twice[0]} twice; give each once")
+
+
+def hold_runs(folder: Path) -> Any:
+    """Keeps the runs for this process: see :func:`iwin_dit.runtime.run.hold`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return hold(folder)
+    except OSError as error:
+        raise ConfigError(f"--runs {folder} cannot be written: {error.strerror or error}") from None
+
+
 def runs_of(recipe: Path, seeds: Sequence[int], steps: int | None, folder: Path) -> list[Run]:
     """One run for each seed."""
     overrides = {} if steps is None else {"train.max_steps": steps}
@@ -101,10 +118,10 @@ def train_all(runs: Sequence[Run]) -> dict[Path, str]:
     Ctrl-C and SIGTERM let the trainer save a checkpoint, from which the next call goes on.
 
     Returns:
-        by the directory of the run, why it could not be trained; the others go on.
+        by the directory of the run, why its config cannot be trained here; the others go on.
 
     Raises:
-        ConfigError: see :meth:`Run.is_finished`.
+        ConfigError: where a trainer fails otherwise, or see :meth:`Run.is_finished`.
     """
     failures: dict[Path, str] = {}
     todo, done = [], 0
@@ -155,7 +172,10 @@ def _train(run: Run, report: Callable[[int], None]) -> str | None:
     if trainer.returncode == 0:
         return None
     errors = re.findall(r"^error: (.*)$", run.output.read_text(), re.MULTILINE)
-    return errors[-1] if errors else f"the trainer ended with {trainer.returncode}, see {run.output}"
+    reason = errors[-1] if errors else f"the trainer ended with {trainer.returncode}, see {run.output}"
+    if trainer.returncode == UserError.exit_code:
+        return reason
+    raise ConfigError(f"{run.path} could not be trained: {reason}")
 
 
 def kept(path: Path, of: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

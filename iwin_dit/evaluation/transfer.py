@@ -29,7 +29,7 @@ from iwin_dit.evaluation.compare import CONFIGS
 from iwin_dit.evaluation.compare_report import with_spread
 from iwin_dit.evaluation.digits_report import CLASSIFIER
 from iwin_dit.evaluation.judge import Judge, unguided
-from iwin_dit.evaluation.runs import TRAINER, Run, kept, runs_of, train_all
+from iwin_dit.evaluation.runs import TRAINER, Run, check_once, hold_runs, kept, runs_of, train_all
 from iwin_dit.layers.specs import MixerSpec
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -90,6 +90,9 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError(
             f"--models {unknown[0]} is unknown, expected some of {', '.join(dict.fromkeys(names))}"
         )
+    check_once("--seeds", arguments.seeds)
+    if arguments.tuning_steps < 1:
+        raise ConfigError(f"--tuning-steps is {arguments.tuning_steps}, expected at least 1")
     if not files.can_write_file(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
     return arguments
@@ -112,8 +115,9 @@ def prepare_latents(data: Path, side: int) -> Path:
 
 
 def tuned_run(model: Model, base: Run, data: Path, steps: int, folder: Path) -> Run:
-    """That goes on from ``base`` at twice the size."""
+    """That goes on from the trained ``base`` at twice the size, in a folder of these very weights."""
     name = base.path.name.replace(model.recipe, model.recipe + (f"-{model.window}" if model.window else ""))
+    name += f"-from-{files.fingerprint(base.weights)['sha256'][:8]}"
     overrides: dict[str, Any] = {
         "seed": base.config.seed,
         "data.path": data,
@@ -142,7 +146,8 @@ def with_window(pipeline: ClassConditionalPipeline, window: str | None) -> Class
 def figures(run: Run, window: str | None, side: int, judge: Judge, folder: Path) -> dict[str, float]:
     """``fd`` and ``recognised`` of samples of ``side x side``; judged once for these weights and window."""
     tokens = window_tokens(run, window, side)
-    of = {"weights": files.fingerprint(run.weights)["sha256"]} | judge.identity
+    of = {"weights": files.fingerprint(run.weights)["sha256"], "steps": run.config.sample.num_inference_steps}
+    of |= judge.identity
 
     def compute() -> dict[str, float]:
         say(f"judging {run.path} at {side} px, windows of {tokens}")
@@ -200,8 +205,8 @@ The models of [the comparison](compare.md), trained for {trained:,} steps on dig
 digits of {sides} px without any change; then each is trained for {steps} steps of {batch} images on digits \
 of {large} px, and draws those again. {seeds}
 
-FD (iwin) to {real} held-out digits of the same size, lower is better; the classifier `{classifier}` and the \
-autoencoder are those of {small} px at every size:
+FD (iwin) to {real} held-out digits of the same size, by halves of both with equally many of each digit, \
+lower is better; the classifier `{classifier}` and the autoencoder are those of {small} px at every size:
 
 {fd}
 
@@ -247,6 +252,7 @@ def main() -> None:
     config = bases[models[0]][0].config
     data = Path(config.data.path)
     judge = Judge(data, arguments.classifier, arguments.num_images)
+    held = [hold_runs(folder) for folder in {arguments.compared, arguments.runs}]  # noqa: F841  to the end
     begun = {run.path: run for runs in bases.values() for run in runs}  # rows may share them
     stop_at(train_all(list(begun.values())))
     larger = prepare_latents(data, SIDES[-1])
