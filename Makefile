@@ -28,7 +28,7 @@ transfer: $(READY)
 	$(BIN)/python -m iwin_dit.evaluation.transfer $(TRANSFER)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -38,6 +38,6 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
 	touch $(READY)

@@ -23,7 +23,7 @@ INSTALLS = (
     "make compare",
     "make transfer",
     "pip install -c constraints.txt -e '.[demo]'",
-)  # .ci/run, from a bare checkout
+)  # .ci/run, from a bare checkout; the last two, which take hours, in small by test_compare.py
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
