@@ -38,6 +38,7 @@ from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import FULL, ConfigError, DataError
 from iwin_dit.runtime.progress import say
+from iwin_dit.runtime.run import hold
 
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
 
@@ -71,6 +72,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if reference is not None:
         check_fit(generated, real or other, extractor, accelerator.device)
     work, export = out.with_suffix(".work"), None
+    if accelerator.is_main_process:
+        work.mkdir(parents=True, exist_ok=True)
+        held = hold(work)  # noqa: F841  to the end: another evaluation would remove what lies there
     if arguments.save_images is not None:
         parts = work / f"images-{generated.fingerprint[:32]}"
         with accelerator.main_process_first():
@@ -266,11 +270,15 @@ def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
         guidance_channels=arguments.guidance_channels,
     )
     num_classes = pipeline.transformer.config.num_classes
+    settings = {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"}
     recipe = options | {
         "model": arguments.generated,
         "weights_sha256": weights_sha256(pipeline.transformer),
         "vae_sha256": weights_sha256(pipeline.vae),
         "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_settings": settings,
+        "latents_mean": pipeline.config.latents_mean,
+        "latents_std": pipeline.config.latents_std,
         "plan": arguments.plan,
     }
     if guide is not None:

@@ -152,11 +152,12 @@ def recipe(latents_folder, tmp_path):
     return write
 
 
-def start(*arguments, cwd=ROOT, launcher=(), start_new_session=False, **environment):
+def start(*arguments, cwd=ROOT, launcher=(), start_new_session=False, stdin=None, **environment):
     command = [*(launcher or (sys.executable,)), *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=cwd,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import give_zeros_noise, make_model, make_vae, run, start
+from diffusers import FlowMatchEulerDiscreteScheduler
 from evaluation_stub import COUNT, Stub, frechet_of_few, make_sets
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -132,6 +134,34 @@ def test_samples_do_not_depend_on_the_batch_and_are_repeated(evaluate, stub, scr
     assert "largest relative difference 5.0e-01" in output
 
 
+def test_images_of_another_schedule_or_normalisation_are_others(sets, evaluate, stub, tmp_path):
+    """Kept images are told apart by this hash."""
+    hashes = []
+    for shift, mean in ((1.0, 0.0), (6.0, 0.0), (1.0, 0.5)):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        statistics = dict(latents_mean=[mean] * 4, latents_std=[1.0] * 4)
+        model = make_model(prediction_type="flow_prediction")
+        export_pipeline(IwinDiTPipeline(model, make_vae(), scheduler, **statistics), tmp_path / "other", {})
+        hashes.append(evaluate(tmp_path / "other", *DRAWN)[1]["generated"]["sha256"])
+    assert len(set(hashes)) == 3
+
+
+def test_two_evaluations_with_one_output_are_refused(sets, evaluate, stub, refused_here, tmp_path):
+    work = tmp_path / "result.work"
+    work.mkdir()
+    program = (
+        "import sys; from pathlib import Path; from iwin_dit.runtime.run import hold\n"
+        "held = hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    other = start("-c", program, work, stdin=subprocess.PIPE)
+    assert other.stdout.readline()
+    error = refused_here("evaluate_fid.py", *evaluate.command(sets / "other"))
+    assert f"is in use, held by pid {other.pid}" in error
+    other.communicate()
+    evaluate("other")
+    assert not work.exists()
+
+
 def test_a_guide_is_in_the_result_and_repeated(sets, evaluate, stub, refused_here, script_here, tmp_path):
     """With the sampler, the compilation and a scale of 0, which is the guide alone."""
     guide = make_model(num_layers=1, prediction_type="flow_prediction")
@@ -149,7 +179,7 @@ def test_a_guide_is_in_the_result_and_repeated(sets, evaluate, stub, refused_her
     assert generated["guide"] == str(tmp_path / "guide")
     assert generated["guide_sha256"] == weights_sha256(guide)
     assert generated["scheduler"] == "FlowMatchHeunDiscreteScheduler"
-    assert "guide" not in plain["generated"], "results of before have the hash that they had"
+    assert "guide" not in plain["generated"]
 
     evaluate("pipeline", *options)
     code, output = script_here("evaluate_fid.py", "--repeat", tmp_path / "result.json")
