@@ -250,7 +250,7 @@ def test_help_and_errors_answer_at_once_without_torch(arguments):
 def test_an_attention_that_is_not_there_is_a_mistake(recipe, refused_here, backend):
     """Of float32 on a CPU, where neither is; on a GPU cuDNN's is not."""
     if torch.cuda.is_available() and backend == "efficient":
-        pytest.skip("it is there")
+        pytest.skip("this device has the kernel")
     config = recipe(train={"max_steps": 2})
     for more in ((), ("--train.compile", "true")):
         error = refused_here("train_dit.py", "--config", config, "--train.attention_backend", backend, *more)
