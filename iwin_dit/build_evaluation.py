@@ -37,8 +37,8 @@ from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import FULL, ConfigError, DataError
+from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import say
-from iwin_dit.runtime.run import hold
 
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
 

@@ -322,7 +322,7 @@ def test_what_cannot_be_compared_is_said(setup, tmp_path, digits_folder):
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from iwin_dit.runtime.run import hold\n"
+            "import sys; from pathlib import Path; from iwin_dit.runtime.lock import hold\n"
             "held = hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()",
             tmp_path / "held",
         ],

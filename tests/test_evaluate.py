@@ -150,7 +150,7 @@ def test_two_evaluations_with_one_output_are_refused(sets, evaluate, stub, refus
     work = tmp_path / "result.work"
     work.mkdir()
     program = (
-        "import sys; from pathlib import Path; from iwin_dit.runtime.run import hold\n"
+        "import sys; from pathlib import Path; from iwin_dit.runtime.lock import hold\n"
         "held = hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     other = start("-c", program, work, stdin=subprocess.PIPE)

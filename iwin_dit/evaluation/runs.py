@@ -16,8 +16,8 @@ from typing import Any
 from iwin_dit.config import Config, parse_arguments
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, UserError
+from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import progress
-from iwin_dit.runtime.run import hold
 
 TRAINER = Path(__file__).parents[2] / "train_dit.py"
 POLL_SECONDS = 0.5
@@ -98,7 +98,7 @@ def check_once(option: str, values: Sequence[Any]) -> None:
 
 
 def hold_runs(folder: Path) -> Any:
-    """Keeps the runs for this process: see :func:`iwin_dit.runtime.run.hold`."""
+    """Keeps the runs for this process: see :func:`iwin_dit.runtime.lock.hold`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return hold(folder)

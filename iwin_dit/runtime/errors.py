@@ -35,6 +35,12 @@ class DiskError(UserError):
     exit_code = 3
 
 
+class StorageError(UserError):
+    """The storage does not deliver what it holds, or takes nothing: I/O errors, no permission."""
+
+    exit_code = 6
+
+
 class NonFiniteError(UserError):
     """Training diverged."""
 
@@ -68,13 +74,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        print(
-            f"error: {error.strerror}: {error.filename or 'a file'}; make room, and run it again",
-            file=sys.stderr,
-        )
-        sys.exit(DiskError.exit_code)
+        kind, advice = StorageError, "look at its storage and permissions, and run it again"
+        if error.errno in FULL:
+            kind, advice = DiskError, "make room, and run it again"
+        what = f"{error.strerror or error}: {error.filename or 'a file'}"
+        print(f"error: {what}; {advice}", file=sys.stderr)
+        sys.exit(kind.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+# what a network file system or a tired disk answers once, and may not answer again
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EAGAIN}
+PAUSES = (0.5, 2.0, 8.0)  # seconds before the second, third and fourth try
+
+
+def retry(read: Callable[[], T]) -> T:
+    """Calls ``read``; after an error of the storage that may pass, calls it again after growing pauses.
+
+    Raises:
+        OSError: the last error, or at once one that will not pass.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file, with :func:`retry`."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    return retry(read)
+
+
+def umask() -> int:
+    """The permissions that this process takes from the files it makes."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write(path: Path, data: bytes) -> dict[str, Any]:

@@ -15,10 +15,7 @@ runs/name/
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import yaml
 from iwin_dit.runtime import files
 from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.lock import hold
 
 
 class RunDirectory:
@@ -117,29 +115,6 @@ class RunDirectory:
 
     def _log_lines(self) -> list[str]:
         return self.log_path.read_text().splitlines() if self.log_path.exists() else []
-
-
-def hold(folder: Path) -> Any:
-    """Keeps a folder for this process, as long as what is returned lives.
-
-    Raises:
-        ConfigError: where another process holds it.
-        OSError: where it cannot be written.
-    """
-    lock = open(folder / "lock", "a+")  # noqa: SIM115
-    try:
-        # a lock of the process: its data workers, which may outlive it by seconds, do not hold it
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        raise ConfigError(
-            f"{folder} is in use, held by {lock.read().strip()}; wait, or take another"
-        ) from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"pid {os.getpid()} on host {socket.gethostname()}\n")
-    lock.flush()
-    return lock
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""Locks, folders for intermediate files, and reading from storage that answers with errors."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from iwin_dit.runtime import files, scratch
+from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.lock import hold
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from iwin_dit.runtime.lock import hold\n"
+    "lock = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(float(sys.argv[2]))\n"
+)
+
+
+def test_a_folder_in_use_is_refused_or_waited_for(tmp_path, capsys):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), "1.5"], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is in use, held by pid {other.pid} on host"):
+        hold(tmp_path)
+    started = time.monotonic()
+    lock = hold(tmp_path, wait=True)
+    assert time.monotonic() - started > 0.5
+    assert other.wait() == 0
+    assert f"waiting for {tmp_path}, held by pid {other.pid}" in capsys.readouterr().out
+    assert (tmp_path / "lock").read_text().startswith(f"pid {os.getpid()} ")
+    lock.close()
+
+
+def test_only_folders_that_were_made_here_are_removed(tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match="was not made for them"):
+        scratch.make(foreign)
+    scratch.remove(foreign)
+    assert (foreign / "thesis.txt").read_text() == "years"
+    (tmp_path / "link").symlink_to(scratch.make(tmp_path / "own"))
+    with pytest.raises(ConfigError, match="was not made for them"):
+        scratch.make(tmp_path / "link")
+    assert scratch.make(tmp_path / "own") == scratch.make(tmp_path / "own")
+    (tmp_path / "own" / "part").write_text("half")
+    scratch.remove(tmp_path / "own")
+    scratch.remove(tmp_path / "own")  # which is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "link"]
+
+
+def test_errors_that_may_pass_are_tried_again(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    answers = [OSError(errno.EIO, "I/O error"), OSError(errno.ESTALE, "stale"), b"data"]
+
+    def read():
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    assert files.retry(read) == b"data"
+    assert pauses == [0.5, 2.0]
+    answers[:] = [OSError(errno.EIO, "I/O error")] * 4
+    with pytest.raises(OSError, match="I/O error"):
+        files.retry(read)
+    assert answers == []
+    answers[:] = [PermissionError(errno.EACCES, "denied"), b"not asked for"]
+    with pytest.raises(PermissionError):
+        files.retry(read)
+    assert answers == [b"not asked for"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EIO, "Input/output error", "x.bin"), 6, "Input/output error: x.bin; look at its"),
+        (PermissionError(errno.EACCES, "Permission denied", "y"), 6, "Permission denied: y"),
+        (OSError(errno.ENOSPC, "No space left on device", "z"), 3, "No space left on device: z; make room"),
+    ],
+)
+def test_errors_of_the_storage_are_one_line(error, code, words, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == code
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
