@@ -144,6 +144,14 @@ def set_aside(path: Path) -> Path:
     return hidden
 
 
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether a file, of which ``data`` are the first bytes, only stands for one that Git LFS keeps.
+
+    ``git lfs pull`` replaces such pointers by their files. Its specification fixes the first line.
+    """
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
