@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo demo-video compare transfer test test-slow lint
+.PHONY: demo demo-video compare transfer test test-slow mutation lint
 
 demo: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
@@ -32,6 +32,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# MUTATION="--seed 1 --sample 20" draws other changes of the code, and fewer.
+mutation: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --named --folder iwin_dit/diffusion iwin_dit/training iwin_dit/data iwin_dit/evaluation $(MUTATION)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,248 @@
+"""Which share of small changes of the code do the tests notice?
+
+    python tests/mutation.py --folder iwin_dit/diffusion --sample 60 --seed 0
+
+The tree is copied; each mutant is written into the copy, and a child of this process, which has imported
+torch already, runs the tests that execute the changed line, fastest first, until one fails. Processes that a
+test starts find the copy first on their path. What each test executes is measured once and kept in ``--map``.
+
+A mutant counts as noticed when a test fails or runs out of time. Its tests are those of the folder's files
+(mutation_notes.py) that together took ``--budget`` seconds of a processor; a mutant that other tests alone
+would notice counts as a survivor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mutants import Mutant, in_folder, owners, statement_lines
+from mutation_notes import EQUIVALENT, NAMED, STUDIES, TESTS
+
+ROOT = Path(__file__).resolve().parent.parent
+PRELOAD = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "timm",
+    "torch_fidelity",
+    "jsonargparse",
+    "PIL.Image",
+)
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache", "*.egg-info")
+TRACE = "MUTATION_TRACE"  # the file to which this process and those it starts write the lines they execute
+STARTED = f"import os\nif os.environ.get('{TRACE}'):\n    import mutation_trace\n    mutation_trace.start()\n"
+
+
+class Tree:
+    """A copy of the project in which files are changed and tests run."""
+
+    def __init__(self, root: Path, scratch: Path):
+        self.root, self.scratch = (scratch / "tree").resolve(), scratch
+        shutil.copytree(root, self.root, ignore=NOT_COPIED)
+        if (root / "tests" / "data").exists():
+            shutil.copytree(root / "tests" / "data", self.root / "tests" / "data", dirs_exist_ok=True)
+        here = Path(__file__).parent
+        (self.root / "sitecustomize.py").write_text(STARTED)
+        shutil.copy(here / "mutation_trace.py", self.root)
+
+    def test(self, arguments: list[str], timeout: float, trace: Path | None = None) -> tuple[int | None, str]:
+        """pytest's exit code in a forked child, None where it ran out of time, and what it printed."""
+        log = self.scratch / "log"
+        child = os.fork()
+        if not child:
+            self._child(arguments, log, trace)
+        deadline, code = time.monotonic() + timeout, None
+        while time.monotonic() < deadline and code is None:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if ended else None
+            time.sleep(0 if ended else 0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # and what its tests left running
+        if code is None:
+            os.waitpid(child, 0)
+        return code, log.read_text(errors="replace")
+
+    def _child(self, arguments: list[str], log: Path, trace: Path | None) -> None:
+        code = 70
+        try:
+            os.setpgid(0, 0)
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os.chdir(self.root)
+            sys.path[:0] = [str(self.root)]
+            os.environ["PYTHONPATH"] = str(self.root)
+            plugins = []
+            if trace:
+                import mutation_trace
+
+                plugins.append(mutation_trace.Recorder(self.root, trace))
+            options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.scratch / 'tests'}"]
+            code = int(pytest.main([*options, *arguments], plugins=plugins))
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def measure(tree: Tree, tests: list[str], path: Path) -> dict[str, dict]:
+    """``{test: {"seconds": s, "ran": {"file function": [line offsets]}}}``."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name in tests:
+        digest = hashlib.sha256((tree.root / name).read_bytes()).hexdigest()
+        if known.get(name, {}).get("digest") == digest:
+            continue
+        trace = tree.scratch / "trace"
+        shutil.rmtree(trace, ignore_errors=True)
+        trace.mkdir()
+        start = time.monotonic()
+        code, output = tree.test([name], timeout=1800, trace=trace)
+        import mutation_trace
+
+        found = mutation_trace.read(tree.root, trace)
+        known[name] = {"digest": digest, "tests": found}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known))
+        seconds = time.monotonic() - start
+        print(f"measured {name}: {len(found)} tests, exit {code}, {seconds:.0f} s", flush=True)
+        if code:
+            print("\n".join(output.splitlines()[-8:]), flush=True)
+    return {test: found for name in tests for test, found in known[name]["tests"].items()}
+
+
+def concerned(mutant: Mutant, source: bytes, measured: dict[str, dict]) -> tuple[list[str], bool]:
+    """The tests of a mutant, fastest first, and whether one of them executes its line.
+
+    Of a function that changed since the tests were measured, all tests that execute any of it.
+    """
+    function, offset = owners(source).get(mutant.line, ("", 0))
+    lines = statement_lines(source).get(mutant.line, range(mutant.line, mutant.line + 1))
+    offsets = {line - mutant.line + offset for line in lines}
+    if not function:  # executed as the module is imported
+        key = f"{mutant.path} "
+        chosen = [t for t, m in measured.items() if any(k.startswith(key) for k in m["ran"])]
+        return sorted(chosen, key=lambda t: measured[t]["seconds"]), bool(chosen)
+    ran = {t: m["ran"].get(f"{mutant.path} {function}", []) for t, m in measured.items()}
+    chosen = [t for t, found in ran.items() if offsets.intersection(found)]
+    anyway = chosen or [t for t, found in ran.items() if found]
+    return sorted(anyway, key=lambda t: measured[t]["seconds"]), bool(chosen)
+
+
+def within(budget: float, tests: list[str], measured: dict[str, dict]) -> tuple[list[str], float]:
+    """As many of the fastest tests as the budget holds, one at least, and their seconds."""
+    total, taken = 0.0, []
+    for test in tests:
+        if taken and total + measured[test]["seconds"] > budget:
+            break
+        taken.append(test)
+        total += measured[test]["seconds"]
+    return taken, total
+
+
+def check(tree: Tree, mutant: Mutant, measured: dict[str, dict], budget: float) -> tuple[str, str]:
+    """(``noticed``, ``survived``, ``not run``, ``equivalent``), and by which test, or why."""
+    file = tree.root / mutant.path
+    source = file.read_bytes()
+    tests, executed = concerned(mutant, source, measured)
+    reason = EQUIVALENT.get((mutant.path, mutant.context(source), mutant.old, mutant.new))
+    if reason:
+        return "equivalent", reason
+    if not tests:
+        return "not run", "no test executes this function"
+    tests, seconds = within(budget, tests, measured)
+    try:
+        file.write_bytes(mutant.apply(source))
+        _forget_bytecode(file)
+        code, output = tree.test(["-x", *tests], timeout=90 + 6 * seconds)
+    finally:
+        file.write_bytes(source)
+        _forget_bytecode(file)
+    if code:
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return "noticed", failed[0].split(" - ")[0][:120] if failed else f"exit {code}"
+    if code is None:
+        return "noticed", "out of time"
+    return "survived" if executed else "not run", f"{len(tests)} tests, {seconds:.0f} s"
+
+
+def _forget_bytecode(file: Path) -> None:
+    """A mutant of the same size, written within the same second, is taken for what was compiled before."""
+    for compiled in file.parent.glob(f"__pycache__/{file.stem}.*.pyc"):
+        compiled.unlink(missing_ok=True)
+
+
+def named(root: Path) -> list[Mutant]:
+    """The mutants written by hand, for changes that no operator makes; each text occurs once in its file."""
+    found = []
+    for path, old, new in NAMED:
+        source = (root / path).read_text()
+        if source.count(old) != 1:
+            sys.exit(f"{path}: {old!r} occurs {source.count(old)} times, expected once; correct NAMED")
+        start = len(source[: source.index(old)].encode())
+        line = source[: source.index(old)].count("\n") + 1
+        found.append(Mutant(path, line, start, start + len(old.encode()), old, new))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", nargs="*", default=[], help="folders of the package, from the root")
+    parser.add_argument("--only", default="*", help="a pattern of file names, such as guidance.py")
+    parser.add_argument("--sample", type=int, default=60, help="mutants of each folder, 0: all (default: 60)")
+    parser.add_argument("--named", action="store_true", help="the mutants written by hand too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=60, help="seconds of tests of a mutant (default: 60)")
+    parser.add_argument("--tests", nargs="*", help="test files (default: those of the folder)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the project (default: this one)")
+    parser.add_argument("--map", type=Path, default=ROOT / "runs" / "mutation" / "map.json")
+    parser.add_argument("--preload", nargs="*", default=PRELOAD, help="modules to import once")
+    args = parser.parse_args()
+    for module in args.preload:
+        importlib.import_module(module)
+    assert threading.active_count() == 1, "a fork copies one thread only"
+    with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
+        tree = Tree(args.root, Path(scratch))
+        for folder in args.folder:
+            found = [m for m in in_folder(tree.root, folder, STUDIES) if Path(m.path).match(args.only)]
+            count = min(args.sample or len(found), len(found))
+            chosen = sorted(random.Random(args.seed).sample(found, count), key=lambda m: (m.path, m.start))
+            report(tree, folder, chosen, args)
+        if args.named:
+            for folder in TESTS:
+                chosen = [m for m in named(tree.root) if Path(m.path).parent == Path(folder)]
+                report(tree, folder, chosen, args)
+
+
+def report(tree: Tree, folder: str, chosen: list[Mutant], args: argparse.Namespace) -> None:
+    """Checks the mutants and prints a line for each, and the share of those that were noticed."""
+    tests = args.tests or [f"tests/test_{name}.py" for name in TESTS[folder].split()]
+    measured = measure(tree, tests, args.map)
+    counts = dict.fromkeys(("noticed", "survived", "not run", "equivalent"), 0)
+    for mutant in chosen:
+        outcome, detail = check(tree, mutant, measured, args.budget)
+        counts[outcome] += 1
+        old, new = (" ".join(text.split())[:100] for text in (mutant.old, mutant.new))
+        print(f"{outcome:10} {mutant.path}:{mutant.line}  {old}  ->  {new}  [{detail}]", flush=True)
+    relevant = len(chosen) - counts["equivalent"]
+    share = f"{counts['noticed']} of {relevant} noticed ({100 * counts['noticed'] / max(relevant, 1):.0f} %)"
+    others = ", ".join(f"{counts[k]} {k}" for k in ("survived", "not run", "equivalent"))
+    print(f"{folder}, seed {args.seed}: {share}; {others}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
