@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import FULL, ConfigError, run_script
+from iwin_dit.runtime.errors import ConfigError, run_script
 
 GRIDS = (".png", ".gif", ".mp4")
 OTHERS = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".apng", ".webm", ".avi", ".mkv", ".mov")
@@ -18,7 +18,14 @@ OTHERS = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".apng", ".webm", "
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--class", dest="labels", nargs="+", required=True, metavar="ID|NAME", help="class ids or names")
+    add(
+        "--class",
+        dest="labels",
+        nargs="+",
+        required=True,
+        metavar="ID|NAME",
+        help="ids or names; id:2 and name:2 say which",
+    )
     add("--checkpoint", help="a run, a pipeline folder or a hub id (the newest run)")
     add("--num-images", type=int, default=4, help="images, or clips, per class (4)")
     add("--seed", type=int, default=0, help="image k depends on seed, class and k alone (0)")
@@ -56,57 +63,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from iwin_dit.build_samples import sample
 
-    import torch
-
-    from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline, newest_run
-    from iwin_dit.data.codec import weights_sha256
-    from iwin_dit.pipelines.sampling import open_folder, sample_classes, write_grid, write_samples
-
-    checkpoint = arguments.checkpoint or str(newest_run())
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), arguments.ema_std)
-    choose_sampler(pipeline, arguments.sampler)
-    guide = None if arguments.guide is None else load_guide(arguments.guide, pipeline)
-    height, width = arguments.size or (None, None)
-    options = dict(
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        guidance_interval=tuple(arguments.guidance_interval),
-        guidance_channels=arguments.guidance_channels,
-        height=height,
-        width=width,
-    )
-    is_video = pipeline.transformer.rank == 3
-    if is_video:
-        options["num_frames"] = arguments.num_frames
-    elif arguments.num_frames is not None or arguments.out.suffix.lower() in GRIDS[1:]:
-        raise ConfigError(f"--num-frames, .gif and .mp4 are for clips, but {checkpoint} draws images")
-    count, seed, out, fps = arguments.num_images, arguments.seed, arguments.out, arguments.fps
-    try:
-        labels = list(dict.fromkeys(pipeline.get_label_ids(arguments.labels)))
-        recipe = {"checkpoint": checkpoint, "weights_sha256": weights_sha256(pipeline.transformer)}
-        recipe |= {"classes": labels, "num_images": count, "seed": seed, **options}
-        recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std, "sampler": arguments.sampler}
-        recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide) if guide else None}
-        if arguments.compile:
-            compile_models(pipeline.transformer, guide)
-        drawn = set() if arguments.is_grid else open_folder(out, recipe)
-        options["guide"] = guide
-        samples = sample_classes(pipeline, labels, count, seed, arguments.batch_size, drawn, **options)
-        if arguments.is_grid:
-            samples = list(samples)
-            made, written = len(samples), write_grid(samples, out, recipe, pipeline.id2label, fps)
-        else:
-            made, written = write_samples(samples, out, fps), [out]
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    kept = f", {len(drawn)} were there" if drawn else ""
-    print(f"{made} {'clips' if is_video else 'images'} in {', '.join(map(str, written))}{kept}")
+    sample(arguments)
 
 
 if __name__ == "__main__":

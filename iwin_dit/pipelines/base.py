@@ -3,12 +3,9 @@
 Legend: B images or clips, C latent channels, T, h and w sides of the latent.
 """
 
-import difflib
 import json
-import operator
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
@@ -29,6 +26,7 @@ from iwin_dit.diffusion.sampling import (
     step_arguments,
 )
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+from iwin_dit.pipelines.labels import ClassNames
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
@@ -83,10 +81,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents_std=None if latents_std is None else list(latents_std),
         )
         self.id2label = {int(key): value for key, value in names.items()}
-        self.labels = {}
-        for index, names in self.id2label.items():
-            for name in (names, *names.split(",")):
-                self.labels.setdefault(name.strip().lower(), index)
+        self.class_names = ClassNames(self.id2label)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
@@ -124,38 +119,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     def get_label_ids(self, labels: Any) -> list[int]:
-        """Class ids of ids and names, in the order given.
+        """Class ids of ids and names, in the order given, by the rules of :class:`ClassNames`.
 
         Raises:
-            ValueError: for an id out of range, or an unknown name, with the nearest names.
+            ValueError: as :meth:`ClassNames.ids`.
         """
-        if hasattr(labels, "tolist"):  # a tensor or an array
-            labels = labels.tolist()
-        if isinstance(labels, str) or not isinstance(labels, Iterable):
-            labels = [labels]
-        ids = []
-        for label in labels:
-            ids += self.get_label_ids(label) if isinstance(label, (list, tuple)) else [self._label_id(label)]
-        return ids
-
-    def _label_id(self, label: int | str) -> int:
-        num_classes = self.transformer.config.num_classes
-        if isinstance(label, str) and label.strip().lower() in self.labels:
-            return self.labels[label.strip().lower()]
-        if isinstance(label, str) and not re.fullmatch("-?[0-9]{1,18}", label.strip()):
-            near = difflib.get_close_matches(label.lower(), self.labels, n=3, cutoff=0.4)
-            known = f"nearest names: {', '.join(near)}" if near else f"the model has {num_classes} classes"
-            example = "" if near or not self.labels else f", such as {', '.join(list(self.labels)[:3])}"
-            raise ValueError(f"unknown class name {label!r}; {known}{example}")
-        try:
-            index = int(label) if isinstance(label, str) else operator.index(label)
-        except TypeError:
-            raise ValueError(f"class {label!r} is neither a whole number nor a name") from None
-        if not 0 <= index < num_classes:
-            raise ValueError(
-                f"class {label} is out of range: this model has {num_classes} classes, 0 to {num_classes - 1}"
-            )
-        return index
+        return self.class_names.ids(labels, self.transformer.config.num_classes)
 
     def _denoise(
         self,

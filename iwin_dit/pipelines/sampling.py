@@ -25,7 +25,7 @@ SMALLEST_SIDE = 64  # of an image in a grid, in pixels
 FPS = 8.0  # frames per second of a clip
 MAX_STRIP = 10  # frames of a clip that a film strip shows
 # Of a recipe: what changes which images there are, and where the weights lay, whose hashes are in it, too.
-NOT_COMPARED = ("classes", "num_images", "checkpoint", "guide")
+NOT_COMPARED = ("classes", "class_names", "num_images", "checkpoint", "guide")
 MAX_RECIPE_BYTES = 1 << 20
 
 
