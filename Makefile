@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# Threads that wait sleep: see iwin_dit/__init__.py.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-video compare transfer test test-slow mutation lint
 

@@ -3,7 +3,13 @@
 Names are resolved when first used (PEP 562), so that configs, ``--help`` and config errors load no torch.
 """
 
+import os
 from importlib import import_module
+
+# Threads that wait for each other sleep. By itself OpenMP makes them spin for milliseconds, and on a shared
+# machine that takes the cores from the very threads that they wait for. OpenMP reads this once, when torch is
+# loaded. Every program of ours imports this package before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as iwin_dit says, but before torch is loaded here
+
 import torch
 
 # without a GPU, Triton's kernels run in its interpreter: read when triton is imported, as by what follows
