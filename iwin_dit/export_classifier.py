@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save
@@ -11,7 +9,7 @@ from timm.models._hub import save_for_hf
 
 from iwin_dit.build_classifier import model_options
 from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.training.state import State
 
@@ -44,9 +42,7 @@ def export_clips(config: ClassifierConfig, state: State, run: RunDirectory) -> P
 
 def export_timm(config: ClassifierConfig, state: State, run: RunDirectory) -> Path:
     """``RUN/timm``, for ``timm.create_model("local-dir:RUN/timm")`` after ``import iwin_dit.models``."""
-    model, data = state.emas["ema"], config.data
-    folder, temporary = run.path / "timm", run.path / ".tmp-timm"
-    shutil.rmtree(temporary, ignore_errors=True)
+    model, data, folder = state.emas["ema"], config.data, run.path / "timm"
     preprocessing = {
         "input_size": (3, *data.size),
         "mean": data.mean,
@@ -55,8 +51,6 @@ def export_timm(config: ClassifierConfig, state: State, run: RunDirectory) -> Pa
         "interpolation": "bicubic",
     }
     settings = {"pretrained_cfg": preprocessing, "label_names": run.data["classes"]}
-    save_for_hf(model, str(temporary), settings, model_options(config), safe_serialization=True)
-    if folder.exists():
-        files.remove_tree(files.set_aside(folder))
-    os.replace(temporary, folder)
+    with scratch.replacement(folder) as new:
+        save_for_hf(model, str(new), settings, model_options(config), safe_serialization=True)
     return folder

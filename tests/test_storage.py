@@ -52,6 +52,46 @@ def test_only_folders_that_were_made_here_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "link"]
 
 
+def test_a_folder_is_replaced_as_a_whole_and_foreign_files_survive(tmp_path, capsys):
+    """What was there before is removed only if the new folder has all of its files."""
+    folder = tmp_path / "pipeline"
+
+    def write(*names):
+        with scratch.replacement(folder) as new:
+            for name in names:
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text("new")
+
+    write("a", "b/c")
+    write("a", "b/c", "d")
+    assert sorted(os.listdir(tmp_path)) == ["pipeline"]
+    for kept in ("pipeline.before", "pipeline.before1"):
+        (folder / "b" / "thesis.txt").write_text("years")
+        write("a", "b/c")
+        assert (tmp_path / kept / "b" / "thesis.txt").read_text() == "years"
+        assert f"is kept as {tmp_path / kept}" in capsys.readouterr().out
+        assert sorted(p.name for p in folder.rglob("*")) == ["a", "b", "c"]
+
+    with pytest.raises(FileNotFoundError):
+        write("half", "too/deep/for/one/mkdir")
+    assert (folder / "a").read_text() == "new"
+    assert not scratch.beside(folder).exists()
+    scratch.beside(folder).mkdir()
+    (scratch.beside(folder) / "mine").touch()
+    with pytest.raises(ConfigError, match=r"\.pipeline\.work is needed for intermediate files, but"):
+        write("a")
+    assert (scratch.beside(folder) / "mine").exists()
+
+
+def test_what_a_killed_removal_left_does_not_stop_the_next(tmp_path, monkeypatch):
+    for _ in range(2):
+        scratch.make(tmp_path / "own")
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove_tree", lambda path: None)  # killed after the rename
+            scratch.remove(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
 def test_errors_that_may_pass_are_tried_again(tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(files.time, "sleep", pauses.append)

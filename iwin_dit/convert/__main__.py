@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.errors import ConfigError, DataError, run_script
 
 KINDS = {
@@ -84,17 +83,14 @@ def save(model: Any, folder: Path) -> None:
     """``config.json`` and safetensors, in a folder that is complete or absent."""
     from safetensors.torch import save_file
 
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(temporary)
-    else:
-        weights = getattr(model, "model", model).state_dict()  # features_only wraps the model of the weights
-        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(weights, temporary / "model.safetensors")
-        (temporary / "config.json").write_text(json.dumps(backbone_config(model), indent=2) + "\n")
-    files.publish(temporary, folder)
+    with scratch.replacement(folder) as new:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(new)
+        else:
+            weights = getattr(model, "model", model).state_dict()  # features_only wraps the weights' model
+            weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(weights, new / "model.safetensors")
+            (new / "config.json").write_text(json.dumps(backbone_config(model), indent=2) + "\n")
 
 
 def backbone_config(model: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ data/digits/
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from iwin_dit.data.codec import encode
 from iwin_dit.data.latents import Shard, write_latents
+from iwin_dit.runtime import scratch
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import derive_seed, generator
@@ -41,8 +41,9 @@ def prepare(root: Path, seed: int = 0) -> None:
         write_images(root, seed)
     images, labels, class_names = read_images(root / "train")
     if not (root / "vae" / "config.json").is_file():
-        train_vae(images, seed).save_pretrained(root / ".tmp-vae")
-        os.replace(root / ".tmp-vae", root / "vae")
+        trained = train_vae(images, seed)
+        with scratch.replacement(root / "vae") as new:
+            trained.save_pretrained(new)
     vae = AutoencoderKL.from_pretrained(root / "vae").eval()
     shard = Shard(encode(vae, images), encode(vae, images.flip(-1)), labels)
     description = {"vae": "vae", "image_size": [IMAGE_SIZE, IMAGE_SIZE], "class_names": class_names}
@@ -79,12 +80,11 @@ def write_images(root: Path, seed: int) -> None:
     for split, chosen in scans(seed).items():
         if (root / split).is_dir():
             continue
-        temporary = root / f".tmp-{split}"
-        for scan in chosen:
-            folder = temporary / str(scan.digit)
-            folder.mkdir(parents=True, exist_ok=True)
-            scan.resized(IMAGE_SIZE).save(folder / f"{scan.number:04d}.png")
-        os.replace(temporary, root / split)
+        with scratch.replacement(root / split) as new:
+            for scan in chosen:
+                folder = new / str(scan.digit)
+                folder.mkdir(exist_ok=True)
+                scan.resized(IMAGE_SIZE).save(folder / f"{scan.number:04d}.png")
 
 
 def read_images(folder: Path) -> tuple[Tensor, Tensor, list[str]]:

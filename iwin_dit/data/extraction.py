@@ -25,7 +25,7 @@ from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import SHARD_NAME, Shard, write_index, write_shard
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.video import ClipSpec
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.errors import DataError, DiskError
 from iwin_dit.runtime.progress import progress
@@ -212,15 +212,14 @@ def _indices(reader: Reader, settings: Settings, number: int) -> range:
 
 
 def _take_along(vae: Any, out: Path) -> None:
-    temporary = out / f".tmp-{LOCAL_VAE}"
     try:
-        vae.save_pretrained(temporary)
+        with scratch.replacement(out / LOCAL_VAE) as new:
+            vae.save_pretrained(new)
     except SafetensorError as error:  # its own kind, where other writers raise OSError
         raise DiskError(
             f"{out / LOCAL_VAE} cannot be saved ({error}); make room on this disk and run the same command "
             "again"
         ) from error
-    files.publish(temporary, out / LOCAL_VAE)
 
 
 def _encode_shards(

@@ -11,7 +11,6 @@ data/moving_digits/
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from iwin_dit.data.digits import Scan, scans, train_vae
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.video import ClipSpec, write_gif
+from iwin_dit.runtime import scratch
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
@@ -46,8 +46,9 @@ def prepare(root: Path, seed: int = 0) -> None:
         order = torch.randperm(len(reader), generator=generator(seed, "frames"))[:NUM_VAE_CLIPS].tolist()
         clips = torch.stack([reader.read(i, torch.Generator())[0] for i in order])  # (N, 3, T, H, W)
         frames = clips.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1
-        train_vae(frames, seed, VAE_STEPS).save_pretrained(root / ".tmp-vae")
-        os.replace(root / ".tmp-vae", root / LOCAL_VAE)
+        trained = train_vae(frames, seed, VAE_STEPS)
+        with scratch.replacement(root / LOCAL_VAE) as new:
+            trained.save_pretrained(new)
     vae = AutoencoderKL.from_pretrained(root / LOCAL_VAE).eval().requires_grad_(False)
     description = {"vae": LOCAL_VAE, "vae_sha256": weights_sha256(vae)}
     extract(source, vae, root, Settings(size=(SIDE, SIDE), clip=spec), description)
@@ -58,15 +59,14 @@ def write_clips(root: Path, seed: int) -> None:
     for split, chosen in scans(seed).items():
         if (root / split).is_dir():
             continue
-        temporary = root / f".tmp-{split}"
-        for scan in progress(chosen, desc=f"{split} clips", unit="scan"):
-            for pair in PAIRS:
-                rng = generator(seed, "motion", scan.number, pair[0])
-                direction = pair[int(torch.randint(2, (), generator=rng))]
-                folder = temporary / f"{scan.digit} {direction}"
-                folder.mkdir(parents=True, exist_ok=True)
-                write_gif(move(scan, direction, rng), folder / f"{scan.number:04d}.gif", FPS)
-        os.replace(temporary, root / split)
+        with scratch.replacement(root / split) as new:
+            for scan in progress(chosen, desc=f"{split} clips", unit="scan"):
+                for pair in PAIRS:
+                    rng = generator(seed, "motion", scan.number, pair[0])
+                    direction = pair[int(torch.randint(2, (), generator=rng))]
+                    folder = new / f"{scan.digit} {direction}"
+                    folder.mkdir(exist_ok=True)
+                    write_gif(move(scan, direction, rng), folder / f"{scan.number:04d}.gif", FPS)
 
 
 def move(scan: Scan, direction: str, rng: torch.Generator) -> list[Image.Image]:

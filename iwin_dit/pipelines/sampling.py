@@ -4,9 +4,9 @@ batch size.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -191,11 +191,16 @@ def write_samples(samples: Iterable[Sample], folder: Path, fps: float = FPS) -> 
             write_gif(sample.frames, path.with_suffix(".gif"), fps)
             write_mp4(sample.frames, path.with_suffix(".mp4"), fps)
             image = draw_grid([sample], {})
-        temporary = path.with_name(f".tmp-{path.name}")
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        files.replace(path, as_png(image))
         count += 1
     return count
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return data.getvalue()
 
 
 def _row_title(label: int | str, name: str | None, limit: int = 28) -> str:

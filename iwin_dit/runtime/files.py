@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,12 @@ def in_units(count: float) -> str:
     return f"{count:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count:,.0f} bytes"
 
 
+def fsync(path: Path) -> None:
+    """Brings a file that another writer has closed to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -138,8 +145,8 @@ def remove_tree(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Hides a directory under another name, in one step; returns the new path."""
-    hidden = path.with_name(f".old-{path.name}")
+    """Hides a directory under another name, which nothing has, in one step; returns the new path."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".old-{path.name}-", dir=path.parent))
     os.rename(path, hidden)
     return hidden
 

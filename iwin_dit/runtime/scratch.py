@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.progress import say
 
 MARKER = ".made-by-iwin-dit"
 
@@ -47,6 +50,51 @@ def remove(folder: Path) -> None:
     """
     if is_ours(folder):
         files.remove_tree(files.set_aside(folder))
+
+
+def beside(path: Path) -> Path:
+    """Where the intermediate files of an output belong: ``.NAME.work``, on the same file system."""
+    return path.with_name(f".{path.name}.work")
+
+
+@contextlib.contextmanager
+def replacement(folder: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which then takes the place of ``folder`` in one step.
+
+    What was there before is removed when the new folder is complete and on disk. If it holds a file that the
+    new folder does not have, somebody else may have put it there: then it is kept as ``NAME.before``.
+
+    Raises:
+        ConfigError: where the place of the hidden folder is taken by something that was not made here.
+        OSError: where it cannot be written.
+    """
+    work = beside(folder)
+    remove(make(work))  # which a killed process may have left half full
+    new = make(work) / folder.name
+    new.mkdir()
+    try:
+        yield new
+        for path in new.rglob("*"):
+            if path.is_file():
+                files.fsync(path)
+        if os.path.lexists(folder):
+            own = folder.is_dir() and _names(folder) <= _names(new)
+            before = work / "before" if own else _unused(folder.with_name(f"{folder.name}.before"))
+            os.rename(folder, before)
+        files.publish(new, folder)
+    finally:  # after an error, too: a full disk should not stay full
+        remove(work)
+
+
+def _names(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def _unused(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{number or ''}") for number in range(1000))
+    free = next(name for name in names if not os.path.lexists(name))
+    say(f"the folder that was there holds other files too and is kept as {free}")
+    return free
 
 
 def is_ours(folder: Path) -> bool:
