@@ -1,6 +1,7 @@
 """Objectives and samplers against closed forms, torch.distributions and diffusers' own tables."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -66,12 +67,15 @@ def test_flow_loss_is_that_of_the_definition():
         assert seen["timestep"][i] == pytest.approx(1000 * t)
 
 
-def test_logit_normal_times_have_their_distribution():
+@pytest.mark.parametrize(
+    ("options", "mean", "std"), [({}, 0, 1), (dict(logit_mean=0.4, logit_std=1.5), 0.4, 1.5)]
+)
+def test_logit_normal_times_have_their_distribution(options, mean, std):
     """P(t < s) = Phi((logit(s) - mean) / std)."""
     u = (torch.arange(10_000) + 0.5) / 10_000
-    t = FlowMatching(logit_mean=0.4, logit_std=1.5).times(u)
+    t = FlowMatching(**options).times(u)
     for s in (0.1, 0.5, 0.9):
-        expected = Normal(0.4, 1.5).cdf(torch.tensor(math.log(s / (1 - s))))
+        expected = Normal(mean, std).cdf(torch.tensor(math.log(s / (1 - s))))
         assert (t < s).float().mean() == pytest.approx(expected.item(), abs=1e-3)
 
 
@@ -106,11 +110,52 @@ def test_variational_terms_are_those_of_torch_distributions():
     torch.testing.assert_close(gaussian_kl(mean_1, log_1, mean_2, log_2), expected)
 
     x = torch.linspace(-1, 1, 256)  # the middles of the bins: their probabilities add up to one
-    log_likelihood = discretized_gaussian_log_likelihood(x, torch.tensor(0.2), torch.tensor(-1.5))
-    assert log_likelihood.exp().sum() == pytest.approx(1, abs=1e-4)
-    normal = Normal(0.2, math.exp(-1.5))
-    expected = (normal.cdf(x[100] + 1 / 255) - normal.cdf(x[100] - 1 / 255)).log()
-    torch.testing.assert_close(log_likelihood[100], expected, rtol=1e-4, atol=1e-4)
+    for mean in (-0.8, 0.2, 0.8):  # with much beyond the first and the last bin
+        log_likelihood = discretized_gaussian_log_likelihood(x, torch.tensor(mean), torch.tensor(-0.5))
+        assert log_likelihood.exp().sum() == pytest.approx(1, abs=1e-4)
+        normal = Normal(mean, math.exp(-0.5))
+        expected = (normal.cdf(x[100] + 1 / 255) - normal.cdf(x[100] - 1 / 255)).log()
+        torch.testing.assert_close(log_likelihood[100], expected, rtol=1e-3, atol=1e-3)
+    impossible = discretized_gaussian_log_likelihood(torch.zeros(1), torch.tensor(0.9), torch.tensor(-9.0))
+    assert impossible.item() == pytest.approx(math.log(1e-12)), "not minus infinity"
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_the_variational_bound_is_that_of_bayes(t):
+    """The posterior by Bayes' rule in float64; the model's variance by diffusers, which samples with it."""
+    x0, noise = draw(1, 2, 3, 3), draw(1, 2, 3, 3, seed=3)
+    output = draw(1, 4, 3, 3, seed=4).clamp(-1, 1)
+    eps, v = output.double().chunk(2, dim=1)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar = (1 - beta).cumprod(0)
+    before = abar[t - 1] if t else torch.tensor(1.0)
+
+    def step_back(
+        data,
+    ):  # N(x_t; sqrt(1 - beta) x, beta) N(x; sqrt(before) x_0, 1 - before), as a function of x
+        if not t:
+            return data
+        precision = (1 - beta[t]) / beta[t] + 1 / (1 - before)
+        return (xt * (1 - beta[t]).sqrt() / beta[t] + data * before.sqrt() / (1 - before)) / precision
+
+    xt = abar[t].sqrt() * x0.double() + (1 - abar[t]).sqrt() * noise.double()
+    mean = step_back((xt - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt())
+    smallest = max(t, 1)
+    true_variance = beta[smallest] * (1 - abar[smallest - 1]) / (1 - abar[smallest])
+    share = (v + 1) / 2  # of log beta; the rest is of the posterior's log variance
+    std = (share * beta[t].log() + (1 - share) * true_variance.log()).mul(0.5).exp()
+    if t > 1:
+        theirs = DDPMScheduler(**BETAS)._get_variance(t, predicted_variance=v, variance_type="learned_range")
+        torch.testing.assert_close(theirs, std.square().log(), rtol=1e-4, atol=1e-4)
+    nats = kl_divergence(Normal(step_back(x0.double()), true_variance.sqrt()), Normal(mean, std))
+    if not t:
+        upper, lower = (Normal(mean, std).cdf(x0.double() + side / 255) for side in (1, -1))
+        upper, lower = upper.where(x0 <= 0.999, 1.0), lower.where(x0 >= -0.999, 0.0)
+        nats = -(upper - lower).clamp(min=1e-12).log()
+    model = lambda *_: SimpleNamespace(sample=output)  # noqa: E731
+    loss = DDPM().loss(model, x0, None, noise, torch.tensor([(t + 0.5) / 1000]))
+    expected = (eps - noise).square().mean() + nats.mean() / math.log(2)
+    torch.testing.assert_close(loss.double(), expected[None], rtol=2e-3, atol=1e-3)
 
 
 def test_the_variational_bound_trains_the_variance_only():
@@ -201,5 +246,26 @@ def test_guidance():
     assert guide(Guidance(2.0, channels=3)) == ([-4, -4, -4, 3], 2)
     assert guide(Guidance(2.0), channels=8) == ([-4] * 4 + [3] * 4, 2), "a learned sigma is not guided"
     assert guide(Guidance(2.0, interval=(0.0, 0.4))) == ([3, 3, 3, 3], 1)
-    with pytest.raises(ValueError, match=r"guidance_interval is \(0.5, 0.2\)"):
-        Guidance(2.0, interval=(0.5, 0.2))
+    assert guide(Guidance(2.0, channels=1)) == ([-4, 3, 3, 3], 2)
+    assert guide(Guidance(2.0, channels=9), channels=8) == ([-4] * 4 + [3] * 4, 2)
+    assert guide(Guidance()) == ([3, 3, 3, 3], 1), "by default none"
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1), (-0.2, -0.1), (1.1, 1.2)])
+def test_intervals_that_are_none(interval):
+    with pytest.raises(ValueError, match=re.escape(f"guidance_interval is {interval}, expected 0 <= low")):
+        Guidance(2.0, interval=interval)
+
+
+@pytest.mark.parametrize("channels", [0, -3])
+def test_numbers_of_channels_that_are_none(channels):
+    with pytest.raises(ValueError, match=f"guidance_channels is {channels}, expected at least 1"):
+        Guidance(2.0, channels=channels)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.0), (0.25, 0.25), (0.25, 0.75), (0.0, 1.0), (1.0, 1.0)])
+def test_an_interval_contains_its_ends(interval):
+    guidance = Guidance(2.0, interval=interval)
+    for t in (0.0, 0.2, 0.25, 0.5, 0.75, 0.8, 1.0):
+        assert guidance.active(t) == (interval[0] <= t <= interval[1])
+        assert not Guidance(1.0, interval=interval).active(t)
