@@ -148,13 +148,17 @@ def _is_none(node: ast.AST) -> bool:
 
 
 def owners(source: bytes) -> dict[int, tuple[str, int]]:
-    """``{line: (outermost function, line offset in it)}``: names that stay when other code moves."""
+    """``{line: (outermost function, line offset in it)}``: names that stay when other code moves.
+
+    Without functions whose results are kept for later calls: which test runs them depends on the order.
+    """
     found = {}
 
     def visit(body, prefix):
         for node in body:
             name = f"{prefix}{getattr(node, 'name', '')}"
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kept = any("cache" in _name(d) for d in getattr(node, "decorator_list", ()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not kept:
                 for line in range(node.body[0].lineno, node.end_lineno + 1):
                     found[line] = (name, line - node.lineno)
             elif isinstance(node, ast.ClassDef):

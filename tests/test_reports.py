@@ -1,0 +1,214 @@
+"""What the loop is told of each step: reports, lines of the log, spikes, the health of blocks."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from iwin_dit.runtime.errors import NonFiniteError, WorkerError
+from iwin_dit.training import memory, reports
+from iwin_dit.training.health import watch_blocks, weight_rms
+from iwin_dit.training.loop import due, worker_errors
+from iwin_dit.training.reports import Meter, Report, Reports, is_spike
+
+
+def accelerator(processes=1):
+    """Of several processes that all have the same numbers."""
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        num_processes=processes,
+        reduce=lambda tensor, reduction: tensor * processes if reduction == "sum" else None,
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize(("loss", "norm"), [(2.0, 3.0), (math.nan, 3.0), (2.0, math.inf), (-math.inf, 3.0)])
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_report_is_of_all_processes(processes, loss, norm, stop):
+    sent = Reports(accelerator(processes))
+    numbers = sent.combine(torch.tensor(loss), torch.tensor(norm, dtype=torch.float64), stop)
+    (report,) = sent.post(7, numbers)
+    assert report.step == 7
+    assert report[1:3] == pytest.approx((loss * processes, norm), nan_ok=True)
+    assert report.finite == (math.isfinite(loss) and math.isfinite(norm))
+    assert report.stop == stop
+    assert sent.flush() == []
+
+
+def test_deferred_reports_are_read_one_step_later():
+    """Each once, in their order; the default on a CPU is at once."""
+    sent = Reports(accelerator(), deferred=True)
+    numbers = [torch.tensor([float(i), 0, 0, 0]) for i in range(5)]
+    arrived = [[report.step for report in sent.post(i, numbers[i])] for i in range(5)]
+    assert arrived == [[], [0], [1], [2], [3]]
+    assert [(report.step, report.loss) for report in sent.flush()] == [(4, 4.0)]
+    assert sent.flush() == []
+    assert not Reports(accelerator()).deferred
+    assert Reports(SimpleNamespace(device=torch.device("cuda"))).deferred
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(reports, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def good(step, loss=1.0, norm=2.0):
+    return Report(step, loss, norm, finite=True, stop=False)
+
+
+def bad(step):
+    return Report(step, math.nan, math.inf, finite=False, stop=False)
+
+
+def test_a_line_of_the_log_is_of_the_steps_since_the_last(clock):
+    meter = Meter(accelerator(2), batch_images=6, flops_per_image=1e12, max_skipped=2)
+    for step, loss in ((1, 3.0), (2, 5.0), (3, 1.0)):
+        clock[0] += 2
+        meter.add(good(step, loss, norm=step))
+    with meter.paused():
+        clock[0] += 50
+    record = meter.record(3, 0.5)
+    assert record == {
+        "step": 3,
+        "loss": 3.0,
+        "grad_norm": 3,
+        "learning_rate": 0.5,
+        "images_per_second": 3.0,  # 18 images in six seconds
+        "tflops_per_device": 1.5,  # of which each device does half
+    }
+    clock[0] += 1
+    meter.add(good(4, 7.0))
+    again = meter.record(4, 0.25)
+    assert (again["loss"], again["images_per_second"]) == (7.0, 6.0)
+
+
+def test_skipped_steps_are_counted_and_those_in_a_row_are_limited(clock):
+    meter = Meter(accelerator(), batch_images=1, flops_per_image=1.0, max_skipped=2)
+    for step, finite in enumerate((False, False, True, False, False), 1):
+        meter.add(good(step, loss=step) if finite else bad(step))
+    clock[0] += 1
+    record = meter.record(5, 0.1)
+    assert record["skipped_steps"] == 4
+    assert record["loss"] == 3, "of the steps that were taken"
+    assert record["grad_norm"] is None
+    with pytest.raises(
+        NonFiniteError, match=r"diverged at step 6: loss nan, gradient norm inf, 3 steps in a row"
+    ):
+        meter.add(bad(6))
+    clock[0] += 1
+    assert meter.record(6, 0.1)["loss"] is None
+    strict = Meter(accelerator(), batch_images=1, flops_per_image=1.0, max_skipped=0)
+    with pytest.raises(NonFiniteError, match="norm inf; the step was not taken"):
+        strict.add(bad(1))
+
+
+def test_a_spike_is_far_above_the_median_of_the_last_twenty():
+    assert is_spike(2.1, [1.0] * 5, 2.0)
+    assert not is_spike(2.0, [1.0] * 5, 2.0), "above, not at"
+    assert not is_spike(9.0, [1.0] * 4, 2.0), "too few to tell"
+    assert not is_spike(9.0, [1.0, None, 1.0, 1.0, 1.0], 2.0)
+    assert not is_spike(9.0, [1.0] * 9, None)
+    assert not is_spike(None, [1.0] * 9, 2.0)
+    assert not is_spike(9.0, [1.0] * 11 + [5.0] * 20, 2.0), "only the last twenty count"
+    assert is_spike(9.0, [5.0] * 11 + [1.0] * 20, 2.0)
+    assert is_spike(9.0, [5.0] * 9 + [1.0] * 11, 2.0), "all twenty count"
+    assert not is_spike(9.0, [1.0] * 9 + [5.0] * 11, 2.0)
+    assert is_spike(2.1, [1.0, 1.0, 1.0, 50.0, 1.0], 2.0), "the median, not the mean"
+
+
+def test_something_is_due_every_so_many_steps():
+    assert [step for step in range(10) if due(step, 3)] == [0, 3, 6, 9]
+    assert [step for step in range(3) if due(step, 1)] == [0, 1, 2]
+    assert not any(due(step, 0) for step in range(3))
+
+
+class Stages(nn.Module):
+    """Two stages of blocks, as the hierarchical model has them; a block adds what its name says."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList([block()])}) for _ in range(2))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage["blocks"]:
+                x = block(x)
+        return self.head(x)
+
+
+def block():
+    return nn.Linear(4, 4)
+
+
+def test_the_health_of_blocks_is_that_of_their_outputs_and_weights():
+    torch.manual_seed(0)
+    model, x = Stages(), torch.randn(3, 4)
+    with watch_blocks(model, active=True) as health:
+        model(torch.zeros(3, 4))  # only the last micro-batch counts
+        model(x)
+    outputs, squares = [], []
+    for stage in model.stages:
+        x = stage["blocks"][0](x).detach()
+        outputs.append(float((x**2).mean() ** 0.5))
+        numbers = torch.cat([p.detach().flatten() for p in stage["blocks"][0].parameters()])
+        squares.append(float((numbers**2).mean() ** 0.5))
+    assert health["activation_rms"].tolist() == pytest.approx(outputs)
+    assert weight_rms(model).tolist() == pytest.approx(squares)
+    assert not any(module._forward_hooks for module in model.modules()), "no hook stays"
+    with watch_blocks(model, active=False) as health:
+        assert not any(module._forward_hooks for module in model.modules())
+        model(x)
+    assert health == {}
+    with pytest.raises(KeyError), watch_blocks(model, active=True):
+        raise KeyError("of the loop")
+    assert not any(module._forward_hooks for module in model.modules()), "nor after an error"
+
+
+@pytest.mark.parametrize(("most", "fits"), [(12, 12), (12, 5), (7, 6), (1, 1)])
+def test_the_largest_divisor_that_fits_is_tried_first(most, fits):
+    tried = []
+
+    def attempt(images):
+        tried.append(images)
+        if images > fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    divisors = [images for images in range(most, 0, -1) if most % images == 0]
+    expected = next(images for images in divisors if images <= fits)
+    assert memory.largest_that_fits(attempt, most) == expected
+    assert tried == divisors[: divisors.index(expected) + 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.\nmore"),
+            r"pid 7.*Killed\.; it was killed",
+        ),
+        (
+            RuntimeError("DataLoader timed out after 9 seconds\nmore"),
+            "9 seconds; the disk hangs, or is too slow",
+        ),
+        (ConnectionResetError("reset"), "a DataLoader worker is gone; it was killed, often for memory"),
+        (ConnectionRefusedError("refused"), "a DataLoader worker is gone"),
+        (EOFError(), "a DataLoader worker is gone"),
+    ],
+)
+def test_a_worker_that_dies_is_an_error_of_its_own(error, message):
+    with pytest.raises(WorkerError, match=message) as caught, worker_errors():
+        raise error
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("x")])
+def test_other_errors_are_not_the_workers(error):
+    with pytest.raises(type(error)) as caught, worker_errors():
+        raise error
+    assert caught.value is error
