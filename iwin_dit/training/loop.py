@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
-from iwin_dit.runtime.errors import DiskError, NonFiniteError, WorkerError
+from iwin_dit.runtime.errors import DiskError, NonFiniteError
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.runtime.signals import StopRequest
+from iwin_dit.runtime.workers import worker_errors
 from iwin_dit.training.ema import decay_rules, update_ema
 from iwin_dit.training.health import watch_blocks, weight_rms
 from iwin_dit.training.optimizer import learning_rate
@@ -41,31 +42,6 @@ from iwin_dit.training.state import (
 )
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
-
-
-@contextlib.contextmanager
-def worker_errors() -> Iterator[None]:
-    """A process that reads data and dies or hangs becomes an error of its own; it may show up anywhere.
-
-    Raises:
-        WorkerError: naming the process.
-    """
-    killed = "it was killed, often for memory: lower train.num_workers"
-    try:
-        yield
-    except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:  # while it sent a batch
-        raise WorkerError(
-            f"a DataLoader worker is gone; {killed}; run the same command again to go on"
-        ) from error
-    except RuntimeError as error:
-        text = str(error)
-        if "DataLoader worker (pid" in text:
-            advice = killed
-        elif "DataLoader timed out" in text:
-            advice = "the disk hangs, or is too slow: look at it, or raise train.worker_timeout_seconds"
-        else:
-            raise
-        raise WorkerError(f"{text.splitlines()[0]}; {advice}; run the same command again to go on") from error
 
 
 @worker_errors()

@@ -1,0 +1,39 @@
+"""Processes that read data: what it means when one dies or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from iwin_dit.runtime.errors import WorkerError
+
+
+@contextlib.contextmanager
+def worker_errors(
+    fewer: str = "lower train.num_workers", longer: str = ", or raise train.worker_timeout_seconds"
+) -> Iterator[None]:
+    """A process that reads data and dies or hangs becomes an error of its own; it may show up anywhere.
+
+    Args:
+        fewer: the advice for a process that was killed.
+        longer: how to wait longer for a slow disk, if there is a way.
+
+    Raises:
+        WorkerError: naming the process.
+    """
+    killed = f"it was killed, often for memory: {fewer}"
+    try:
+        yield
+    except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:  # while it sent a batch
+        raise WorkerError(
+            f"a DataLoader worker is gone; {killed}; run the same command again to go on"
+        ) from error
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker (pid" in text:
+            advice = killed
+        elif "DataLoader timed out" in text:
+            advice = f"the disk hangs, or is too slow: look at it{longer}"
+        else:
+            raise
+        raise WorkerError(f"{text.splitlines()[0]}; {advice}; run the same command again to go on") from error
