@@ -7,14 +7,13 @@ import os
 from pathlib import Path
 
 import torch
-import yaml
 
 from iwin_dit import budget
 from iwin_dit.build import build_model
 from iwin_dit.build_data import count_images
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory
@@ -56,7 +55,7 @@ def describe_run(config: Config) -> str:
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
         "an epoch": epoch,
     }
-    return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{_table(lines)}"
+    return f"{strict_yaml.dump(config.to_dict())}\n{_table(lines)}"
 
 
 def describe_classifier(config: ClassifierConfig) -> str:
@@ -84,7 +83,7 @@ def describe_classifier(config: ClassifierConfig) -> str:
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} {unit}s",
         "an epoch": epoch,
     }
-    return f"{yaml.safe_dump(config.to_dict(), sort_keys=False)}\n{_table(lines)}"
+    return f"{strict_yaml.dump(config.to_dict())}\n{_table(lines)}"
 
 
 def draw_loss_curve(run: RunDirectory) -> Path | None:

@@ -1,5 +1,7 @@
 """Configs: every recipe builds, every mistake is one line that says what to do."""
 
+import copy
+import functools
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from iwin_dit.config import Config, load_config, parse_arguments
 from iwin_dit.config_rules import local_batch
 from iwin_dit.config_schema import MAY_CHANGE
 from iwin_dit.report import describe_classifier, describe_run
+from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.run import flatten
 
@@ -77,9 +80,9 @@ def test_yaml_that_is_read_as_it_is_meant(tmp_path):
 MISTAKES = [
     ("--train.max_stepz 5", "did you mean --train.max_steps?"),
     ("--train.max_step 5", "did you mean --train.max_steps?"),
-    ("--model.depth many", "model.depth is 'many', expected int"),
-    ("--train.precision fp16", "train.precision is 'fp16', expected Literal['fp32', 'tf32', 'bf16']"),
-    ("--model.mixer.name swim", "model.mixer.name is 'swim', expected Literal['iwin', 'global', 'swin'"),
+    ("--model.depth many", "model.depth is 'many', expected a whole number or null"),
+    ("--train.precision fp16", "train.precision is 'fp16', expected one of fp32, tf32, bf16"),
+    ("--model.mixer.name swim", "model.mixer.name is 'swim', expected one of iwin, global, swin, swin_v2"),
     ("--model.heads 3", "3 heads do not divide the width 128; nearest that do: 1, 2, 4"),
     (
         "--model.patch_size 3",
@@ -137,7 +140,32 @@ MISTAKES = [
     ),
     ("--sample.guidance_scale -1", "sample.guidance_scale is -1.0, expected 0 or more"),
     ("--train.health_every_steps 7", "no multiple of train.log_every_steps 10"),
-    ("--train.trackers [tensorbord]", "train.trackers"),
+    (
+        "--train.trackers [tensorbord]",
+        "train.trackers is ['tensorbord'], expected a list, each one of tensor",
+    ),
+    ("--train.keep_checkpoints null", "train.keep_checkpoints is null, expected a whole number"),
+    ("--train null", "train is null, expected keys such as max_steps"),
+    ("--ema.decays [0.9,null]", "ema.decays is [0.9, None], expected a list, each a finite number"),
+    ("--output_dir null", "output_dir is null, expected text"),
+    ("--output_dir a\x07b", "expected text that could be a name, without control characters"),
+    ("--output_dir=", "output_dir is '', expected text that could be a name"),
+    ("--output_dir ~nobody_of_that_name/x", "there is no such home folder"),
+    ("--train.compile", "--train.compile has no value after it"),
+    ("--train.compile --dry-run", "--train.compile has no value after it"),
+    ("--train.compile 1", "train.compile is 1, expected true or false"),
+    ("--train.max_steps true", "train.max_steps is true, expected a whole number"),
+    ("--train.max_steps 1.0", "train.max_steps is 1.0, expected a whole number"),
+    ("--train.max_steps 1:30", "train.max_steps is '1:30', expected a whole number"),
+    ("--train.max_steps 010", "train.max_steps is '010', expected a whole number"),
+    (
+        "--seed 99999999999999999999",
+        "seed is 99999999999999999999, expected a whole number of at most 64 bits",
+    ),
+    ("--optimizer.learning_rate .nan", "optimizer.learning_rate is nan, expected a finite number"),
+    ("--optimizer.learning_rate 1e999", "optimizer.learning_rate is inf, expected a finite number"),
+    ("--optimizer.betas [0.9]", "optimizer.betas is [0.9], expected a list of 2, each a finite number"),
+    ("--optimizer.betas [0.9", "optimizer.betas is '[0.9', expected a list of 2"),
     ("--config missing.yaml", "missing.yaml cannot be read: No such file"),
     ("surprise", "unrecognized arguments: surprise"),
 ]
@@ -170,6 +198,9 @@ def test_what_borders_on_mistakes_is_none(arguments):
     parse(*arguments.split())
 
 
+BOMB = "x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 9))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -182,14 +213,32 @@ def test_what_borders_on_mistakes_is_none(arguments):
         ("model: 3", "model is 3, expected keys such as"),
         ("seed: 1\nseed: 2", "the key seed appears twice, again in line 2"),
         ("- 1", "holds list, expected keys and values"),
-        ("a: [", "is not valid YAML"),
+        ("a: [", "is not valid YAML: line 1: expected the node content"),
+        ("", "holds NoneType, expected keys and values"),
+        ("[1, 2]: 3", "line 1: a key is a list or a mapping, expected text"),
+        ("? {a: 1}\n: 3", "line 1: a key is a list or a mapping, expected text"),
+        ("1: 2", "1 is not a key; expected one of output_dir"),
+        ("output_dir: 2024", "output_dir is 2024, expected text; put it in quotes"),
+        ("seed: 2001-99-99", "seed is '2001-99-99', expected a whole number"),
+        ("seed: !!int abc", "line 1: 'abc' is not what its tag tag:yaml.org,2002:int says"),
+        ("seed: !!bool ''", "line 1: '' is not what its tag tag:yaml.org,2002:bool says"),
+        ("seed: !!timestamp 2001-01-01", "'2001-01-01' is not what its tag tag:yaml.org,2002:timestamp says"),
+        ("seed: !!set {a}", "could not determine a constructor for the tag"),
+        ("seed: " + "[" * 5000, "is not valid YAML: it is nested too deeply"),
+        ("seed: " + "[" * 100 + "]" * 100, "seed is [[[[[[[...]]]]]]], expected a whole number"),
+        ("a: &a [*a]", "line 1: an alias refers to what it is in"),
+        (BOMB, "is not valid YAML: line 5: it has more than 10,000 values"),
+        ("seed: 1\n---\nseed: 2", "line 2: but found another document"),
+        ("# " + "x" * 100_000, "has more than 100,000 bytes"),
+        ("output_dir: \x07", "special characters are not allowed"),
+        ("seed: \udc80", "is not valid YAML: 'utf-8' codec can't decode byte 0x80 in position 6"),
         ("model: {sample_size: 16}", "give size (such as B/1), or depth, width, heads and patch_size"),
         ("model: {size: XXL/1}", "did you mean XL/1?"),
     ],
 )
 def test_mistakes_in_a_file_are_explained(tmp_path, content, message):
     path = tmp_path / "c.yaml"
-    path.write_text(content)
+    path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert message in str(error.value)
@@ -214,6 +263,72 @@ def test_every_key_misspelt_fails(tmp_path):
         path.write_text(yaml.safe_dump(content))
         with pytest.raises(ConfigError, match="is not a key"):
             load_config(path)
+
+
+def annotations(kind, prefix=""):
+    """Each key, sections among them, with the text of its annotation."""
+    for f in fields(kind):
+        yield f"{prefix}{f.name}", f.type
+        if is_dataclass(f.default_factory):
+            yield from annotations(f.default_factory, f"{prefix}{f.name}.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [(Config, RECIPES[-2]), (ClassifierConfig, CLASSIFIERS[0])], ids=["dit", "classifier"]
+)
+def test_null_is_refused_unless_the_annotation_has_it(kind, recipe, tmp_path):
+    """In a file and on the command line; the expectation is the text of the annotation."""
+    base, path, seen = yaml.safe_load(recipe.read_text()), tmp_path / "c.yaml", set()
+    assert load_config(recipe, kind)
+    for key, annotation in annotations(kind):
+        *sections, name = key.split(".")
+        content = node = copy.deepcopy(base)
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = None
+        path.write_text(yaml.safe_dump(content))
+        for arguments in (["--config", str(path)], ["--config", str(recipe), f"--{key}", "null"]):
+            is_null = f"{key} is null, expected"
+            try:
+                config = parse_arguments(arguments, path, kind)[0]
+                assert functools.reduce(getattr, key.split("."), config) is None
+                refused = False
+            except ConfigError as error:  # or another key needs this one
+                refused = is_null in str(error)
+            assert refused == ("None" not in annotation), (arguments, annotation)
+            seen.add(refused)
+    assert seen == {True, False}
+
+
+def test_a_home_folder_is_meant_by_its_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/iwin")
+    path = tmp_path / "c.yaml"
+    path.write_text(QUICKSTART.read_text().replace("data/digits", "~/digits"))
+    config = parse(
+        *("--config", str(path), "--output_dir", "~/runs/a", "--evaluation.extractor", "iwin:~/runs/digits"),
+        *("--evaluation.reference", "~"),
+    )
+    assert config.data.path == "/home/iwin/digits"
+    assert config.output_dir == "/home/iwin/runs/a"
+    assert config.evaluation.extractor == "iwin:/home/iwin/runs/digits"
+    assert config.evaluation.reference == "/home/iwin"
+
+
+def test_what_is_written_is_read_as_the_same(tmp_path):
+    for text in ("1e-4", "2001-01-01", "010", "1:30", "0x1f", "yes", "null", "~x", "3", "é漢", "a: b", " a"):
+        content = {"a": text, "b": [text, 1e-4, 1.5, -3, True, None, 1e300]}
+        path = tmp_path / "c.yaml"
+        path.write_text(strict_yaml.dump(content))
+        assert strict_yaml.load(path) == content
+
+
+def test_later_arguments_count_and_sections_are_joined(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {max_steps: 7, batch_images: 4}")
+    config = parse("--config", str(QUICKSTART), "--train.max_steps=5", "--config", str(path))
+    assert (config.train.max_steps, config.train.batch_images, config.train.log_every_steps) == (7, 4, 10)
+    config = parse("--train", "{max_steps: 9}", "--data.path", "2024")
+    assert (config.train.max_steps, config.train.batch_images, config.data.path) == (9, 32, "2024")
 
 
 def test_batches_that_do_not_divide_are_explained():

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.runtime import files, scratch
+from iwin_dit.runtime import files, scratch, strict_yaml
 from iwin_dit.runtime.errors import ConfigError, DataError, run_script
 
 KINDS = {
@@ -42,8 +42,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_config(source: str, kind: str) -> dict[str, Any]:
     """The official constructor's arguments, from a file or by the name of a published model."""
-    import yaml
-
     from iwin_dit.models.iwin_transformer import VARIANTS
 
     if kind == "iwin_transformer" and source in VARIANTS:
@@ -52,12 +50,7 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     if not path.is_file():
         names = f", nor is it one of {', '.join(VARIANTS)}" if kind == "iwin_transformer" else ""
         raise ConfigError(f"--config {source} is not a file{names}")
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not JSON or YAML: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds {type(config).__name__}, expected arguments by name")
+    config = strict_yaml.load(path)  # which reads JSON, too
     if odd := [name for name in config if not isinstance(name, str)]:
         raise ConfigError(f"{path} has the argument {odd[0]!r}, expected names")
     return config

@@ -19,9 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.lock import hold
@@ -94,7 +92,7 @@ class RunDirectory:
 
     def begin(self, step: int) -> None:
         """Writes the config and drops what was logged and kept after ``step``, which will be made again."""
-        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        text = strict_yaml.dump(self.config)
         files.replace(self.path / "config.yaml", text.encode())
         files.replace(self.path / "data.json", files.to_json(self.data))
         if self.log_path.exists():
@@ -123,14 +121,7 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         ConfigError: where it cannot be read, or is not keys and values.
     """
-    path = run / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read, expected the config of a run: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}, expected the keys and values of a config")
-    return config
+    return strict_yaml.load(run / "config.yaml")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
