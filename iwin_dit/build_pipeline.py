@@ -30,9 +30,9 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import FPS, draw_animation, draw_grid, sample_classes
-from iwin_dit.pipelines.trust import MAX_JSON, check_index, check_pipeline_folder
+from iwin_dit.pipelines.trust import check_index, check_pipeline_folder
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
-from iwin_dit.runtime import checkpoint, files
+from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.training.posthoc import reconstruct
@@ -311,7 +311,7 @@ def _load_run(run: Path, ema_std: float | None) -> ClassConditionalPipeline:
 
 def _step_of_export(recipe: Path) -> int:
     try:
-        return int(files.read_json(recipe, MAX_JSON)["step"])
+        return int(files.read_json(recipe, limits.INDEX_BYTES)["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{recipe} does not say the step of its pipeline: {error!r}; remove {recipe.parent}, and its run "
@@ -329,7 +329,7 @@ def _data_of(run: Path, config: Config) -> Data:
     dataset = build_dataset(replace(config, data=replace(config.data, prepare=None)))
     path = run / "data.json"
     try:
-        before = files.read_json(path, MAX_JSON) if path.exists() else dataset.identity
+        before = files.read_json(path, limits.INDEX_BYTES) if path.exists() else dataset.identity
         now = json.loads(files.to_json(dataset.identity))
         changed = [key for key in now if before.get(key) != now[key]]
     except (OSError, ValueError, AttributeError) as error:

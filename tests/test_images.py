@@ -74,7 +74,9 @@ def assert_pixels(image, expected):
 # Decoding
 
 
-@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    ("format", "options"), [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
+)
 def test_lossless_formats_are_exact(format, options):
     assert_pixels(decode_image(encoded(picture(), format, **options), "a"), picture())
 
@@ -187,9 +189,13 @@ NOISE = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     [
         (b"", "is empty"),
         (b"not an image", "no valid header"),
-        (FITS, "starts with b'SIMPLE  ' and has no valid header of a PNG, JPEG, WebP or BMP"),
-        (encoded(picture(), "GIF"), "no valid header"),
-        (encoded(picture(), "TIFF"), "no valid header"),
+        (
+            FITS,
+            "starts with b'SIMPLE  ' and has no valid header of a PNG, JPEG, WEBP, BMP, GIF, TIFF, AVIF",
+        ),
+        (encoded(picture(), "PPM"), "no valid header"),
+        (encoded(picture(), "ICO"), "no valid header"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "channels of 32 bits"),
         (encoded(NOISE)[:20], "header|broken or truncated"),
         (png(0, 0), "header|broken"),
         (png(8, 8), "broken or truncated"),
@@ -207,7 +213,7 @@ def test_what_is_no_whole_image_is_refused(data, reason):
 
 
 def test_damage_anywhere_is_a_bad_image_or_an_image():
-    for format in ("PNG", "JPEG", "WEBP", "BMP"):
+    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"):
         whole = encoded(picture(), format)
         for _ in range(150):
             data = bytearray(whole)
@@ -577,7 +583,7 @@ def test_class_names_beside_tars(tmp_path):
         ([("a.png", b"x"), ("a.json", b'{"label": true}')], "found label 'True'"),
         ([("a.png", b"x"), ("a.json", b"{")], r"a\.json is not JSON"),
         ([("a.png", b"x"), ("a.json", b"[" * 100_000)], r"a\.json is not JSON"),
-        ([("a.png", b"x"), ("a.cls", bytes(1_000_001))], "has 1000001 bytes; expected a label"),
+        ([("a.png", b"x"), ("a.cls", bytes((1 << 20) + 1))], "has 1048577 bytes; expected a label"),
     ],
 )
 def test_bad_tars_are_refused(tmp_path, members, message):

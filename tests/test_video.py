@@ -28,7 +28,7 @@ from iwin_dit.data.video import (
     write_gif,
     write_mp4,
 )
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 
 BACKGROUND = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
@@ -423,7 +423,7 @@ def huge_webm(folder):
 def test_huge_frames_are_refused_before_they_are_decoded(tmp_path, make_huge, found):
     path = make_huge(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(BadClip, match=rf"/a\.\w+ has frames of {found} than the 178000000 allowed; shrink"):
+    with pytest.raises(BadClip, match=rf"/a\.\w+ has frames of {found} than the 36000000 allowed; shrink"):
         read_frames(path, [0])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
@@ -437,7 +437,7 @@ def jpeg(frame):
 def test_frames_that_outgrow_the_header_are_not_decoded(tmp_path, monkeypatch):
     path = mux(tmp_path / "a.avi", "mjpeg", [jpeg(frame) for frame in greys(2, 16) + greys(2, 64)])
     assert [frame.size for frame in read_frames(path, [2, 3])] == [(64, 64), (64, 64)]
-    monkeypatch.setattr(video_files, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(limits, "FRAME_PIXELS", 3000)
     assert [frame.size for frame in read_frames(path, [0, 1])] == [(16, 16), (16, 16)]
     with pytest.raises(BadClip, match=r"a\.avi"):
         read_frames(path, [2, 3])

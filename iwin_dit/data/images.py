@@ -7,27 +7,39 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from iwin_dit.runtime import files, limits
+from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = 178_000_000  # just below 2 * 89,478,485, from where Pillow itself refuses
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of a pixel, by Pillow's mode; else 4
+CODEC_BYTES = {"WEBP": 17, "AVIF": 13}  # of a pixel at the peak, measured where a codec keeps copies
+PROGRESSIVE_BYTES = 8  # JPEG's coefficients are kept until the last pass
+STRIP_PIXELS = 1 << 18  # are converted at a time
+TRANSPARENT = "had transparent pixels"  # a key of ``image.info``
+TIFF_TILE = (322, 323)  # tags: its width and height
 
 
 class BadImage(DataError):
     """An image that is broken, too large or not of a format that we open."""
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as RGB of 8 bits, upright: alpha is dropped, of an animation the first frame is taken.
+def decode_image(
+    data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS, background: Colour | None = None
+) -> Image.Image:
+    """The image as RGB of 8 bits, upright; of an animation the first frame is taken.
 
     Args:
-        data: a PNG, JPEG, WebP or BMP file.
+        data: a file of one of ``FORMATS``.
         name: what to call it in an error.
         max_pixels: refused above this, from the header; Pillow's own limit holds as well.
+        background: the colour that shows through transparent pixels; ``image.info`` then says
+            ``TRANSPARENT``. With None alpha is dropped, as older versions did, and the colours that editors
+            leave under transparent pixels appear, which are black in most files.
 
     Raises:
         BadImage: where the image is too large, broken, cut off, empty or of another format.
@@ -39,19 +51,14 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadImage(
-                    f"{name} is {width} x {height} = {width * height} pixels large, more than the "
-                    f"{max_pixels} allowed; shrink or remove it"
-                )
+            _check_size(image, name, max_pixels)
             image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_upright(image, name), background)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
         raise BadImage(
-            f"{name} starts with {data[:8]!r} and has no valid header of a PNG, JPEG, WebP or BMP image; "
+            f"{name} starts with {data[:8]!r} and has no valid header of a {', '.join(FORMATS)} image; "
             "convert or remove it"
         ) from None
     except Image.DecompressionBombError as error:
@@ -85,20 +92,85 @@ def random_crop(image: Image.Image, height: int, width: int, rng: torch.Generato
     return _crop(image, top, left, height, width)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Compares what the header says with the limits, before anything is decoded."""
+    width, height = image.size
+    pixels = width * height
+    if pixels > max_pixels:
+        raise BadImage(
+            f"{name} is {width} x {height} = {pixels} pixels large, more than the {max_pixels} allowed; "
+            "shrink or remove it"
+        )
+    if image.mode in ("F", "I") and image.format != "PNG":  # which has 16 at most, and is I in old Pillows
+        raise BadImage(f"{name} has channels of 32 bits; convert it to 8 or 16")
+    if image.format == "TIFF":  # libtiff holds a whole tile, which may be larger than the image
+        tile = [int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE]
+        pixels = max(pixels, tile[0] * tile[1])
+    codec = PROGRESSIVE_BYTES if image.info.get("progressive") else CODEC_BYTES.get(image.format or "", 0)
+    _check_bytes(image, name, pixels * max(codec, _stored(image) + (0 if image.mode == "RGB" else 4)))
+
+
+def _stored(image: Image.Image) -> int:
+    return BYTES.get(image.mode, 4)
+
+
+def _check_bytes(image: Image.Image, name: str, needed: int) -> None:
+    if needed > limits.IMAGE_BYTES:
+        raise BadImage(
+            f"{name} is a {image.format} of {image.width} x {image.height} pixels that would take "
+            f"{files.in_units(needed)} of memory, {files.in_units(limits.IMAGE_BYTES)} are allowed; "
+            "shrink or remove it"
+        )
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            _check_bytes(image, name, 2 * _stored(image) * image.width * image.height)
+            ImageOps.exif_transpose(image, in_place=True)
+    except (BadImage, MemoryError):
         raise
     except Exception:  # EXIF that cannot be parsed says nothing of the pixels
+        pass
+    return image
+
+
+def _to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
+    """In strips, since some conversions take several times the memory of what they convert."""
+    if image.mode == "RGB" and (background is None or not image.has_transparency_data):
         return image
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    is_transparent = False
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        alpha = None if background is None else _alpha(strip)
+        strip = _strip_to_rgb(strip)
+        if alpha is not None and alpha.getextrema()[0] < 255:
+            is_transparent = True
+            strip = Image.composite(strip, Image.new("RGB", strip.size, background), alpha)
+        rgb.paste(strip, (0, top))
+    rgb.info[TRANSPARENT] = is_transparent
+    return rgb
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255: 65535 / 255 = 257
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The opacity of each pixel, mode L; None where the image has none."""
+    if not image.has_transparency_data:
+        return None
+    colour = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.where(np.asarray(image) == colour, 0, 255).astype(np.uint8))
+    if image.mode == "RGB" and max(colour) > 255:  # of 16 bits, where Pillow keeps the upper eight of pixels
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    return image.convert("RGBA").getchannel("A")
 
 
 def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -107,7 +179,9 @@ def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
     size = round(image.width * scale), round(image.height * scale)
-    if size[0] * size[1] > max(MAX_PIXELS, 4 * height * width):  # a line of pixels would grow without bound
+    if size == image.size:
+        return image
+    if size[0] * size[1] > max(limits.SCALED_PIXELS, 4 * height * width):
         raise BadImage(
             f"an image of {image.width} x {image.height} pixels would have to grow to {size[0]} x {size[1]} "
             f"to cover {width} x {height}; remove it"

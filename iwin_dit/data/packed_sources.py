@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and would cost as many names
-MAX_LABEL_BYTES = 1_000_000
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 
 
@@ -175,7 +174,7 @@ def _index_tar(path: str) -> list[tuple[str, int, int, int]]:
                         raise DataError(f"{where} is a second image of {key}; expected one for each key")
                     images[key] = (member.name, member.offset_data, member.size)
                 elif extension == ".cls" or key not in labels:  # .cls wins
-                    if member.size > MAX_LABEL_BYTES:
+                    if member.size > limits.JSON_BYTES:
                         raise DataError(f"{where} has {member.size} bytes; expected a label")
                     label = _label_in(tar.extractfile(member).read(), extension, where)
                     if label is not None:
@@ -213,9 +212,9 @@ def label_of(value: object, where: str) -> int:
     """A label from an integer or its text."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_CLASSES:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limits.CLASSES:
         raise DataError(
-            f"{where}: found label {str(value)[:40]!r}, expected an integer from 0 to {MAX_CLASSES - 1}"
+            f"{where}: found label {str(value)[:40]!r}, expected an integer from 0 to {limits.CLASSES - 1}"
         )
     return value
 

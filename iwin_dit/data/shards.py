@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError
 
 DTYPES = {
@@ -25,7 +26,6 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
-MAX_HEADER = 1 << 20  # a shard has half a dozen tensors
 
 
 class Entry(NamedTuple):
@@ -52,7 +52,7 @@ class ShardFile:
         try:
             with open(path, "rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
-                if not 2 <= header_bytes <= MAX_HEADER:
+                if not 2 <= header_bytes <= limits.HEADER_BYTES:
                     raise ValueError(f"its header would be {header_bytes} bytes long")
                 header = json.loads(file.read(header_bytes))
                 size = os.fstat(file.fileno()).st_size

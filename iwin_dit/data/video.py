@@ -21,7 +21,7 @@ from PIL import GifImagePlugin, Image
 from iwin_dit.data import packed_sources
 from iwin_dit.data.images import decode_image
 from iwin_dit.data.packed_sources import printable, read_file
-from iwin_dit.data.video_files import EXTENSIONS, BadClip, VideoFile, pyav
+from iwin_dit.data.video_files import EXTENSIONS, BadClip, VideoFile, check_memory, pyav
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
@@ -197,8 +197,13 @@ class _Folder:
         return printable(os.path.join(self.path, self._names[i]))
 
     def read(self, indices: Sequence[int]) -> dict[int, Image.Image]:
-        paths = {i: os.path.join(self.path, self._names[i]) for i in indices}
-        return {i: decode_image(read_file(path), self.name(i)) for i, path in paths.items()}
+        frames: dict[int, Image.Image] = {}
+        pixels = 0
+        for i in indices:
+            frames[i] = decode_image(read_file(os.path.join(self.path, self._names[i])), self.name(i))
+            pixels += frames[i].width * frames[i].height
+            check_memory(printable(self.path), len(indices), pixels)
+        return frames
 
 
 def _open(path: str) -> _Folder | VideoFile:

@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from iwin_dit.data.images import MAX_PIXELS, BadImage
+from iwin_dit.data.images import BadImage
 from iwin_dit.data.packed_sources import printable
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 
 # FFmpeg would guess the format from the content, and a playlist named .mp4 can point anywhere.
@@ -45,6 +46,7 @@ class VideoFile:
     def __init__(self, path: str):
         self.path = path
         with _demuxed(path) as (container, stream):
+            self._pixels = stream.codec_context.width * stream.codec_context.height  # of a frame
             shown = [(p.pts, p.is_keyframe, p.is_corrupt) for p in container.demux(stream) if _is_shown(p)]
         whole = sum(not is_corrupt for *_, is_corrupt in shown)
         if not shown or whole < len(shown):
@@ -66,8 +68,10 @@ class VideoFile:
         """Those of some frames that can be decoded, upright; decoding begins at the key frame before them.
 
         Raises:
-            DataError: where the file cannot be read; :class:`BadClip` where it is broken.
+            DataError: where the file cannot be read; :class:`BadClip` where it is broken, or the frames
+                take too much memory together.
         """
+        check_memory(printable(self.path), len(indices), len(indices) * self._pixels)
         wanted = {self._times[i]: i for i in indices}
         key = max((time for time in self._keys if time <= min(wanted)), default=self._times[0])
         frames = self._decode(wanted, key) if key > self._times[0] else {}
@@ -76,6 +80,7 @@ class VideoFile:
 
     def _decode(self, wanted: dict[int, int], start: int | None) -> dict[int, Image.Image]:
         frames: dict[int, Image.Image] = {}
+        pixels = 0
         with _demuxed(self.path) as (container, stream):
             if start is not None:
                 container.seek(start, stream=stream)
@@ -83,9 +88,27 @@ class VideoFile:
                 i = wanted.get(frame.pts if self._is_timed else order)
                 if i is not None and not frame.is_corrupt:
                     frames[i] = _to_image(frame)
+                    pixels += frame.width * frame.height
+                    check_memory(printable(self.path), len(wanted), pixels)  # frames may outgrow the header
                 if len(frames) == len(wanted):
                     break
         return frames
+
+
+def check_memory(name: str, frames: int, pixels: int) -> None:
+    """That the frames of a clip fit into memory together.
+
+    Args:
+        pixels: of all frames, each held in four bytes.
+
+    Raises:
+        BadClip: where they do not.
+    """
+    if 4 * pixels > limits.IMAGE_BYTES:
+        raise BadClip(
+            f"{name}: {frames} frames of a clip would take {files.in_units(4 * pixels)} of memory or more, "
+            f"{files.in_units(limits.IMAGE_BYTES)} are allowed; scale the video down, or ask for fewer frames"
+        )
 
 
 def pyav(path: str) -> ModuleType:
@@ -109,7 +132,7 @@ def _demuxed(path: str) -> Iterator[tuple[Any, Any]]:
         raise DataError(f"{name} is neither a folder of frames nor a file with {' '.join(EXTENSIONS)}")
     av = pyav(name)
     form = FORMATS[extension]
-    limits = {"max_pixels": str(MAX_PIXELS)}
+    options = {"max_pixels": str(limits.FRAME_PIXELS)}
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
@@ -123,13 +146,13 @@ def _demuxed(path: str) -> Iterator[tuple[Any, Any]]:
             with av.open(
                 file,
                 format=form,
-                options=limits,  # FFmpeg decodes a frame already to learn of the format
+                options=options,  # FFmpeg decodes a frame already to learn of the format
                 container_options={"protocol_whitelist": "none"},
                 metadata_errors="replace",
             ) as container:
                 stream = _video_stream(container, name)
                 container.flags &= ~GENERATE_TIMES
-                stream.codec_context.options = limits
+                stream.codec_context.options = options
                 stream.codec_context.thread_count = 1  # loaders have processes side by side
                 problem = "is damaged"
                 yield container, stream
@@ -161,9 +184,11 @@ def _video_stream(container: Any, name: str) -> Any:
     if stream.codec_context is None:
         raise BadClip(f"{name} has video of a kind that FFmpeg cannot decode here; convert or remove it")
     width, height = stream.codec_context.width, stream.codec_context.height
-    if not 0 < width * height <= MAX_PIXELS:  # FFmpeg says 0 of what it refuses to look into
+    if not 0 < width * height <= limits.FRAME_PIXELS:  # FFmpeg says 0 of what it refuses to look into
         found = f"{width} x {height} = {width * height}, more" if width else "no pixels, or more"
-        raise BadClip(f"{name} has frames of {found} than the {MAX_PIXELS} allowed; shrink or remove it")
+        raise BadClip(
+            f"{name} has frames of {found} than the {limits.FRAME_PIXELS} allowed; shrink or remove it"
+        )
     return stream
 
 

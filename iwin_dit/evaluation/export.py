@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from iwin_dit.evaluation.images import Images
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
 
 
@@ -120,6 +120,6 @@ def open_export(target: Path, images: Images, parts: Path) -> PngFolder | NpzFil
 
 def _fingerprint(recipe: Path) -> str | None:
     try:
-        return files.read_json(recipe, 1 << 20)["sha256"]
+        return files.read_json(recipe, limits.JSON_BYTES)["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
 
 EXTRACTORS = {  # the metrics of each; the first is the default
@@ -33,7 +33,6 @@ DRAWING = {  # options for a model that draws, with what stands in where they ar
     "save_images": None,
     "sweep": None,
 }
-MAX_RESULT_BYTES = 1 << 20
 NOT_REPEATED = ("out", "save_images", "save_reference", "repeat", "sweep", "compare")
 
 
@@ -155,7 +154,7 @@ def read_result(path: Path) -> dict[str, Any]:
         ConfigError: where it is missing, is no JSON or has not the parts of a result.
     """
     try:
-        result = files.read_json(path, MAX_RESULT_BYTES)
+        result = files.read_json(path, limits.JSON_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; give a result of --out") from None
     except ValueError as error:

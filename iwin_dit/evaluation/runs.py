@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.config import Config, parse_arguments
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError, UserError
 from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import progress
 
 TRAINER = Path(__file__).parents[2] / "train_dit.py"
 POLL_SECONDS = 0.5
-MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Run:
         recipe = self.path / "pipeline" / "recipe.json"
         if not recipe.is_file():
             return False
-        trained, wanted = files.read_json(recipe, MAX_BYTES), self.config
+        trained, wanted = files.read_json(recipe, limits.JSON_BYTES), self.config
         if trained["step"] > wanted.train.max_steps:
             raise ConfigError(
                 f"{self.path} was trained to step {trained['step']}, more than {wanted.train.max_steps}; "
@@ -186,7 +185,7 @@ def kept(path: Path, of: dict[str, Any], compute: Callable[[], dict[str, Any]]) 
         of: all that the result depends on, in JSON's types.
     """
     if path.is_file():
-        stored = files.read_json(path, MAX_BYTES)
+        stored = files.read_json(path, limits.JSON_BYTES)
         if stored["of"] == of:
             return stored["found"]
     found = compute()

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iwin_dit.data.video import write_gif, write_mp4
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
@@ -26,7 +26,6 @@ FPS = 8.0  # frames per second of a clip
 MAX_STRIP = 10  # frames of a clip that a film strip shows
 # Of a recipe: what changes which images there are, and where the weights lay, whose hashes are in it, too.
 NOT_COMPARED = ("classes", "class_names", "num_images", "checkpoint", "guide")
-MAX_RECIPE_BYTES = 1 << 20
 
 
 class Sample(NamedTuple):
@@ -165,7 +164,7 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        recipe = files.read_json(path, MAX_RECIPE_BYTES)
+        recipe = files.read_json(path, limits.JSON_BYTES)
         if not isinstance(recipe, dict):
             raise ValueError(f"it holds a {type(recipe).__name__}")
     except (OSError, ValueError) as error:

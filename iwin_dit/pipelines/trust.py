@@ -22,7 +22,7 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransf
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.checkpoint import listed
 from iwin_dit.runtime.errors import CheckpointError
 
@@ -43,7 +43,6 @@ COMPONENTS = {  # the package and the classes that each may name, beside the tra
 SETTINGS = ("_class_name", "_diffusers_version", "_name_or_path", "id2label", "latents_mean", "latents_std")
 
 # The largest of every number that decides how much is built or allocated.
-MAX_JSON = 16 << 20  # bytes; an index of weights has a hundred for each tensor
 MAX_WIDTH = 65_536
 MAX_NUMBER = 1e30
 SIZES = {
@@ -98,7 +97,7 @@ def check_index(path: Path) -> tuple[str, str]:
     if not index.is_file():
         raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
     try:
-        content = files.read_json(index, MAX_JSON)
+        content = files.read_json(index, limits.INDEX_BYTES)
         name = content["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not the index of a pipeline: {error!r}") from error
@@ -254,7 +253,7 @@ def _read_config(path: Path, kind: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = files.read_json(path, MAX_JSON)
+        content = files.read_json(path, limits.INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise _damaged(path.parent, f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

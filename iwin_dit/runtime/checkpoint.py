@@ -18,14 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import CheckpointError, DiskError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 FILE = re.compile(r"\w[\w.-]*\.(safetensors|json)", re.ASCII)  # a plain name: no folder, nothing hidden
-MAX_JSON = 1 << 20  # bytes of a manifest or a state.json, which have hundreds
 ROOM = 1 << 20  # bytes of a checkpoint beside its tensors: headers, JSON, directories
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -109,8 +108,8 @@ def _write(
 
 def _json(value: dict[str, Any]) -> bytes:
     data = files.to_json(value)
-    if len(data) > MAX_JSON:
-        raise ValueError(f"the JSON of a checkpoint has {len(data)} bytes, readers take {MAX_JSON}")
+    if len(data) > limits.JSON_BYTES:
+        raise ValueError(f"the JSON of a checkpoint has {len(data)} bytes, readers take {limits.JSON_BYTES}")
     return data
 
 
@@ -150,7 +149,7 @@ def verify(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest = files.read_json(path, MAX_JSON)
+        manifest = files.read_json(path, limits.JSON_BYTES)
         schema, listed = manifest["schema"], {}
         if schema == SCHEMA:
             listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -215,7 +214,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     """
     path = directory / "state.json"
     try:
-        state = files.read_json(path, MAX_JSON)
+        state = files.read_json(path, limits.JSON_BYTES)
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"its step is {state['step']!r}, expected a number of steps")
     except (OSError, ValueError, KeyError, TypeError) as error:
