@@ -18,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", help="class folders, a flat folder with --labels, .tar files, or hf:NAME")
     add("--labels", help="CSV with columns file,label for a flat folder")
+    add("--follow-links", action="store_true", help="links in --images may lead out of it (refused)")
     add("--vae", help="a preset, a folder, a hub id, or an original .pt, .ckpt or .safetensors file")
     add("--vae-config", type=Path, help="YAML of an original file's ddconfig (that of VA-VAE f16d32)")
     add("--out", help="folder for the shards and index.json")

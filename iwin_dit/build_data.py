@@ -29,6 +29,7 @@ from iwin_dit.data.codec import (
 )
 from iwin_dit.data.examples import ImagesAsClips
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
+from iwin_dit.data.folders import ignored_line
 from iwin_dit.data.latents import LatentDataset, published_index
 from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.data.reading import Reader
@@ -36,6 +37,7 @@ from iwin_dit.data.sources import Source, open_source
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.progress import say
 
 PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
 
@@ -115,22 +117,23 @@ def build_encoder(
     return to_latents
 
 
-def count_images(config: Config) -> int:
-    """Images of the data, without the autoencoder.
+def count_images(config: Config) -> tuple[int, str | None]:
+    """Images of the data, without the autoencoder, and a line of what else lies there and is ignored.
 
     Raises:
         DataError: where they are missing.
     """
-    if config.data.kind == "images":
-        return len(_source(config))
     path = Path(config.data.path)
-    return len(LatentDataset(path, _published(config, path)))
+    if config.data.kind == "images":
+        source = _source(config)
+        return len(source), ignored_line(config.data.path, "images", source.ignored)
+    return len(LatentDataset(path, _published(config, path))), None
 
 
 def _source(config: Config) -> Source | ClipFolderSource:
     if config.model.sample_frames is not None:
-        return ClipFolderSource(config.data.path)
-    return open_source(config.data.path, config.data.labels)
+        return ClipFolderSource(config.data.path, config.data.follow_links)
+    return open_source(config.data.path, config.data.labels, config.data.follow_links)
 
 
 def _pixels(config: Config) -> PixelDataset:
@@ -212,9 +215,12 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     size = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
     clip = None if arguments.frames is None else ClipSpec(arguments.frames, arguments.frame_stride)
     if clip is None:
-        source = open_source(arguments.images, arguments.labels)
+        source = open_source(arguments.images, arguments.labels, arguments.follow_links)
     else:
-        source = ClipFolderSource(arguments.images)
+        source = ClipFolderSource(arguments.images, arguments.follow_links)
+    what = "images" if clip is None else "clips"
+    if accelerator.is_main_process and (line := ignored_line(arguments.images, what, source.ignored)):
+        say(line)
     vae = load_autoencoder(arguments.vae, arguments.vae_config)
     local = Path(arguments.vae).exists()
     settings = Settings(
@@ -245,6 +251,5 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         for reason in bad:
             print(f"left out: {reason}")
         count = len(source) * (1 if clip is None else arguments.clips_per_video) - len(bad)
-        what = "images" if clip is None else "clips"
         print(f"{count:,} {what} in {arguments.out}; look at them with --info {arguments.out}")
     accelerator.end_training()

@@ -87,7 +87,10 @@ def _transforms(config: ClassifierConfig) -> tuple[Compose, Compose]:
 
 
 def _open(config: ClassifierConfig, location: str, labels: str | None) -> Source | ClipFolderSource:
-    return open_source(location, labels) if config.data.frames is None else ClipFolderSource(location)
+    follow_links = config.data.follow_links
+    if config.data.frames is not None:
+        return ClipFolderSource(location, follow_links)
+    return open_source(location, labels, follow_links)
 
 
 def _check_classes(config: ClassifierConfig, names: list[str], others: list[str]) -> None:

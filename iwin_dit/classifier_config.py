@@ -34,6 +34,7 @@ class ClassifierDataConfig:
         labels: for a flat folder of images, a CSV with the columns file and label.
         held_out: as ``path``, of the same classes; what accuracy is measured on.
         held_out_labels: as ``labels``.
+        follow_links: links in a folder of images, or clips, may lead out of it.
         prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits,
             ``moving_digits`` clips of them.
         frames: of a clip, which makes the data videos; without, they are images.
@@ -50,6 +51,7 @@ class ClassifierDataConfig:
     labels: str | None = None
     held_out: str = "data/digits/test"
     held_out_labels: str | None = None
+    follow_links: bool = False
     prepare: Literal["digits", "moving_digits"] | None = None
     frames: int | None = None
     frame_stride: int = 1

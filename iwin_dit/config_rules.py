@@ -120,7 +120,7 @@ def check_train(config: Any) -> None:
 
 def _check_data(data: DataConfig) -> None:
     if data.kind == "latents":
-        for key, default in (("labels", None), ("crop", "center")):
+        for key, default in (("labels", None), ("follow_links", False), ("crop", "center")):
             if getattr(data, key) != default:
                 raise ConfigError(f"data.{key} is for images; set data.kind images, or remove it")
         return

@@ -17,6 +17,7 @@ MAY_CHANGE = frozenset(
         "output_dir",
         "data.path",
         "data.images",
+        "data.follow_links",
         "data.held_out",
         "data.held_out_labels",
         "model.init_from",
@@ -69,6 +70,7 @@ class DataConfig:
         vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
             hub id.
         labels: for a flat folder of images, a CSV with the columns file and label.
+        follow_links: links in the folder of images, or clips, may lead out of it.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
         prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits,
             which ``moving_digits`` move.
@@ -85,6 +87,7 @@ class DataConfig:
     path: str = "data/digits"
     vae: str | None = None
     labels: str | None = None
+    follow_links: bool = False
     crop: Literal["center", "random"] = "center"
     prepare: Literal["digits", "moving_digits"] | None = None
     frame_stride: int = 1

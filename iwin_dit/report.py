@@ -13,6 +13,7 @@ from iwin_dit.build import build_model
 from iwin_dit.build_data import count_images
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config
+from iwin_dit.data.folders import ignored_line
 from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import say
@@ -30,8 +31,9 @@ def describe_run(config: Config) -> str:
     grid = model.grid(*model.latent_size)
     mixer = config.model.mixer
     window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.has_windows else ""
+    ignored = None
     try:
-        images = count_images(config)
+        images, ignored = count_images(config)
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
     except DataError as error:
         epoch = f"unknown: {error}"
@@ -54,6 +56,7 @@ def describe_run(config: Config) -> str:
         "disk": f"{size(budget.disk_bytes(config))} for the whole run, {size(free)} are free",
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
         "an epoch": epoch,
+        "data": ignored,
     }
     return f"{strict_yaml.dump(config.to_dict())}\n{_table(lines)}"
 
@@ -69,8 +72,10 @@ def describe_classifier(config: ClassifierConfig) -> str:
     checkpoint = 4 * parameters * (3 + averages)
     macs = build_classifier.multiply_adds(config)
     unit = "image" if config.data.frames is None else "clip"
+    ignored = None
     try:
-        images = len(build_labelled.open_training(config))
+        source = build_labelled.open_training(config)
+        images, ignored = len(source), ignored_line(config.data.path, f"{unit}s", source.ignored)
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} {unit}s)"
     except DataError as error:
         epoch = f"unknown: {error}"
@@ -82,6 +87,7 @@ def describe_classifier(config: ClassifierConfig) -> str:
         "checkpoint": f"{size(checkpoint)}, {config.train.keep_checkpoints} are kept, {size(free)} are free",
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} {unit}s",
         "an epoch": epoch,
+        "data": ignored,
     }
     return f"{strict_yaml.dump(config.to_dict())}\n{_table(lines)}"
 
@@ -120,7 +126,9 @@ def draw_loss_curve(run: RunDirectory) -> Path | None:
     return path
 
 
-def _table(lines: dict[str, str]) -> str:
+def _table(lines: dict[str, str | None]) -> str:
+    """A line for each of what there is something to say of."""
+    lines = {name: value for name, value in lines.items() if value is not None}
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 

@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from iwin_dit.data import packed_sources
-from iwin_dit.data.packed_sources import printable, sized
-from iwin_dit.data.sources import by_class, files_below, real_folder
-from iwin_dit.data.video import EXTENSIONS, ClipSpec, check_numbers, choose_clip, frame_names, spread_clips
+from iwin_dit.data.folders import Folder, printable
+from iwin_dit.data.packed_sources import sized
+from iwin_dit.data.sources import by_class
+from iwin_dit.data.video import (
+    CLIPS,
+    EXTENSIONS,
+    FRAMES,
+    ClipSpec,
+    check_numbers,
+    choose_clip,
+    frame_names,
+    spread_clips,
+)
 from iwin_dit.runtime.errors import DataError
 
 
 class ClipFolderSource:
     """A folder per class, with video files and folders of frames below it at any depth, in sorted order.
 
-    A folder that directly holds images is one clip, its frames in the order of their names. Hidden files and
-    folders are ignored, and links followed inside ``root`` only. No file stays open, so that this can be sent
-    to worker processes.
+    A folder that directly holds images is one clip, its frames in the order of their names. What is taken
+    and which links count is the rule of :mod:`iwin_dit.data.folders`. No file stays open, so that this can be
+    sent to worker processes.
 
     Raises:
-        DataError: where there are no clips; a class has none; a link loops, is dead or leads out; images lie
-            directly in a class folder or beside videos; or names put frame 10 before frame 2.
+        DataError: where there are no clips; a class has none; a link may not be followed; images lie in a
+            class folder or beside videos; or names put frame 10 before frame 2.
     """
 
     class_names: list[str]
+    ignored: list[str]
 
-    def __init__(self, root: str | Path):
-        self.root = real_folder(root)
+    def __init__(self, root: str | Path, follow_links: bool = False):
         expected = (
             f"CLIP with {' '.join(EXTENSIONS)}, or frames CLASS/CLIP/FRAME with "
-            f"{' '.join(packed_sources.EXTENSIONS)}"
+            f"{' '.join(sorted(FRAMES.endings))}"
         )
-        self.class_names, self._clips, self._labels = by_class(self.root, _clips_below, "clips", expected)
+        with Folder(root, CLIPS, follow_links) as folder:
+            below = partial(_clips_below, folder)
+            self.class_names, self._clips, self._labels = by_class(folder, below, "clips", expected)
+        self.root, self.ignored = folder.root, folder.ignored
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -76,22 +89,21 @@ class ClipFolderSource:
         return spread_clips(self.path(i), spec, number), self._labels[i]
 
 
-def _clips_below(root: str, class_folder: str) -> list[str]:
-    """Paths of clips, relative to root: by folder, then by name."""
+def _clips_below(root: Folder, class_folder: str) -> list[str]:
+    """Paths of clips, relative to the root: by folder, then by name."""
     clips: list[str] = []
-    paths = files_below(root, class_folder, EXTENSIONS + packed_sources.EXTENSIONS)
-    for folder, group in groupby(paths, os.path.dirname):
+    for folder, group in groupby(root.files_below(class_folder), os.path.dirname):
         files = list(group)
         videos = [file for file in files if file.lower().endswith(EXTENSIONS)]
         if len(videos) == len(files):
             clips += videos
             continue
-        path = os.path.join(root, folder)
+        path = os.path.join(root.root, folder)
         if videos or folder == class_folder:
             where = "beside videos" if videos else "directly in a class folder"
             raise DataError(
                 f"{printable(path)} has images {where}; expected a folder of its own for a clip's frames, "
-                f"{root}/CLASS/CLIP/FRAME"
+                f"{root.root}/CLASS/CLIP/FRAME"
             )
         check_numbers(path, [os.path.basename(file) for file in files])
         clips.append(folder)

@@ -11,11 +11,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from iwin_dit.data.formats import FORMATS
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+Image.init()
+READABLE = [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow know no AVIF
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of a pixel, by Pillow's mode; else 4
 CODEC_BYTES = {"WEBP": 17, "AVIF": 13}  # of a pixel at the peak, measured where a codec keeps copies
 PROGRESSIVE_BYTES = 8  # JPEG's coefficients are kept until the last pass
@@ -50,15 +52,20 @@ def decode_image(
         # What Pillow warns of is checked here (size) or does no harm (odd EXIF, palettes with alpha).
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=READABLE)
             _check_size(image, name, max_pixels)
             image.load()
             return _to_rgb(_upright(image, name), background)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
+        if files.is_lfs_pointer(data):
+            raise BadImage(
+                f"{name} is a pointer of Git LFS, which stands for the image; fetch the images themselves "
+                "with `git lfs pull`"
+            ) from None
         raise BadImage(
-            f"{name} starts with {data[:8]!r} and has no valid header of a {', '.join(FORMATS)} image; "
+            f"{name} starts with {data[:8]!r} and has no valid header of a {', '.join(READABLE)} image; "
             "convert or remove it"
         ) from None
     except Image.DecompressionBombError as error:

@@ -9,16 +9,16 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iwin_dit.runtime import limits
+from iwin_dit.data.folders import listed, printable
+from iwin_dit.data.formats import ENDINGS
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 
 
@@ -43,9 +43,11 @@ class WebDatasetSource:
         else:
             found = [location] if os.path.isfile(location) else glob.glob(location)
         self._tars = sorted(os.path.abspath(path) for path in found)
-        rows, self._names = [], []
+        rows, self._names, self.ignored = [], [], []
         for number, tar in enumerate(self._tars):
-            for key, offset, size, label in _index_tar(tar):
+            samples, ignored = _index_tar(tar)
+            self.ignored += ignored
+            for key, offset, size, label in samples:
                 rows.append((number, offset, size, label))
                 self._names.append(key)
         if not rows:
@@ -104,10 +106,10 @@ class HuggingFaceSource:
         self._is_local = os.path.isdir(self.location)
         try:
             if self._is_local:
-                files = _parquet_files(self.location, split)
-                paths = [os.path.relpath(file, self.location) for file in files]
+                parquet = _parquet_files(self.location, split)
+                paths = [os.path.relpath(file, self.location) for file in parquet]
                 self._version = " ".join(sized(self.location, path) for path in paths)
-                data = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+                data = datasets.load_dataset("parquet", data_files={split: parquet}, split=split)
             else:
                 data = datasets.load_dataset(self.location, split=split)
                 self._version = f"{data.info.version} {data.info.dataset_size}"
@@ -133,7 +135,7 @@ class HuggingFaceSource:
         self.class_names = list(getattr(features[label[0]], "names", None) or ())
         if not self.class_names:
             self.class_names = [str(i) for i in range(max(self._labels) + 1)]
-        self._column = image[0]
+        self._column, self.ignored = image[0], []
         self._images = data.select_columns(image[:1]).cast_column(image[0], datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -154,8 +156,9 @@ class HuggingFaceSource:
         return f"{self._labels[i]} {i} {self._version}"  # of all rows together: none has a size of its own
 
 
-def _index_tar(path: str) -> list[tuple[str, int, int, int]]:
-    """Image member, offset, size and label of every sample, in the order of the images."""
+def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
+    """Image member, offset, size and label of every sample, in the order of the images; what is ignored."""
+    ignored: list[str] = []
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -163,8 +166,10 @@ def _index_tar(path: str) -> list[tuple[str, int, int, int]]:
             for member in tar:
                 key, extension = os.path.splitext(member.name)
                 extension = extension.lower()
-                is_image = extension in EXTENSIONS
+                is_image = extension in ENDINGS
                 if os.path.basename(key).startswith(".") or not (is_image or extension in (".cls", ".json")):
+                    if not member.isdir():
+                        ignored.append(f"{os.path.basename(path)}:{member.name}")
                     continue
                 where = f"{path}:{member.name}"
                 if not member.isreg() or member.issparse():
@@ -192,7 +197,7 @@ def _index_tar(path: str) -> list[tuple[str, int, int, int]]:
             raise DataError(
                 f"{path}:{name} has no label; expected {key}.cls or {key}.json with label beside it"
             )
-    return [(*images[key], labels[key]) for key in images]
+    return [(*images[key], labels[key]) for key in images], ignored
 
 
 def _label_in(data: bytes, extension: str, where: str) -> int | None:
@@ -236,21 +241,20 @@ def _class_names_beside(folder: Path) -> list[str] | None:
 
 def _parquet_files(folder: str, split: str) -> list[str]:
     """The parquet files of a split: those whose path names it, or all where no path names any split."""
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
-    words = [set(re.split(r"[/_.-]+", os.path.relpath(path, folder).lower())) for path in files]
-    chosen = [path for path, of_path in zip(files, words, strict=True) if split in of_path]
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
+    words = [set(re.split(r"[/_.-]+", os.path.relpath(path, folder).lower())) for path in found]
+    chosen = [path for path, of_path in zip(found, words, strict=True) if split in of_path]
     if not chosen and not any(of_path & set(SPLITS) for of_path in words):
-        chosen = files
+        chosen = found
     if not chosen:
-        names = [os.path.relpath(path, folder) for path in files]
+        names = [os.path.relpath(path, folder) for path in found]
         raise DataError(f"there are no parquet files of the split {split} in {folder}; found {listed(names)}")
     return chosen
 
 
 def read_file(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return files.read_bytes(path)
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
 
@@ -262,13 +266,3 @@ def sized(root: str, file: str) -> str:
         return f"{os.path.getsize(path)} {file}"
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
-
-
-def printable(path: str) -> str:
-    """Names of files need not be UTF-8."""
-    return path.encode(errors="replace").decode()
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(printable(name) for name in names[:most]) + more

@@ -12,22 +12,15 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from iwin_dit.data.packed_sources import (
-    EXTENSIONS,
-    HuggingFaceSource,
-    WebDatasetSource,
-    label_of,
-    listed,
-    printable,
-    read_file,
-    sized,
-)
+from iwin_dit.data.folders import Folder, listed, printable
+from iwin_dit.data.formats import ENDINGS, IMAGES
+from iwin_dit.data.packed_sources import HuggingFaceSource, WebDatasetSource, label_of, read_file, sized
 from iwin_dit.runtime.errors import DataError
 
 # of ImageNet's 1000 synset ids, sorted, a line each: any other thousand must not get ImageNet's names
@@ -35,9 +28,13 @@ SYNSETS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6e
 
 
 class Source(Protocol):
-    """Encoded images and their labels."""
+    """Encoded images and their labels.
+
+    ignored: files or members that are not taken, since they are no images or are hidden.
+    """
 
     class_names: list[str]
+    ignored: list[str]
 
     def __len__(self) -> int: ...
 
@@ -51,13 +48,14 @@ class Source(Protocol):
         """Size, label and name below the root: what tells image i from another without reading it."""
 
 
-def open_source(location: str, labels: str | None = None) -> Source:
+def open_source(location: str, labels: str | None = None, follow_links: bool = False) -> Source:
     """The source that fits a location.
 
     Args:
         location: a folder of class folders, of .tar or of .parquet files, a .tar file or glob, or
             ``hf:NAME``; with ``labels`` a folder of images.
         labels: a CSV file with the columns file and label.
+        follow_links: links may lead out of the folder.
 
     Raises:
         DataError: where nothing is there, or not what was expected.
@@ -67,14 +65,14 @@ def open_source(location: str, labels: str | None = None) -> Source:
             raise DataError(f"{location} has labels of its own; leave out the labels in {labels}")
         return HuggingFaceSource(location.removeprefix("hf:"))
     if labels is not None:
-        return CsvSource(location, labels)
+        return CsvSource(location, labels, follow_links)
     if os.path.isdir(location):
         folder = Path(glob.escape(location))
         if glob.glob(str(folder / "*.tar")):
             return WebDatasetSource(location)
         if glob.glob(str(folder / "*.parquet")) or glob.glob(str(folder / "data" / "*.parquet")):
             return HuggingFaceSource(location)
-        return FolderSource(location)
+        return FolderSource(location, follow_links)
     if (os.path.isfile(location) and location.endswith(".tar")) or glob.has_magic(location):
         return WebDatasetSource(location)
     if os.path.exists(location):
@@ -96,6 +94,7 @@ class _FilesSource:
     """Image files below ``root``: what a folder of classes and a CSV have in common."""
 
     root: str
+    ignored: list[str]
     _files: list[str]
     _labels: list[int]
 
@@ -113,19 +112,20 @@ class _FilesSource:
 
 
 class FolderSource(_FilesSource):
-    """A folder per class, with images at any depth, in the order of torchvision's ``ImageFolder``.
+    """A folder per class, with images at any depth, by the rule of :mod:`iwin_dit.data.folders`.
 
-    Hidden files and folders are ignored. Links are followed inside ``root`` only. The 1000 synset ids of
-    ImageNet become its class names.
+    They are in the order of torchvision's ``ImageFolder``. The 1000 synset ids of ImageNet become its class
+    names.
 
     Raises:
-        DataError: where there are no images, a class has none, or a link loops, is dead or leads out.
+        DataError: where there are no images, a class has none, or a link may not be followed.
     """
 
-    def __init__(self, root: str | Path):
-        self.root = real_folder(root)
-        expected = f"IMAGE with {' '.join(EXTENSIONS)}"
-        folders, self._files, self._labels = by_class(self.root, files_below, "images", expected)
+    def __init__(self, root: str | Path, follow_links: bool = False):
+        expected = f"IMAGE with {' '.join(ENDINGS)}"
+        with Folder(root, IMAGES, follow_links) as folder:
+            folders, self._files, self._labels = by_class(folder, folder.files_below, "images", expected)
+        self.root, self.ignored = folder.root, folder.ignored
         ids = hashlib.sha256("\n".join(folders).encode(errors="replace")).hexdigest()
         self.class_names = list(_IMAGENET_CATEGORIES) if ids == SYNSETS_SHA256 else folders
 
@@ -140,8 +140,9 @@ class CsvSource(_FilesSource):
         DataError: with the line, where a file is missing or outside ``root``, or the CSV is not as expected.
     """
 
-    def __init__(self, root: str | Path, csv_file: str | Path):
-        self.root = real_folder(root)
+    def __init__(self, root: str | Path, csv_file: str | Path, follow_links: bool = False):
+        folder = Folder(root, IMAGES, follow_links)
+        self.root, self.ignored = folder.root, []
         self._files = []
         labels: list[str] = []
         lines: list[int] = []
@@ -156,7 +157,10 @@ class CsvSource(_FilesSource):
                     where = f"{csv_file}, line {rows.line_num}"
                     if not row["file"] or not row["label"] or None in row:
                         raise DataError(f"{where}: found {list(row.values())}, expected a file and a label")
-                    self._check(row["file"], where)
+                    try:
+                        folder.check_file(row["file"])
+                    except DataError as error:
+                        raise DataError(f"{where}: {error}, or drop the line") from None
                     self._files.append(row["file"])
                     labels.append(row["label"])
                     lines.append(rows.line_num)
@@ -173,109 +177,32 @@ class CsvSource(_FilesSource):
             numbers_of = {name: i for i, name in enumerate(self.class_names)}
             self._labels = [numbers_of[label] for label in labels]
 
-    def _check(self, file: str, where: str) -> None:
-        if os.path.isabs(file) or ".." in Path(file).parts:
-            raise DataError(f"{where}: {file} leads out of {self.root}; expected a file in that folder")
-        try:
-            real = os.path.realpath(os.path.join(self.root, file), strict=True)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{where}: {file} is not in {self.root} ({error}); add it or drop the line"
-            ) from None
-        if not _is_inside(self.root, real):
-            raise DataError(f"{where}: {file} is a link to {real}, out of {self.root}; copy the file there")
-        if not os.path.isfile(real):
-            raise DataError(f"{where}: {file} in {self.root} is not a file")
-
 
 def by_class(
-    root: str, below: Callable[[str, str], list[str]], what: str, expected: str
+    root: Folder, below: Callable[[str], list[str]], what: str, expected: str
 ) -> tuple[list[str], list[str], list[int]]:
-    """Class folders, sorted, then what ``below(root, folder)`` finds in each, with their labels.
+    """Class folders, sorted, then what ``below(folder)`` finds in each, with their labels.
 
     Raises:
         DataError: where nothing is found, or in a class nothing, or a class's name is not UTF-8.
     """
-    folders = sorted(name for name, is_folder in _entries(root, root) if is_folder)
+    folders = root.folders()
     if odd := [folder for folder in folders if printable(folder) != folder]:
         raise DataError(
-            f"the class folder {listed(odd)} of {root} has a name that is not UTF-8; rename it, since the "
-            "model's classes are named by it"
+            f"the class folder {listed(odd)} of {root.root} has a name that is not UTF-8; rename it, since "
+            "the model's classes are named by it"
         )
-    found = [below(root, folder) for folder in folders]
+    found = [below(folder) for folder in folders]
     if not any(found):
         raise DataError(
-            f"there are no {what} in {listed(folders) or 'any class folder'} of {root}; expected "
-            f"{root}/CLASS/{expected}"
+            f"there are no {what} in {listed(folders) or 'any class folder'} of {root.root}; expected "
+            f"{root.root}/CLASS/{expected}"
         )
     empty = [folder for folder, files in zip(folders, found, strict=True) if not files]
     if empty:
         raise DataError(
-            f"{len(empty)} of {len(folders)} class folders of {root} have no {what}: {listed(empty)}; fill "
-            "or remove them"
+            f"{len(empty)} of {len(folders)} class folders of {root.root} have no {what}: {listed(empty)}; "
+            "fill or remove them"
         )
     labels = [label for label, files in enumerate(found) for _ in files]
     return folders, [file for files in found for file in files], labels
-
-
-def real_folder(root: str | Path) -> str:
-    if not os.path.isdir(root):
-        raise DataError(f"{root} is not a folder; give the folder of the images")
-    return os.path.realpath(root)
-
-
-def _is_inside(root: str, real: str) -> bool:
-    return os.path.commonpath([root, real]) == root
-
-
-def _entries(root: str, folder: str, extensions: tuple[str, ...] = EXTENSIONS) -> Iterator[tuple[str, bool]]:
-    """Names in a folder, with whether each is a folder; neither hidden ones nor of other extensions."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_symlink():  # only links cost a look at the disk
-                    real = _follow(entry.path)
-                    is_folder, is_file = os.path.isdir(real), os.path.isfile(real)
-                else:
-                    real = None
-                    is_folder, is_file = entry.is_dir(), entry.is_file()
-                if is_folder or (is_file and entry.name.lower().endswith(extensions)):
-                    if real is not None and not _is_inside(root, real):
-                        raise DataError(
-                            f"{printable(entry.path)} is a link to {real}, out of {root}; copy the images "
-                            "there, or give the folder that holds them"
-                        )
-                    yield entry.name, is_folder
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error}") from error
-
-
-def _follow(link: str) -> str:
-    try:
-        return os.path.realpath(link, strict=True)
-    except OSError as error:
-        raise DataError(
-            f"{printable(link)} is a link that loops or leads nowhere ({error.strerror}); remove it"
-        ) from None
-
-
-def files_below(root: str, class_folder: str, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
-    """Paths of images, relative to root, in the order of ``ImageFolder``: by folder, then by name."""
-    found: list[tuple[str, list[str]]] = []
-    waiting, seen = [class_folder], {root}
-    while waiting:
-        folder = waiting.pop()
-        path = os.path.join(root, folder)
-        real = os.path.realpath(path)
-        if real in seen:
-            raise DataError(
-                f"{printable(path)} leads back to {printable(real)} by a link: a loop, or images twice; "
-                "remove the link"
-            )
-        seen.add(real)
-        entries = list(_entries(root, path, extensions))
-        found.append((folder, sorted(name for name, is_folder in entries if not is_folder)))
-        waiting += [os.path.join(folder, name) for name, is_folder in entries if is_folder]
-    return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]

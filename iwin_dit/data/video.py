@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from PIL import GifImagePlugin, Image
 
-from iwin_dit.data import packed_sources
+from iwin_dit.data.folders import files_in, printable
+from iwin_dit.data.formats import IMAGES, Wanted
 from iwin_dit.data.images import decode_image
-from iwin_dit.data.packed_sources import printable, read_file
+from iwin_dit.data.packed_sources import read_file
 from iwin_dit.data.video_files import EXTENSIONS, BadClip, VideoFile, check_memory, pyav
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import DataError
 
 __all__ = [
+    "CLIPS",
     "EXTENSIONS",
+    "VIDEOS",
     "BadClip",
     "ClipSpec",
     "check_numbers",
@@ -39,6 +41,10 @@ __all__ = [
     "write_mp4",
 ]
 
+# What a folder of clips holds: frames are images, but a GIF is a video.
+FRAMES = Wanted(IMAGES.endings - set(EXTENSIONS), IMAGES.formats - {"GIF"})
+VIDEOS = Wanted(frozenset(EXTENSIONS), frozenset())  # by the ending alone, which tells FFmpeg the format
+CLIPS = Wanted(FRAMES.endings | VIDEOS.endings, FRAMES.formats)
 CRF = 17  # of H.264, on its scale from 0 to 51: hard to tell from the original
 
 
@@ -151,11 +157,7 @@ def frame_names(folder: str) -> list[str]:
         DataError: where the folder cannot be read; :class:`BadClip` where it has no images, or names put
             frame 10 before frame 2.
     """
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise DataError(f"{printable(folder)} cannot be read: {error.strerror}") from error
-    names = [n for n in names if n.lower().endswith(packed_sources.EXTENSIONS) and not n.startswith(".")]
+    names = files_in(folder, FRAMES)
     if not names:
         raise BadClip(f"{printable(folder)} holds no images; expected the frames of a clip, or remove it")
     check_numbers(folder, names)

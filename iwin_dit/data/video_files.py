@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from iwin_dit.data.folders import printable
 from iwin_dit.data.images import BadImage
-from iwin_dit.data.packed_sources import printable
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 

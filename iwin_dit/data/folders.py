@@ -1,0 +1,224 @@
+"""One rule for whatever lists a folder of images or clips: what is taken, what is ignored, which links count.
+
+* Files and folders whose names begin with a dot are ignored.
+* A file is taken by its ending, or, where nobody knows the ending, by its content
+  (:mod:`iwin_dit.data.formats`).
+* Links are followed. One that leads nowhere, or back, is an error. One that leads out of the folder is an
+  error without ``follow_links``, but for a snapshot in the cache of the Hugging Face hub, whose files all lie
+  in the folder ``blobs`` beside it.
+* What is ignored is kept by name, so that it can be said.
+
+A folder is read by ``os.scandir``, which tells files from folders without a look at each.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.progress import progress
+
+ALLOW_LINKS = "copy it there, or allow such links with --follow-links (in a recipe, data.follow_links true)"
+
+
+class Listing(NamedTuple):
+    """Paths below a folder, relative to it: the files that are taken, and what is ignored."""
+
+    files: list[str]
+    ignored: list[str]
+
+
+def list_files(path: str | Path, wanted: Wanted = IMAGES, follow_links: bool = False) -> Listing:
+    """All files below a folder that a reader takes, by folder, then by name; by default the images.
+
+    Raises:
+        DataError: where it is no folder or cannot be read, or a link leads out, nowhere or back.
+    """
+    with Folder(path, wanted, follow_links) as folder:
+        return Listing(folder.files_below(), folder.ignored)
+
+
+def ignored_line(where: str, what: str, ignored: Sequence[str]) -> str | None:
+    """A line that says which files of a folder, or members of an archive, are ignored; None where none are.
+
+    Args:
+        what: is wanted, such as ``images``.
+    """
+    return (
+        f"ignored {len(ignored):,} in {where} that are no {what}: {listed(ignored, 5)}" if ignored else None
+    )
+
+
+class Folder:
+    """A folder that is listed, as a context that shows progress where it takes more than some seconds.
+
+    Args:
+        path: the folder, which may be a link itself.
+        wanted: which files are taken.
+        follow_links: links may lead out of the folder.
+
+    Raises:
+        DataError: where it is no folder.
+    """
+
+    def __init__(self, path: str | Path, wanted: Wanted = IMAGES, follow_links: bool = False):
+        if not os.path.isdir(path):
+            raise DataError(f"{path} is not a folder; give the folder of the images")
+        self.root = os.path.realpath(path)
+        self.ignored: list[str] = []
+        self._checked: set[str] = set()
+        self._wanted = wanted
+        self._inside = None if follow_links else (self.root, *_blobs_of_hub_cache(self.root))
+        is_main = os.environ.get("RANK", "0") == "0"  # of several processes, which all list, one shows it
+        self._bar = progress(unit="file", desc=f"list {path}", delay=3, disable=not is_main, leave=False)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def folders(self) -> list[str]:
+        """Names of the folders that it directly holds, sorted. The files beside them are ignored."""
+        folders, names = self._entries("")
+        self.ignored += names
+        return sorted(folders)
+
+    def files_below(self, folder: str = "") -> list[str]:
+        """Paths of files at any depth, relative to the root, by folder, then by name.
+
+        This is the order of torchvision's ``ImageFolder``.
+
+        Raises:
+            DataError: where a folder cannot be read, or a link leads out, nowhere, back, or to a folder that
+                was listed already.
+        """
+        found: list[tuple[str, list[str]]] = []
+        waiting, seen = [folder], {self.root} if folder else set()
+        while waiting:
+            folder = waiting.pop()
+            path = os.path.join(self.root, folder)
+            real = os.path.realpath(path)
+            if real in seen:
+                raise DataError(
+                    f"{printable(path)} leads back to {printable(real)} by a link: a loop, or images twice; "
+                    "remove the link"
+                )
+            seen.add(real)
+            folders, names = self._entries(folder)
+            found.append((folder, sorted(names)))
+            waiting += [os.path.join(folder, name) for name in folders]
+        return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]
+
+    def check_link(self, path: str) -> None:
+        """Raises DataError where a link leads nowhere, or out of the folder and may not."""
+        try:
+            real = os.path.realpath(path, strict=True)
+        except OSError as error:
+            raise DataError(
+                f"{printable(path)} is a link that loops or leads nowhere ({error.strerror}); remove it"
+            ) from None
+        if self._inside is not None and not any(_is_below(folder, real) for folder in self._inside):
+            raise DataError(
+                f"{printable(path)} is a link to {printable(real)}, out of {self.root}; {ALLOW_LINKS}"
+            )
+
+    def check_file(self, file: str) -> None:
+        """Raises DataError where a path relative to the root is none of a file below it that may be read."""
+        folder, path = os.path.dirname(file), os.path.join(self.root, file)
+        if os.path.isabs(file) or ".." in Path(file).parts:
+            raise DataError(f"{printable(file)} leads out of {self.root}; give a file in that folder")
+        try:
+            if folder not in self._checked:  # for all files of a folder once
+                self.check_link(os.path.join(self.root, folder))
+                self._checked.add(folder)
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                mode = os.stat(path).st_mode
+                self.check_link(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{printable(file)} is not in {self.root} ({reason}); add it") from None
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{printable(file)} in {self.root} is not a file; give a file")
+
+    def _entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of folders and of files that are taken; the others are noted."""
+        path, folders, names = os.path.join(self.root, folder), [], []
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    kind = self._kind(entry)
+                    if kind is None:
+                        self.ignored.append(os.path.join(folder, entry.name))
+                    else:
+                        (folders if kind == "folder" else names).append(entry.name)
+        except OSError as error:
+            raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        self._bar.update(len(names))
+        return folders, names
+
+    def _kind(self, entry: os.DirEntry[str]) -> str | None:
+        """``folder`` or ``file``; None for what is ignored. Only links and unknown endings cost a look."""
+        if entry.name.startswith("."):
+            return None
+        is_link = entry.is_symlink()
+        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+        taken = None if is_folder else self._wanted.by_ending(entry.name)
+        if taken is False:
+            return None
+        if is_link:
+            self.check_link(entry.path)
+        if is_folder:
+            return "folder"
+        if not entry.is_file():  # a pipe would wait for ever
+            return None
+        return "file" if taken or self._wanted.by_content(_head(entry.path)) else None
+
+
+def files_in(path: str, wanted: Wanted) -> list[str]:
+    """Sorted names of the files that one folder, which was listed before, directly holds.
+
+    Raises:
+        DataError: where it cannot be read.
+    """
+    with Folder(path, wanted, follow_links=True) as folder:
+        return sorted(folder._entries("")[1])
+
+
+def _head(path: str) -> bytes:
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+
+    return files.retry(read)
+
+
+def _blobs_of_hub_cache(root: str) -> list[str]:
+    """Where the files of a snapshot, ``.../snapshots/REVISION[/...]``, really lie: ``.../blobs``."""
+    for folder in (Path(root), *Path(root).parents):
+        blobs = folder.parent.parent / "blobs"
+        if folder.parent.name == "snapshots" and blobs.is_dir():
+            return [str(blobs)]
+    return []
+
+
+def _is_below(folder: str, real: str) -> bool:
+    return real == folder or real.startswith(os.path.join(folder, ""))
+
+
+def printable(path: str) -> str:
+    """Names of files need not be UTF-8."""
+    return path.encode(errors="replace").decode()
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more
