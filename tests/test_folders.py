@@ -36,7 +36,7 @@ def test_contents_are_told_as_pillow_tells_them():
     Image.init()
     image = Image.new("RGB", (16, 16))
     tried = 0
-    for format in Image.SAVE:
+    for format in set(Image.SAVE) - {"IM"}:  # which is deprecated
         file = io.BytesIO()
         try:
             image.save(file, format)
