@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 
+T = TypeVar("T")
 Image.init()
 READABLE = [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow know no AVIF
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of a pixel, by Pillow's mode; else 4
@@ -46,6 +49,34 @@ def decode_image(
     Raises:
         BadImage: where the image is too large, broken, cut off, empty or of another format.
     """
+
+    def decode(image: Image.Image) -> Image.Image:
+        image.load()
+        return _to_rgb(_upright(image, name), background)
+
+    return _opened(data, name, max_pixels, decode)
+
+
+def image_size(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -> tuple[int, int]:
+    """Width and height of the image that :func:`decode_image` would give, from the header alone.
+
+    Raises:
+        BadImage: where the header is broken or of another format, or the image is too large.
+    """
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        width, height = image.size
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by a quarter
+        except Exception:  # as _upright, which then turns nothing
+            turned = False
+        return (height, width) if turned else (width, height)
+
+    return _opened(data, name, max_pixels, upright)
+
+
+def _opened(data: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], T]) -> T:
+    """What ``use`` makes of the image, whose header was checked; all errors become BadImage."""
     if not data:
         raise BadImage(f"{name} is empty, not an image; restore or remove it")
     try:
@@ -54,8 +85,7 @@ def decode_image(
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=READABLE)
             _check_size(image, name, max_pixels)
-            image.load()
-            return _to_rgb(_upright(image, name), background)
+            return use(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
