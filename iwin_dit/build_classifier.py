@@ -14,7 +14,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
-from timm.models import load_state_dict
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -24,13 +23,16 @@ from iwin_dit.build import any_attention, leave_group
 from iwin_dit.build_labelled import HeldOutData
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
+from iwin_dit.convert import load_official
+from iwin_dit.convert.names import find_tensors
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
+from iwin_dit.models.official_names import WRAPPERS, unwrap
 from iwin_dit.models.video_models import VIDEO_MODELS
 from iwin_dit.runtime import checkpoint
-from iwin_dit.runtime.errors import CheckpointError, ConfigError
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.runtime.seeds import derive_seed
@@ -134,9 +136,9 @@ def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
     try:
-        tensors = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # torch.load and safetensors raise many kinds
-        raise CheckpointError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+        tensors = unwrap(find_tensors(load_official(path), WRAPPERS))
+    except (DataError, ValueError) as error:
+        raise CheckpointError(f"model.init_from {path}: {error}") from None
     return checkpoint_filter_fn(tensors, model) if isinstance(model, IwinTransformer) else tensors
 
 

@@ -36,7 +36,7 @@ from iwin_dit.data.reading import Reader
 from iwin_dit.data.sources import Source, open_source
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, reason
 from iwin_dit.runtime.progress import say
 
 PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
@@ -166,18 +166,7 @@ def _published(config: Config, path: Path) -> dict[str, Any] | None:
         return None
     if config.data.vae is None:
         raise DataError(f"{path} does not say what decodes it: set data.vae to a folder, preset or hub id")
-    return published_index(path, _read_tensors(statistics), config.data.vae, config.model.num_classes)
-
-
-def _read_tensors(path: Path) -> dict[str, Any]:
-    """An official file, without running any code in it; what is not tensors is a DataError."""
-    try:
-        return load_official(path)
-    except Exception as error:  # torch.load and safetensors raise many kinds for what they do not accept
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{path} cannot be read as tensors, of safetensors or torch.save without other objects: {reason}"
-        ) from None
+    return published_index(path, load_official(statistics), config.data.vae, config.model.num_classes)
 
 
 def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
@@ -193,7 +182,7 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
         return load_vae(name)
     config = VA_VAE if ldm_config is None else load_yaml(ldm_config)
     try:
-        return from_ldm_vae(_read_tensors(Path(name)), config).eval().requires_grad_(False)
+        return from_ldm_vae(load_official(Path(name)), config).eval().requires_grad_(False)
     except ValueError as error:
         raise DataError(f"{name} is not the LDM autoencoder of its config: {error}") from None
 
@@ -202,8 +191,9 @@ def _download(repository: str, file: str) -> str:
     try:
         return hf_hub_download(repository, file)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{repository}/{file} cannot be downloaded: {reason}; give the file itself") from None
+        raise DataError(
+            f"{repository}/{file} cannot be downloaded: {reason(error)}; or give the file itself"
+        ) from None
 
 
 def extract_latents(arguments: argparse.Namespace) -> None:

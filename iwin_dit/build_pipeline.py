@@ -33,7 +33,7 @@ from iwin_dit.pipelines.sampling import FPS, draw_animation, draw_grid, sample_c
 from iwin_dit.pipelines.trust import check_index, check_pipeline_folder
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint, files, limits
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.training.posthoc import reconstruct
 
@@ -210,7 +210,7 @@ def load_pipeline(
             raise RuntimeError("it computes shapes alone")
         pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"the device {device} cannot be used: {reason(error)}") from None
     if dtype != torch.float32:
         pipeline.to(dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -269,7 +269,7 @@ def _from_folder(folder: Path) -> ClassConditionalPipeline:
     try:
         return kind.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is a damaged pipeline: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder} is a damaged pipeline: {reason(error)}") from error
 
 
 def _from_hub(name: str) -> ClassConditionalPipeline:
@@ -281,9 +281,8 @@ def _fetch(name: str, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{name} is neither a folder here nor a pipeline on the hub: {reason}"
+            f"{name} is neither a folder here nor a pipeline on the hub: {reason(error)}"
         ) from error
 
 

@@ -199,7 +199,7 @@ def test_official_files_are_read_without_running_code(tmp_path):
     torch.save({"ema": {"w": torch.ones(2)}, "args": Namespace(model="DiT-XL/2")}, tmp_path / "good.pt")
     torch.save({"ema": Malicious()}, tmp_path / "bad.pt")
     assert load_official(tmp_path / "good.pt")["ema"]["w"].tolist() == [1, 1]
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(Exception, match="objects that could run code are not read"):
         load_official(tmp_path / "bad.pt")
     assert not marker.exists()
 

@@ -62,14 +62,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
     if not path.is_file():
         raise DataError(f"{path} is not a file")
-    try:
-        tensors = load_official(path)
-    except Exception as error:  # torch.load and safetensors raise many kinds for what they do not accept
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be read as tensors, of safetensors or torch.save: {reason}") from None
-    if not isinstance(tensors, Mapping):
-        raise DataError(f"{path} holds {type(tensors).__name__}, expected tensors by name")
-    return tensors
+    return load_official(path)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -25,7 +25,7 @@ EXAMPLES = DEFAULTS | dict(
 )
 
 WRAPPERS = ("ema", "state_dict", "model")
-PREFIXES = re.compile(r"^(?:(?:module|first_stage_model)\.)+")
+PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|first_stage_model)\.)+|_orig_mod\.")
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 
 # diffusers' names and the official ones, replaced in this order.

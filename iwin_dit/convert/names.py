@@ -9,12 +9,20 @@ from torch import Tensor
 
 from iwin_dit.runtime.checkpoint import listed
 
+# Parts of names that no official file has, and what they tell.
+OTHERS = {
+    "transformer_blocks.": "they are diffusers'; give the file that the model's authors published",
+    ".down_blocks.": "they are those of an autoencoder of diffusers, which needs no import: give its folder",
+    ".mixer.": "they are this package's own, which need no import: give the run or the pipeline",
+}
+
 
 def find_tensors(state_dict: Mapping[str, Any], wrappers: Sequence[str]) -> Mapping[str, Tensor]:
     """Tensors by name: those under the first of the wrappers' keys that a training checkpoint has, or all.
 
     Raises:
-        ValueError: where something else than a tensor is among them, or a key is no name.
+        ValueError: where something else than a tensor is among them, or a key is no name; or where names
+            are those of another kind of file, which is well known.
     """
     state_dict = next(
         (state_dict[key] for key in wrappers if isinstance(state_dict.get(key), Mapping)), state_dict
@@ -27,6 +35,9 @@ def find_tensors(state_dict: Mapping[str, Any], wrappers: Sequence[str]) -> Mapp
                 f"the state dict's {name} is {type(tensor).__name__}, expected a tensor; "
                 f"give the weights alone, or under {' or '.join(wrappers)}"
             )
+    for part, words in OTHERS.items():
+        if name := next((name for name in state_dict if part in name), None):
+            raise ValueError(f"the state dict has names such as {name:.80}: {words}")
     return state_dict
 
 

@@ -7,18 +7,16 @@ timestep in its config and a sign folded into its last layer.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from iwin_dit.convert.arguments import check_values
 from iwin_dit.convert.names import check_names, find_tensors
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
+from iwin_dit.models.official_names import PREFIX
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime.checkpoint import listed
 
@@ -127,16 +125,6 @@ def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> I
     return _load(model, weights)
 
 
-def load_official(path: str | Path) -> dict[str, Any]:
-    """Reads an official ``.pt``, ``.pth``, ``.ckpt`` or ``.safetensors`` file and runs no code in it."""
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    with torch.serialization.safe_globals(
-        [argparse.Namespace]
-    ):  # DiT's training checkpoints carry their arguments
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _arguments(config: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(map(str, set(config) - set(defaults)))
     if unknown:
@@ -171,9 +159,9 @@ def _build(official: dict[str, Any], **options: Any) -> IwinDiTTransformer2DMode
 
 
 def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Training checkpoints hold ``ema`` and ``model``, with names prefixed ``module.``: EMA first."""
+    """Training checkpoints hold ``ema`` and ``model``, with names of DDP or torch.compile: EMA first."""
     tensors = find_tensors(state_dict, ("ema", "model"))
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return {PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:

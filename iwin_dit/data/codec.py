@@ -24,7 +24,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from iwin_dit.runtime.errors import ConfigError, DataError
+from iwin_dit.runtime.errors import ConfigError, DataError, reason
 
 # Autoencoders that a folder or a hub repository may name.
 IMAGE_VAES: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
@@ -126,8 +126,10 @@ def load_vae(name_or_path: str) -> Any:
             raise DataError(f"{name_or_path} holds a {name}, expected one of {', '.join(VAES)}")
         vae = VAES[name].from_pretrained(preset.source, use_safetensors=True, **where)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"the VAE {name_or_path} cannot be loaded: {reason} ({known})") from None
+        is_preset = name_or_path in PRESETS
+        told = f" (the preset of {preset.source})" if is_preset else ""
+        hint = "" if is_preset else f"; {known}"
+        raise DataError(f"the VAE {name_or_path}{told} cannot be loaded: {reason(error)}{hint}") from None
     return vae.eval().requires_grad_(False)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from iwin_dit.convert import load_official
-from iwin_dit.runtime.errors import CheckpointError
+from iwin_dit.runtime.errors import CheckpointError, DataError, reason
 
 # of torch-fidelity's file, whose name holds the first eight digits: the network that FID is defined by
 INCEPTION_SHA256_PREFIX = "6726825d"
@@ -206,13 +206,12 @@ def _read(path: Path, whose: str, url: str) -> tuple[str, Any]:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return sha256, load_official(path)
-    except Exception as error:  # torch.load raises many kinds
+    except (OSError, DataError) as error:
         raise _not_weights(path, whose, error) from None
 
 
 def _not_weights(path: Path, whose: str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return CheckpointError(f"{path} does not hold {whose} weights: {reason:.300}")
+    return CheckpointError(f"{path} does not hold {whose} weights: {reason(error)}")
 
 
 def _download(url: str, sha256: str, whose: str, option: str, given: Path | None) -> Path:
@@ -226,6 +225,6 @@ def _download(url: str, sha256: str, whose: str, option: str, given: Path | None
             torch.hub.download_url_to_file(url, str(path), sha256)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise CheckpointError(
-                f"{whose} weights cannot be fetched ({error}); get {url} and give {option}"
+                f"{whose} weights cannot be fetched ({reason(error)}); get {url} and give {option}"
             ) from None
     return path

@@ -149,9 +149,8 @@ class I3D(nn.Module):
             raise CheckpointError(f"{weights} is not there; expected I3D's weights, such as rgb_imagenet.pt")
         try:
             state = load_official(weights)
-        except Exception as error:  # torch.load raises many kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{weights} does not hold I3D's weights: {reason}") from None
+        except DataError as error:
+            raise CheckpointError(f"these are not I3D's weights: {error}") from None
         self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         self.network = InflatedInception()
         _check(state, self.network, weights)

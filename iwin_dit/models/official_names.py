@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict")  # EMA first
-PREFIX = re.compile(r"^(?:module\.)+")
+PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+|_orig_mod\.")  # of DDP and torch.compile
 BACKBONE = "backbone."
 
 # Parts of our names and of theirs, replaced in this order.

@@ -107,6 +107,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         (folder / "pipeline.py").write_text(LOADER.format(name=name))
         model = LOADER.format(name=config["transformer"][1])
         (folder / "transformer" / "iwin_dit.py").write_text(model)
+        for component in self.components:
+            files.follow_umask(folder / component)
 
     @property
     def guidance_scale(self) -> float:

@@ -24,7 +24,7 @@ from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.checkpoint import listed
-from iwin_dit.runtime.errors import CheckpointError
+from iwin_dit.runtime.errors import CheckpointError, reason
 
 PIPELINES: dict[str, type[ClassConditionalPipeline]] = {
     kind.__name__: kind for kind in (IwinDiTPipeline, IwinDiTVideoPipeline)
@@ -98,9 +98,13 @@ def check_index(path: Path) -> tuple[str, str]:
         raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
     try:
         content = files.read_json(index, limits.INDEX_BYTES)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
         name = content["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not the index of a pipeline: {error!r}") from error
+    except OSError as error:
+        raise _unreadable(index, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not the index of a pipeline: {reason(error)}") from error
     name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
     if not isinstance(name, str) or name not in PIPELINES:
         raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {' or '.join(PIPELINES)}")
@@ -211,7 +215,7 @@ def _check_weights(folder: Path, kind: type) -> None:
                         values = weights.get_tensor(name)
                         not_finite += [] if torch.isfinite(values).all() else [name]
         except (OSError, SafetensorError) as error:
-            raise _damaged(folder, f"{file} cannot be read as safetensors: {error}") from error
+            raise _unreadable(file, error) from error
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     if wrong:
         raise _damaged(folder, f"the weights do not fit {folder / 'config.json'} at {listed(wrong)}")
@@ -255,7 +259,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = files.read_json(path, limits.INDEX_BYTES)
     except (OSError, ValueError) as error:
-        raise _damaged(path.parent, f"{path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
     if not isinstance(content, dict):
         raise _damaged(path.parent, f"{path} holds a {type(content).__name__}, expected keys and values")
     return content
@@ -278,6 +282,18 @@ def _is_number(value: Any) -> bool:
 
 def _unexpected(path: Path, key: str, found: Any, expected: str) -> CheckpointError:
     return CheckpointError(f"{path} has {key} {found!r:.200}, expected {expected}")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """A file that is not there or is not what it has to be is damage; one that may not be read is none."""
+    told = f"{path} cannot be read: {files.why_unreadable(path, error)}"
+    try:
+        with open(path, "rb"):
+            return _damaged(path.parent, told)
+    except FileNotFoundError:
+        return _damaged(path.parent, told)
+    except OSError:
+        return CheckpointError(told)
 
 
 def _damaged(folder: Path, reason: str) -> CheckpointError:

@@ -239,7 +239,8 @@ def read_tensors(
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read, and only safetensors are accepted: {error}") from error
+        why = files.why_unreadable(path, error)
+        raise CheckpointError(f"{path} cannot be read, and only safetensors are accepted: {why}") from error
     if like is not None:
         wrong = sorted(set(like) ^ set(tensors))
         wrong += [key for key in like if key in tensors and like[key].shape != tensors[key].shape]

@@ -53,6 +53,52 @@ class WorkerError(UserError):
     exit_code = 5
 
 
+# Errors of huggingface_hub and of its HTTP clients, by the names of their classes, the closest first.
+HUB_ERRORS = {
+    "GatedRepoError": "its owner asks for an agreement; give it on huggingface.co and log in (hf auth login)",
+    "RepositoryNotFoundError": "the hub has no such repository; a private one needs hf auth login",
+    "RevisionNotFoundError": "its repository on the hub has no such revision",
+    "RemoteEntryNotFoundError": "its repository on the hub lacks a file that is needed",
+    **dict.fromkeys(
+        ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException"),
+        "the hub cannot be reached from here, and it was not fetched before; fetch it where there is a "
+        "network (hf download) and give its folder",
+    ),
+}
+MOST = 500  # characters of another library's message
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, on one line: the whole sentences of another library's error, or our words.
+
+    Errors of the system come with their path, errors of the hub with what can be done about them.
+    """
+    if isinstance(error, PermissionError):
+        path = error.filename or "it"
+        return f"permission denied: {path}; its owner can let others read it (chmod a+rX)"
+    chain, cause = [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    for name, words in HUB_ERRORS.items():
+        if name in kinds:
+            return words
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    return _whole_sentences(" ".join(str(error).split())) or type(error).__name__
+
+
+def _whole_sentences(text: str) -> str:
+    """The first sentences of a long text: half a sentence would mislead."""
+    if len(text) <= MOST:
+        return text
+    end = max(text.rfind(mark, 0, MOST) for mark in (". ", "! ", "? ", "; "))
+    return text[:end] if end > 0 else f"{text[:MOST]} ..."
+
+
 def _one_line(error: UserError) -> str:
     """An error of a worker process arrives with that process's traceback before its own words."""
     text = str(error)

@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from iwin_dit.runtime.errors import reason
 
 T = TypeVar("T")
 # what a network file system or a tired disk answers once, and may not answer again
@@ -53,6 +56,17 @@ def umask() -> int:
     return mask
 
 
+def follow_umask(folder: Path) -> None:
+    """Lets those read the files of a folder, which was just written, whom the umask lets read.
+
+    safetensors makes its files readable by their owner alone.
+    """
+    mode = 0o666 & ~umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | mode)
+
+
 def write(path: Path, data: bytes) -> dict[str, Any]:
     """Writes and fsyncs a new file; returns its size and SHA-256."""
     with open(path, "wb") as file:
@@ -83,7 +97,8 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Makes a finished temporary directory visible under its final name."""
+    """Makes a finished temporary directory visible under its final name; its files follow the umask."""
+    follow_umask(temporary)
     fsync_directory(temporary)
     os.rename(temporary, final)
     fsync_directory(final.parent)
@@ -157,6 +172,18 @@ def is_lfs_pointer(data: bytes) -> bool:
     ``git lfs pull`` replaces such pointers by their files. Its specification fixes the first line.
     """
     return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """The cause of an error that came when a file was read: a pointer of Git LFS, or :func:`reason`."""
+    try:
+        with open(path, "rb") as file:
+            pointer = is_lfs_pointer(file.read(64))
+    except OSError as cause:  # the first cause: a library may have hidden it
+        return reason(cause)
+    if pointer:
+        return "it is a pointer of Git LFS in place of the file; git lfs pull fetches the file itself"
+    return reason(error)
 
 
 def to_json(value: Any) -> bytes:

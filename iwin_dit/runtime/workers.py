@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from iwin_dit.runtime.errors import WorkerError
+from iwin_dit.runtime.errors import WorkerError, reason
 
 
 @contextlib.contextmanager
@@ -36,4 +36,4 @@ def worker_errors(
             advice = f"the disk hangs, or is too slow: look at it{longer}"
         else:
             raise
-        raise WorkerError(f"{text.splitlines()[0]}; {advice}; run the same command again to go on") from error
+        raise WorkerError(f"{reason(error)}; {advice}; run the same command again to go on") from error

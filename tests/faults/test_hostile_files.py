@@ -202,7 +202,7 @@ def test_32_a_pickle_as_latents(tmp_path, marker, write, latents_folder):
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "safetensors"])
 def test_32_a_pickle_as_official_weights(tmp_path, marker, write, suffix):
     write(tmp_path / f"weights.{suffix}", Malicious(marker))
-    with pytest.raises(Exception, match=r"[Ww]eights.only|header"):
+    with pytest.raises(Exception, match=r"objects that could run code|header"):
         load_official(tmp_path / f"weights.{suffix}")
 
 
@@ -236,7 +236,7 @@ def test_32_a_pickle_in_a_pipeline(pipeline_folder, marker, write, component, su
 @pytest.mark.parametrize("component", ["transformer", "vae"])
 def test_32_a_pickle_that_is_called_safetensors(pipeline_folder, marker, write, component):
     write(pipeline_folder / component / WEIGHTS, Malicious(marker))
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match="cannot be read: Error while deserializing"):
         check_pipeline_folder(pipeline_folder)
 
 
@@ -441,7 +441,7 @@ def test_33_json_that_is_none_too_large_or_too_deep(pipeline_folder, name):
     good = path.read_bytes()
     for text, message in (
         (b"nonsense", "Expecting value"),
-        (b"[]", "TypeError|holds a list"),
+        (b"[]", "holds a list"),
         (b"[" * 100_000, "nested too deeply"),
         (good + b" " * (16 << 20), r"it has more than 16\.0 MiB"),
         (b"\xff\xff", "decode"),
@@ -557,7 +557,7 @@ def test_33_a_header_that_lies(tmp_path, pipeline_folder, header):
         path.write_bytes(header + path.read_bytes()[len(header) :])
     with pytest.raises(CheckpointError, match="only safetensors are accepted"):
         checkpoint.read_tensors(directory, "a")
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match="cannot be read: Error while deserializing"):
         check_pipeline_folder(pipeline_folder)
 
 
