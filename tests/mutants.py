@@ -157,7 +157,7 @@ def owners(source: bytes) -> dict[int, tuple[str, int]]:
     def visit(body, prefix):
         for node in body:
             name = f"{prefix}{getattr(node, 'name', '')}"
-            kept = any("cache" in _name(d) for d in getattr(node, "decorator_list", ()))
+            kept = any("cache" in _name(getattr(d, "func", d)) for d in getattr(node, "decorator_list", ()))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not kept:
                 for line in range(node.body[0].lineno, node.end_lineno + 1):
                     found[line] = (name, line - node.lineno)

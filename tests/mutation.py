@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -33,16 +32,10 @@ from mutants import Mutant, in_folder, owners, statement_lines
 from mutation_notes import EQUIVALENT, NAMED, STUDIES, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = (
-    "torch",
-    "torchvision",
-    "diffusers",
-    "accelerate",
-    "timm",
-    "torch_fidelity",
-    "jsonargparse",
-    "PIL.Image",
-)
+PACKAGES = {  # slow to import: what a child needs of them is imported here, for those that follow
+    *("torch", "torchvision", "diffusers", "transformers", "accelerate", "timm", "torch_fidelity", "numpy"),
+    *("scipy", "sklearn", "sympy", "PIL", "jsonargparse", "yaml", "safetensors", "huggingface_hub", "einops"),
+}
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache", "*.egg-info")
 TRACE = "MUTATION_TRACE"  # the file to which this process and those it starts write the lines they execute
 STARTED = f"import os\nif os.environ.get('{TRACE}'):\n    import mutation_trace\n    mutation_trace.start()\n"
@@ -56,6 +49,7 @@ class Tree:
         shutil.copytree(root, self.root, ignore=NOT_COPIED)
         if (root / "tests" / "data").exists():
             shutil.copytree(root / "tests" / "data", self.root / "tests" / "data", dirs_exist_ok=True)
+        self.modules = scratch / "modules"
         here = Path(__file__).parent
         (self.root / "sitecustomize.py").write_text(STARTED)
         shutil.copy(here / "mutation_trace.py", self.root)
@@ -75,7 +69,15 @@ class Tree:
             os.killpg(child, signal.SIGKILL)  # and what its tests left running
         if code is None:
             os.waitpid(child, 0)
+        self._import_what_it_did()
         return code, log.read_text(errors="replace")
+
+    def _import_what_it_did(self) -> None:
+        names = self.modules.read_text().split() if self.modules.exists() else []
+        for name in names:
+            if name not in sys.modules and name.split(".")[0] in PACKAGES:
+                with contextlib.suppress(Exception), contextlib.redirect_stderr(None):
+                    importlib.import_module(name)
 
     def _child(self, arguments: list[str], log: Path, trace: Path | None) -> None:
         code = 70
@@ -94,6 +96,7 @@ class Tree:
                 plugins.append(mutation_trace.Recorder(self.root, trace))
             options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.scratch / 'tests'}"]
             code = int(pytest.main([*options, *arguments], plugins=plugins))
+            self.modules.write_text("\n".join(list(sys.modules)))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -210,11 +213,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", help="test files (default: those of the folder)")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the project (default: this one)")
     parser.add_argument("--map", type=Path, default=ROOT / "runs" / "mutation" / "map.json")
-    parser.add_argument("--preload", nargs="*", default=PRELOAD, help="modules to import once")
     args = parser.parse_args()
-    for module in args.preload:
-        importlib.import_module(module)
-    assert threading.active_count() == 1, "a fork copies one thread only"
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
         tree = Tree(args.root, Path(scratch))
         for folder in args.folder:

@@ -104,6 +104,11 @@ def test_ddpm_noises_as_diffusers_does():
     torch.testing.assert_close(seen["x"], DDPMScheduler(**BETAS).add_noise(x0, noise, seen["timestep"]))
 
 
+def test_timesteps_are_equally_likely_and_the_last_is_999():
+    u = torch.tensor([0.0, 0.00099, 0.00101, 0.5, 0.99899, 0.9991, 1 - 2**-24, 1.0])  # 1 in half precision
+    assert DDPM().times(u).tolist() == [0, 0, 1, 500, 998, 999, 999, 999]
+
+
 def test_variational_terms_are_those_of_torch_distributions():
     mean_1, mean_2, log_1, log_2 = draw(4, 50)
     expected = kl_divergence(Normal(mean_1, (log_1 / 2).exp()), Normal(mean_2, (log_2 / 2).exp()))

@@ -61,16 +61,7 @@ def test_mutants_that_tests_notice_and_miss(tmp_path):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text(text)
     command = [sys.executable, ROOT / "tests" / "mutation.py", "--root", tmp_path, "--folder", "toy"]
-    command += [
-        "--sample",
-        "0",
-        "--preload",
-        "pytest",
-        "--map",
-        tmp_path / "map.json",
-        "--tests",
-        "tests/test_toy.py",
-    ]
+    command += ["--sample", "0", "--map", tmp_path / "map.json", "--tests", "tests/test_toy.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
