@@ -36,7 +36,7 @@ PACKAGES = {  # slow to import: what a child needs of them is imported here, for
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "timm", "torch_fidelity", "numpy"),
     *("scipy", "sklearn", "sympy", "PIL", "jsonargparse", "yaml", "safetensors", "huggingface_hub", "einops"),
 }
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache", "*.egg-info")
+NOT_COPIED = (".*", "runs", "data", "samples", "build", "dist", "*.egg-info")  # of the root
 TRACE = "MUTATION_TRACE"  # the file to which this process and those it starts write the lines they execute
 STARTED = f"import os\nif os.environ.get('{TRACE}'):\n    import mutation_trace\n    mutation_trace.start()\n"
 
@@ -46,9 +46,11 @@ class Tree:
 
     def __init__(self, root: Path, scratch: Path):
         self.root, self.scratch = (scratch / "tree").resolve(), scratch
-        shutil.copytree(root, self.root, ignore=NOT_COPIED)
-        if (root / "tests" / "data").exists():
-            shutil.copytree(root / "tests" / "data", self.root / "tests" / "data", dirs_exist_ok=True)
+        self.root.mkdir()
+        for path in root.iterdir():
+            if not any(path.match(pattern) for pattern in NOT_COPIED):
+                copy = shutil.copytree if path.is_dir() else shutil.copy
+                copy(path, self.root / path.name)
         self.modules = scratch / "modules"
         here = Path(__file__).parent
         (self.root / "sitecustomize.py").write_text(STARTED)
@@ -177,6 +179,8 @@ def check(tree: Tree, mutant: Mutant, measured: dict[str, dict], budget: float) 
         _forget_bytecode(file)
     if code:
         failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if not failed and tree.test(["-x", *tests], timeout=90 + 6 * seconds)[0] != 0:
+            sys.exit(f"the tests fail without a mutant, too:\n{output}")
         return "noticed", failed[0].split(" - ")[0][:120] if failed else f"exit {code}"
     if code is None:
         return "noticed", "out of time"

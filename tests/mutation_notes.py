@@ -8,7 +8,8 @@ TESTS = {  # files of tests/, from which those that execute a line are chosen
     "iwin_dit/diffusion": "diffusion guidance pipeline",
     "iwin_dit/training": "data optimizer posthoc checkpoint classification training micro_batches levers "
     "classifier monitor",
-    "iwin_dit/data": "data pixels images video clips extraction classification training clip_training",
+    "iwin_dit/data": "data pixels images video clips extraction classification training clip_training "
+    "clip_classifier video_pipeline",
     "iwin_dit/evaluation": "frechet metrics extractors evaluate monitor clips",
 }
 
