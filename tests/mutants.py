@@ -31,6 +31,7 @@ ARITHMETIC = {
     ast.BitOr: ast.BitAnd,
     ast.BitAnd: ast.BitOr,
 }
+KEPT = " (kept)"
 SAID = {"print", "say", "warn", "warning", "info", "debug"}  # calls that only tell the user something
 TYPES = {"isinstance", "issubclass", "hasattr", "getattr", "cast"}  # swapped arguments fail at once
 
@@ -150,7 +151,7 @@ def _is_none(node: ast.AST) -> bool:
 def owners(source: bytes) -> dict[int, tuple[str, int]]:
     """``{line: (outermost function, line offset in it)}``: names that stay when other code moves.
 
-    Without functions whose results are kept for later calls: which test runs them depends on the order.
+    Names of functions whose results are kept for later calls end in KEPT: which test runs them is chance.
     """
     found = {}
 
@@ -158,9 +159,9 @@ def owners(source: bytes) -> dict[int, tuple[str, int]]:
         for node in body:
             name = f"{prefix}{getattr(node, 'name', '')}"
             kept = any("cache" in _name(getattr(d, "func", d)) for d in getattr(node, "decorator_list", ()))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not kept:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 for line in range(node.body[0].lineno, node.end_lineno + 1):
-                    found[line] = (name, line - node.lineno)
+                    found[line] = (name + KEPT * kept, line - node.lineno)
             elif isinstance(node, ast.ClassDef):
                 visit(node.body, f"{name}.")
 

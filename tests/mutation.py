@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, in_folder, owners, statement_lines
+from mutants import KEPT, Mutant, in_folder, owners, statement_lines
 from mutation_notes import EQUIVALENT, NAMED, STUDIES, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,7 @@ def concerned(mutant: Mutant, source: bytes, measured: dict[str, dict]) -> tuple
     function, offset = owners(source).get(mutant.line, ("", 0))
     lines = statement_lines(source).get(mutant.line, range(mutant.line, mutant.line + 1))
     offsets = {line - mutant.line + offset for line in lines}
-    if not function:  # executed as the module is imported, or once for all
+    if not function or function.endswith(KEPT):  # executed as the module is imported, or once for all
         key = f"{mutant.path} "
         chosen = [t for t, m in measured.items() if any(k.startswith(key) for k in m["ran"])]
         return sorted(chosen, key=lambda t: measured[t]["seconds"]), bool(chosen)
