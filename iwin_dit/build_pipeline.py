@@ -33,7 +33,7 @@ from iwin_dit.pipelines.sampling import FPS, draw_animation, draw_grid, sample_c
 from iwin_dit.pipelines.trust import check_index, check_pipeline_folder
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint, files, limits
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, expand_home, reason
 from iwin_dit.runtime.run import RunDirectory, read_config
 from iwin_dit.training.posthoc import reconstruct
 
@@ -191,6 +191,7 @@ def load_pipeline(
         CheckpointError: where the source does not exist, is damaged or is not ours.
         ConfigError: where the device is not there.
     """
+    source = expand_home(source)
     path = Path(source)
     disable_progress_bar()  # of loading: seconds at most
     if (path / "config.yaml").is_file():

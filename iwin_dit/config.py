@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from iwin_dit.config_schema import Config
 from iwin_dit.config_types import build, check_keys, types_of
 from iwin_dit.runtime import strict_yaml
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import ConfigError, expand_home
 
 T = TypeVar("T")  # Config, or ClassifierConfig
 load_yaml = strict_yaml.load
@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Con
             _merge(content, _read(value, kind), kind)
         elif name != "dry-run":
             _merge(content, _override(name, value, kind), kind)
-    config = build(content, kind)
+    config = build(expand_home(content), kind)
     config.check()
     return config, "dry-run" in names
 

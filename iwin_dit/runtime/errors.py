@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import os
+import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, over a limit
 
@@ -65,6 +68,7 @@ HUB_ERRORS = {
         "network (hf download) and give its folder",
     ),
 }
+HOME = re.compile(r"((?:--[\w.-]+=)?(?:\w+:)?)~(?:[\w.-]*/|$)")
 MOST = 500  # characters of another library's message
 
 
@@ -107,10 +111,27 @@ def _one_line(error: UserError) -> str:
     return " ".join(text.split())
 
 
+def expand_home(value: Any) -> Any:
+    """Paths in a user's folder, such as ``~/data``, ``--out=~/data`` and ``iwin:~/run``, as whole paths.
+
+    A shell does it for the first form alone, and nobody does it for a recipe; other values stay as they are.
+
+    Args:
+        value: an argument, or what a recipe holds, with lists and keys at any depth.
+    """
+    if isinstance(value, dict):
+        return {key: expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    found = HOME.match(value) if isinstance(value, str) else None
+    return value if found is None else found[1] + os.path.expanduser(value[found.end(1) :])
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's ``main`` and ends the process: the user's mistakes as one line, bugs as a traceback."""
     with contextlib.suppress(OSError, RuntimeError):  # where stderr is no file
         faulthandler.enable()  # a crash in a library says where, too
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
     try:
         sys.exit(main() or 0)
     except UserError as error:
