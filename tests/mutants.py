@@ -50,11 +50,11 @@ class Mutant:
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.new.encode() + source[self.end :]
 
-    def context(self, source: bytes) -> str:
-        """The lines of the change, stripped."""
+    def line_after(self, source: bytes) -> str:
+        """The changed line, or lines, without indentation."""
         first = source.rfind(b"\n", 0, self.start) + 1
-        last = source.find(b"\n", self.end)
-        return " ".join(source[first : last if last >= 0 else None].decode().split())
+        after = source[first : self.start] + self.new.encode() + source[self.end :].split(b"\n")[0]
+        return " ".join(after.decode().split())
 
 
 def mutants(path: str, source: bytes) -> Iterator[Mutant]:

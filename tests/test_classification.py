@@ -102,6 +102,22 @@ def test_examples_are_functions_of_their_positions(examples):
     random.setstate(before[0])
 
 
+@pytest.mark.parametrize(("mixup", "cutmix", "cuts"), [(0.0, 1.0, 1), (0.8, 0.0, 0), (0.0, 0.0, 0)])
+def test_one_kind_of_mixing_alone_and_none(examples, mixup, cutmix, cuts):
+    few = LabelledExamples(examples.images, seed=3, mixup=mixup, cutmix=cutmix)
+    mixings = torch.stack([few._mixing(pair) for pair in range(200)])
+    assert (mixings[:, 1] == cuts).all()
+    share, centre = mixings[:, 0], mixings[:, 2:]
+    if mixup == cutmix == 0:
+        assert (share == 1).all()
+    else:
+        alpha = max(mixup, cutmix)
+        assert share.mean() == pytest.approx(0.5, abs=0.07)
+        assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.25), "Beta(alpha, alpha)"
+    assert centre.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.07)
+    assert 0 <= centre.min() < 0.05 < 0.95 < centre.max() < 1
+
+
 def test_pairs_share_their_mixing_and_a_pass_sees_each_image_once(examples):
     seen = [examples[position] for position in range(6)]
     assert sorted(example.label for example in seen) == [0, 0, 0, 1, 1, 1]

@@ -74,6 +74,7 @@ def test_logit_normal_times_have_their_distribution(options, mean, std):
     """P(t < s) = Phi((logit(s) - mean) / std)."""
     u = (torch.arange(10_000) + 0.5) / 10_000
     t = FlowMatching(**options).times(u)
+    assert (t.diff() > 0).all()
     for s in (0.1, 0.5, 0.9):
         expected = Normal(mean, std).cdf(torch.tensor(math.log(s / (1 - s))))
         assert (t < s).float().mean() == pytest.approx(expected.item(), abs=1e-3)
