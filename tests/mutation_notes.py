@@ -10,7 +10,7 @@ TESTS = {  # files of tests/, from which those that execute a line are chosen
     "levers classifier monitor",
     "iwin_dit/data": "data digits pixels images video extraction classification clip_training "
     "clip_classifier video_pipeline",
-    "iwin_dit/evaluation": "frechet metrics extractors evaluate monitor clips",
+    "iwin_dit/evaluation": "rules frechet metrics extractors evaluate monitor clips",
 }
 
 EQUIVALENT = {  # (file, line as changed): why no test can notice it
