@@ -73,7 +73,24 @@ def parameter_count(config: Config) -> int:
 
 
 def activations(config: Config) -> Activations:
-    """Counts what autograd saves, in forward passes of one and of two images on tensors without content."""
+    """Counts what autograd saves, in forward passes of one and of two images on tensors without content.
+
+    The blocks of a model are alike, two by two: four of them tell of any number.
+    """
+    depth, width, heads, patch_size = config.model.shape
+    if depth <= 4:
+        return _activations(config)
+    shape = dict(size=None, width=width, heads=heads, patch_size=patch_size)
+    part, more = (
+        _activations(replace(config, model=replace(config.model, **shape, depth=number)))
+        for number in (2 + depth % 2, 4 + depth % 2)
+    )
+    pairs = (depth - 2 - depth % 2) // 2
+    fixed, image = (a + pairs * (b - a) for a, b in zip(part[:2], more[:2], strict=True))
+    return Activations(fixed, image, *part[2:])
+
+
+def _activations(config: Config) -> Activations:
     with FakeTensorMode():
         model = build_model(config)
         counts = [_saved_bytes(model, config, images) for images in (1, 2)]

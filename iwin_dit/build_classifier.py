@@ -68,14 +68,17 @@ def build_model(config: ClassifierConfig) -> nn.Module:
     if not is_of_clips and not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ConfigError(f"model.name {name} is not one of timm's; such as {', '.join(near) or 'iwin_tiny'}")
-    options = model_options(config)
+    try:
+        options = model_options(config)
+    except RuntimeError as error:  # timm's, of a tag after the name's dot
+        raise ConfigError(f"model.name {name}: {error}") from None
     create = IwinTransformer3D if is_of_clips else partial(timm.create_model, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         try:
             model = create(num_classes=config.model.num_classes, **options)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"model.options {options} do not make a {name}: {error}") from None
+        except Exception as error:  # whatever options lead another library's constructor to
+            raise ConfigError(f"model.options {options} do not make a {name}: {error!s:.300}") from None
     if config.model.init_from is not None:
         begin_from(model, config.model.init_from)
     return model
@@ -221,10 +224,26 @@ def without_content(config: ClassifierConfig) -> nn.Module:
 
 
 def multiply_adds(config: ClassifierConfig) -> int:
-    """Multiply-adds of one forward pass of one image or clip, counted operation by operation."""
+    """Multiply-adds of one forward pass of one image or clip, counted operation by operation.
+
+    Raises:
+        ConfigError: where the network does not take such images, or does not return a number for each class.
+    """
     model = without_content(config)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, *config.data.shape, device="meta"))
+    pixels = torch.empty(1, 3, *config.data.shape, device="meta")
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            scores = model(pixels)
+    except Exception as error:  # whatever a size leads another library's network to
+        raise ConfigError(
+            f"model.name {config.model.name} with model.options {config.model.options} does not take "
+            f"{' x '.join(map(str, pixels.shape[1:]))} numbers (data.image_size): {error!s:.300}"
+        ) from None
+    if not isinstance(scores, Tensor) or scores.shape != (1, config.model.num_classes):
+        raise ConfigError(
+            f"model.options {config.model.options} make a network that does not return a number for each of "
+            f"the {config.model.num_classes} classes of model.num_classes; remove what makes it so"
+        )
     return counter.get_total_flops() // 2
 
 

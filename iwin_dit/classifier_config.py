@@ -5,10 +5,10 @@ Imports no torch, so that ``--help`` and an error in a config answer at once.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from iwin_dit.config_bounds import check_bounds, check_options, check_rand_augment
 from iwin_dit.config_rules import (
     TRAIN_ABOVE_ZERO,
     TRAIN_ZERO_OR_MORE,
@@ -172,25 +172,15 @@ class ClassifierConfig:
 
     def check(self) -> None:
         """All rules. Raises ConfigError."""
+        check_bounds(self)
         check_ranges(self, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
+        check_options(self.model.options, "model.options")
+        check_rand_augment(self.augment.rand_augment)
         check_optimizer(self.optimizer)
         check_ema(self.ema)
         check_train(self)
         _check_clips(self)
-        if isinstance(self.data.image_size, list) and len(self.data.image_size) != 2:
-            raise ConfigError(
-                f"data.image_size is {self.data.image_size}, expected a side or [height, width]"
-            )
-        if not 0 < self.data.crop_share <= 1:
-            raise ConfigError(f"data.crop_share is {self.data.crop_share}, expected above 0 and at most 1")
-        if not 0 < self.augment.scale[0] <= self.augment.scale[1] <= 1:
-            raise ConfigError(f"augment.scale is {list(self.augment.scale)}, expected 0 < low <= high <= 1")
-        words = self.augment.rand_augment
-        if words.startswith("rand") and not re.search(r"-mmax[1-9](-|$)", words):
-            raise ConfigError(
-                f"augment.rand_augment {words} may reach magnitude 10, where Pillow refuses to posterize; "
-                "add -mmax9"
-            )
+        _check_pixels(self.data, self.augment)
         if self.train.sharding != "none":
             raise ConfigError(
                 f"train.sharding {self.train.sharding} is for train_dit.py; a classifier fits on one device: "
@@ -213,6 +203,27 @@ class ClassifierConfig:
     def mixes(self) -> bool:
         """Whether images are mixed with each other."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+
+def _check_pixels(data: ClassifierDataConfig, augment: AugmentConfig) -> None:
+    """Sizes, colours and crops."""
+    if isinstance(data.image_size, list) and len(data.image_size) != 2:
+        raise ConfigError(f"data.image_size is {data.image_size}, expected a side or [height, width]")
+    if min(data.size) < 1:
+        raise ConfigError(f"data.image_size is {data.image_size}, expected sides of at least 1 pixel")
+    if not 0.1 <= data.crop_share <= 1:
+        raise ConfigError(f"data.crop_share is {data.crop_share}, expected a number from 0.1 to 1")
+    if min(data.std) < 1e-6:
+        raise ConfigError(
+            f"data.std is {list(data.std)}, expected numbers above 0, which colours are divided by"
+        )
+    if not 0 < augment.scale[0] <= augment.scale[1] <= 1:
+        raise ConfigError(f"augment.scale is {list(augment.scale)}, expected 0 < low <= high <= 1")
+    if not 0.01 <= augment.ratio[0] <= augment.ratio[1] <= 100:
+        raise ConfigError(f"augment.ratio is {list(augment.ratio)}, expected 0.01 <= low <= high <= 100")
+    for key in ("mixup", "cutmix"):
+        if 0 < getattr(augment, key) < 1e-3:
+            raise ConfigError(f"augment.{key} is {getattr(augment, key)}, expected 0 or at least 0.001")
 
 
 def _check_clips(config: ClassifierConfig) -> None:

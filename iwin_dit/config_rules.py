@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from iwin_dit.config_bounds import MAX_TOKENS, check_bounds
 from iwin_dit.evaluation.rules import chosen_metrics
 from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
@@ -28,6 +31,7 @@ DDPM_TIMESTEPS = 1000  # the same test
 
 def check(config: Config) -> None:
     """All rules. Raises ConfigError."""
+    check_bounds(config)
     _check_shape(config.model)
     check_ranges(config, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
     _check_block(config.model)
@@ -244,7 +248,7 @@ def _check_shape(model: ModelConfig) -> None:
                 f"model.size {model.size} and model.{given[0]} are both given; remove one of them"
             )
         name, _, patch = model.size.partition("/")
-        if name not in SIZES or not patch.isdigit() or int(patch) < 1:
+        if name not in SIZES or not re.fullmatch("[1-9][0-9]{0,3}", patch):
             near = difflib.get_close_matches(name, SIZES, n=1)
             hint = f"; did you mean {near[0]}/{patch or 1}?" if near else ""
             raise ConfigError(
@@ -262,6 +266,11 @@ def _check_shape(model: ModelConfig) -> None:
                 f"model.patch_size {patch} does not divide model.sample_size {side}; "
                 f"nearest sizes that fit: {lower}, {lower + patch}"
             )
+    if math.prod(model.grid) > MAX_TOKENS:
+        raise ConfigError(
+            f"model.sample_size makes {' x '.join(map(str, model.grid))} tokens of patch_size {patch}, "
+            f"expected at most {MAX_TOKENS:,} together"
+        )
 
 
 TRAIN_ABOVE_ZERO = (

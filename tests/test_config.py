@@ -144,6 +144,18 @@ MISTAKES = [
         "--train.trackers [tensorbord]",
         "train.trackers is ['tensorbord'], expected a list, each one of tensor",
     ),
+    ("--model.sample_size 10000000000 --model.mixer.window_size auto", "expected at most 65,536"),
+    ("--model.sample_size [8,65536,8]", "expected a side or [height, width]"),
+    ("--model.sample_size 65536", "makes 65536 x 65536 tokens of patch_size 1, expected at most 16,777,216"),
+    ("--model.width 10000000000 --model.heads 7", "model.width is 10000000000, expected at most 65,536"),
+    (
+        "--model.mixer.window_size [4,100000]",
+        "model.mixer.window_size is [4, 100000], expected at most 65,536",
+    ),
+    ("--train.num_workers 100000", "train.num_workers is 100000, expected at most 1,024"),
+    ("--train.max_steps 1000000000000", "train.max_steps is 1000000000000, expected at most 1,000,000,000"),
+    ("--optimizer.learning_rate 1e300", "optimizer.learning_rate is 1e+300, expected at most 1e+30"),
+    ("--model.size B/\xb2", "model.size B/\xb2 and model.depth are both given"),
     ("--train.keep_checkpoints null", "train.keep_checkpoints is null, expected a whole number"),
     ("--train null", "train is null, expected keys such as max_steps"),
     ("--ema.decays [0.9,null]", "ema.decays is [0.9, None], expected a list, each a finite number"),
@@ -234,6 +246,7 @@ BOMB = "x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]
         ("seed: \udc80", "is not valid YAML: 'utf-8' codec can't decode byte 0x80 in position 6"),
         ("model: {sample_size: 16}", "give size (such as B/1), or depth, width, heads and patch_size"),
         ("model: {size: XXL/1}", "did you mean XL/1?"),
+        ("model: {size: XL/\xb2}", "model.size is 'XL/\xb2', expected S, B, L"),
     ],
 )
 def test_mistakes_in_a_file_are_explained(tmp_path, content, message):
