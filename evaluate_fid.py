@@ -40,6 +40,16 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
     add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="a side, or height and width: crop folders' images",
+    )
+    add("--background", metavar="COLOUR", help="of transparent pixels: white, black or R,G,B")
+    add("--follow-links", action="store_true", help="links may lead out of a folder of images")
+    add("--workers", type=int, help="processes that read images (4, or as many as there are cores)")
     add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
     add("--draw-batch", type=int, help="images drawn together; a pixel in 10^5 depends on it (32)")
     add("--compile", action="store_true", help="compile the model first: worth it for many images")

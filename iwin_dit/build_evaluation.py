@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import platform
-import shutil
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from iwin_dit.build_classifier import load_classifier
 from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline
+from iwin_dit.build_reference import Reference, extract, extract_reference, on_main, open_reference, split
 from iwin_dit.data.codec import weights_sha256
-from iwin_dit.evaluation.clips import open_clips
-from iwin_dit.evaluation.evaluate import (
-    extract_features,
-    features_key,
-    read_features,
-)
-from iwin_dit.evaluation.export import Export, open_export
+from iwin_dit.evaluation.clips import open_set
+from iwin_dit.evaluation.evaluate import features_key, read_features
+from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
 from iwin_dit.evaluation.i3d import I3D
-from iwin_dit.evaluation.images import BROKEN_NPZ, Images, SampledImages, label_plan, open_images
+from iwin_dit.evaluation.images import Images, Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
 from iwin_dit.evaluation.rules import holds_images, name_figures
 from iwin_dit.evaluation.statistics import identity, read_statistics, write_statistics
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.runtime import files
-from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
-from iwin_dit.runtime.errors import FULL, ConfigError, DataError
+from iwin_dit.pipelines.parts import draw_in_parts
+from iwin_dit.runtime import files, scratch
+from iwin_dit.runtime.colours import colour
+from iwin_dit.runtime.cpu import cores, keep_freed_memory, use_all_cores
+from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import say
+from iwin_dit.training.state import together
 
+# how long processes wait for the main one, which looks at all images and computes the figures; one that dies
+# ends the others through their launcher, and one that reads without end ends itself
+WAIT = timedelta(days=1)
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
 
 
@@ -57,52 +58,89 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError: for what is found to be of no use before images are drawn.
     """
-    metrics, out = arguments.metrics.split(","), Path(arguments.out)
-    accelerator = Accelerator()
+    metrics, kind = arguments.metrics.split(","), arguments.extractor.partition(":")[0]
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
-    reference = open_reference(arguments.reference, metrics, arguments.extractor)
-    generated = _generated(arguments, accelerator.device)
+    reading = _reading(arguments)
+    reference = on_main(
+        accelerator,
+        lambda: open_reference(arguments.reference, metrics, arguments.extractor, reading),
+    )
+    _check_save_reference(arguments.save_reference, metrics, reference)
+    generated = _generated(arguments, reading, accelerator)
     with accelerator.local_main_process_first():  # which may fetch the weights
         extractor = build_extractor(arguments.extractor, arguments.inception_weights).to(accelerator.device)
-    real = None if isinstance(reference, Path) else reference
-    check_counts(metrics, len(generated), None if real is None else len(real))
-    other = read_statistics(reference, metrics, extractor) if isinstance(reference, Path) else None
-    if reference is not None:
-        check_fit(generated, real or other, extractor, accelerator.device)
-    work, export = out.with_suffix(".work"), None
-    if accelerator.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
-        held = hold(work)  # noqa: F841  to the end: another evaluation would remove what lies there
+    if reference is None:
+        check_counts(metrics, len(generated), None)
+    else:
+        reference.check_counts(metrics, len(generated))
+        check_fit(generated, reference, metrics, extractor, accelerator.device)
+    works = _works(arguments)
+    # to the end: another evaluation with one of these outputs is refused
+    held = together(accelerator, lambda: [hold(scratch.make(work)) for work in works.values()])
+    export = None
     if arguments.save_images is not None:
-        parts = work / f"images-{generated.fingerprint[:32]}"
+        parts = works["save_images"] / f"images-{generated.fingerprint[:32]}"
         with accelerator.main_process_first():
             export = open_export(Path(arguments.save_images), generated, parts)
-    batch = arguments.batch_size
-    folder = extract(generated, extractor, work, batch, accelerator, "generated", export)
-    own = read_features(folder, len(generated), metrics)
-    if export is not None and accelerator.is_main_process:
-        export.finish()
-    if real is not None:
-        other = read_reference(real, extractor, metrics, batch, accelerator)
-        if arguments.save_reference is not None and accelerator.is_main_process:
-            write_statistics(Path(arguments.save_reference), other, extractor, _describe(real))
-    kind = arguments.extractor.partition(":")[0]
+    if reference is not None:  # before images are drawn: what is wrong with one of them shows now
+        extract_reference(reference, extractor, arguments.batch_size, accelerator)
+    folder = works["out"] / features_key(generated, extractor)
+    extract(generated, extractor, folder, arguments.batch_size, accelerator, "generated", export)
+
+    def measure() -> dict[str, float]:
+        if export is not None:
+            export.finish()
+        other = None if reference is None else reference.read(metrics, extractor)
+        if arguments.save_reference is not None:
+            write_statistics(Path(arguments.save_reference), other, extractor, reference.describe())
+        own = read_features(folder, len(generated), metrics)
+        figures = compute(metrics, own, other, accelerator.device)
+        _warn_of_few_images(metrics, own)
+        return name_figures(figures, kind)
+
     result = {
-        "figures": name_figures(compute(metrics, own, other), kind),
+        "figures": on_main(accelerator, measure),
         "generated": generated.description | {"sha256": generated.fingerprint},
-        "reference": _describe(reference),
+        "reference": None if reference is None else on_main(accelerator, reference.describe),
         "extractor": identity(extractor),
         "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
     }
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _warn_of_few_images(metrics, own)
-        files.replace(out, files.to_json(result))
-        shutil.rmtree(work, ignore_errors=True)
+
+    def finish() -> None:
+        files.replace(Path(arguments.out), files.to_json(result))
+        for made, lock in zip(works.values(), held, strict=True):
+            scratch.remove(made)
+            lock.close()
+
+    together(accelerator, finish)
     return result
+
+
+def _works(arguments: argparse.Namespace) -> dict[str, Path]:
+    """A place for intermediate files beside each output."""
+    outputs = {name: getattr(arguments, name) for name in ("out", "save_images", "save_reference")}
+    return {name: scratch.beside(Path(path)) for name, path in outputs.items() if path is not None}
+
+
+def _reading(arguments: argparse.Namespace) -> Reading:
+    size = arguments.size and (arguments.size[0], arguments.size[-1])
+    background = None if arguments.background is None else colour(arguments.background)
+    workers = min(4, cores()) if arguments.workers is None else arguments.workers
+    return Reading(size, background, arguments.follow_links, workers)
+
+
+def _check_save_reference(path: str | None, metrics: list[str], reference: Reference | None) -> None:
+    if path is None:
+        return
+    if reference is None or reference.statistics is not None or not split(metrics)[1]:
+        raise ConfigError(
+            "--save-reference keeps means and covariances of real images for fid, sfid, fd or fvd; give one "
+            "of these metrics and a --reference of images, or leave it out"
+        )
 
 
 def build_extractor(name: str, inception_weights: str | None) -> nn.Module:
@@ -123,24 +161,30 @@ def build_extractor(name: str, inception_weights: str | None) -> nn.Module:
 
 
 def check_fit(
-    generated: Images, reference: Images | Features, extractor: nn.Module, device: torch.device
+    generated: Images, reference: Reference, metrics: list[str], extractor: nn.Module, device: torch.device
 ) -> None:
-    """Sizes of images; or, of statistics, the number of features. Looks at one image."""
+    """Sizes of images; of statistics, the number of features. Looks at one image, or draws it.
+
+    Raises:
+        DataError: where they do not fit.
+    """
     first = generated.read(0, 1)
-    if isinstance(reference, Features):
+    if reference.statistics is not None:
         found = extractor(first.to(device))
-        for layer, moments in reference.moments.items():
+        known = read_statistics(reference.statistics, split(metrics)[1], extractor)
+        for layer, moments in known.moments.items():
             if (count := found[layer].shape[1]) != len(moments.mean):
                 raise DataError(
                     f"the reference's statistics are of {len(moments.mean)} features, {extractor.name} has "
                     f"{count}; take the extractor that they were made with"
                 )
+    if reference.images is None:
         return
-    sides = [tuple(images.shape[2:]) for images in (first, reference.read(0, 1))]
+    sides = [tuple(images.shape[2:]) for images in (first, reference.images.read(0, 1))]
     if sides[0] != sides[1]:
         raise DataError(
             f"the generated images have {sides[0]} pixels, the reference's have {sides[1]}; "
-            "take a reference of the same size"
+            "take a reference of the same size, or crop its images with --size"
         )
 
 
@@ -154,107 +198,17 @@ def _warn_of_few_images(metrics: list[str], generated: Features) -> None:
             )
 
 
-def extract(
-    images: Images,
-    extractor: nn.Module,
-    folder: Path,
-    batch_size: int,
-    accelerator: Accelerator,
-    title: str,
-    export: Export | None = None,
-) -> Path:
-    """Writes the features of a set that are not there already, by all processes; returns their folder."""
-    folder = folder / features_key(images, extractor)
-    extract_features(
-        images,
-        extractor,
-        extractor.layers,
-        folder,
-        batch_size,
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.wait_for_everyone,
-        title,
-        export,
-    )
-    return folder
-
-
-def read_reference(
-    images: Images, extractor: nn.Module, metrics: list[str], batch_size: int, accelerator: Accelerator
-) -> Features:
-    """Features of real images, from the cache; each set's are kept under a key of its content."""
-    with reference_cache() as cache:
-        folder = extract(images, extractor, cache, batch_size, accelerator, "reference")
-        return read_features(folder, len(images), metrics)
-
-
-@contextlib.contextmanager
-def reference_cache() -> Iterator[Path]:
-    """The folder of the references' features, which is made.
-
-    Raises:
-        ConfigError: where it cannot be made or, in the context, written.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iwin-dit" / "references"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        yield cache
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise ConfigError(
-            f"features of the reference cannot be kept in {cache}: {error.strerror}; "
-            "set XDG_CACHE_HOME to a folder that is yours"
-        ) from None
-
-
-def open_reference(location: str | None, metrics: list[str], extractor: str) -> Images | Path | None:
-    """Images, clips or a file of statistics; None where no metric needs one.
-
-    Args:
-        extractor: as ``--extractor`` names it; ``i3d:FILE`` takes clips.
-    """
-    needing = [name for name in metrics if METRICS[name].needs_reference]
-    if location is None:
-        if needing:
-            raise ConfigError(f"{', '.join(needing)} compares with real images: give --reference")
-        return None
-    path = Path(location)
-    if path.suffix == ".safetensors" or (path.suffix == ".npz" and _holds(path, "mu.npy")):
-        return path
-    with reference_cache():
-        pass  # made now: where it cannot be, that shows before images are drawn
-    return open_set(location, extractor)
-
-
-def open_set(location: str, extractor: str) -> Images:
-    """Clips for an extractor of clips; images for the others."""
-    return open_clips(location) if extractor.startswith("i3d:") else open_images(location)
-
-
-def _holds(path: Path, name: str) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return name in archive.namelist()
-    except BROKEN_NPZ:  # to be told when it is read
-        return False
-
-
-def _describe(reference: Images | Path | None) -> dict[str, Any] | None:
-    if reference is None:
-        return None
-    if isinstance(reference, Path):
-        return {"statistics": str(reference), "sha256": files.fingerprint(reference)["sha256"]}
-    return reference.description | {"sha256": reference.fingerprint}
-
-
-def _generated(arguments: argparse.Namespace, device: torch.device) -> Images:
-    """A folder or ``.npz`` of images; or what a run or pipeline draws."""
+def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Accelerator) -> Images:
+    """A folder or ``.npz`` of images, all looked at; or what a run or pipeline draws."""
     if holds_images(arguments.generated):
-        return open_set(arguments.generated, arguments.extractor)
-    pipeline = load_pipeline(arguments.generated, device)
+
+        def open_and_look() -> Images:
+            images = open_set(arguments.generated, arguments.extractor.startswith("i3d:"), reading)
+            _ = images.fingerprint
+            return images
+
+        return on_main(accelerator, open_and_look)
+    pipeline = load_pipeline(arguments.generated, accelerator.device)
     draws_clips = pipeline.transformer.rank == 3
     if draws_clips != arguments.extractor.startswith("i3d:"):
         what = "clips, which i3d:FILE alone compares" if draws_clips else "images, i3d compares clips"
@@ -295,7 +249,7 @@ def drawer(
 ) -> Callable[[list[int], list[torch.Generator]], Tensor]:
     """``draw(labels, generators)``: uint8 images ``(B, 3, H, W)``, or clips ``(B, 3, T, H, W)``.
 
-    They are rounded as saving a PNG rounds them.
+    They are rounded as saving a PNG rounds them. A batch that does not fit into memory is drawn in parts.
 
     Raises, when called:
         ConfigError: where the pipeline refuses the options.
@@ -313,4 +267,4 @@ def drawer(
             raise DataError("the model draws images that are not finite; its weights are not usable")
         return (images.float() * 255).round().to(torch.uint8)
 
-    return draw
+    return lambda labels, generators: torch.cat(draw_in_parts(draw, labels, generators))

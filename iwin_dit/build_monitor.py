@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from iwin_dit.build import any_attention
-from iwin_dit.build_evaluation import (
-    build_extractor,
-    check_fit,
-    drawer,
-    extract,
-    open_reference,
-    read_reference,
-)
+from iwin_dit.build_evaluation import build_extractor, check_fit, drawer
 from iwin_dit.build_pipeline import build_pipeline, model_of, sampling_options
+from iwin_dit.build_reference import extract, extract_reference, on_main, open_reference
 from iwin_dit.config import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.evaluation.evaluate import read_features
+from iwin_dit.evaluation.evaluate import features_key, read_features
 from iwin_dit.evaluation.images import SampledImages, label_plan
 from iwin_dit.evaluation.metrics import check_counts, compute
 from iwin_dit.evaluation.rules import chosen_metrics, name_figures
-from iwin_dit.evaluation.statistics import read_statistics
-from iwin_dit.training.state import State, full_ema
+from iwin_dit.runtime import scratch
+from iwin_dit.training.state import State, full_ema, together
 
 
 class Stopped(Exception):
@@ -41,19 +35,21 @@ def build_monitor(
 ) -> Callable[[int, Any], dict[str, float] | None]:
     """``evaluate(step, stop)``: the figures of the EMA, by all processes together; None where it was stopped.
 
-    Features are kept in ``OUTPUT_DIR/evaluation`` until the figures are there, so that an evaluation that was
-    stopped goes on where it was. Weights and reference are opened now: what is wrong shows before training.
+    Features are kept in ``OUTPUT_DIR/.evaluation`` until the figures are there, so that an evaluation that
+    was stopped goes on where it was. Weights and reference are read now: what is wrong shows before training.
     """
     options = config.evaluation
     metrics = chosen_metrics(options.extractor, options.metrics)
     with accelerator.local_main_process_first():
         extractor = build_extractor(options.extractor, options.inception_weights).to(accelerator.device)
-    reference = open_reference(options.reference, metrics, options.extractor)
-    real = None if isinstance(reference, Path) else reference
-    check_counts(metrics, options.num_images, None if real is None else len(real))
-    known = read_statistics(reference, metrics, extractor) if isinstance(reference, Path) else None
+    reference = on_main(accelerator, lambda: open_reference(options.reference, metrics, options.extractor))
+    if reference is None:
+        check_counts(metrics, options.num_images, None)
+    else:
+        reference.check_counts(metrics, options.num_images)
+        extract_reference(reference, extractor, options.batch_images, accelerator)
     labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
-    folder = Path(config.output_dir) / "evaluation"
+    folder = Path(config.output_dir) / ".evaluation"
 
     @any_attention
     def evaluate(step: int, stop: Any) -> dict[str, float] | None:
@@ -71,23 +67,26 @@ def build_monitor(
 
         recipe = sampling_options(config) | {"weights_sha256": weights_sha256(pipeline.transformer)}
         generated = SampledImages(draw_unless_stopped, labels, options.seed, recipe, options.batch_images)
+        together(accelerator, partial(scratch.make, folder))
+        own = folder / features_key(generated, extractor)
         stopped = torch.zeros((), device=accelerator.device)
         try:
-            if real is not None or known is not None:
-                check_fit(generated, real or known, extractor, accelerator.device)
-            own = extract(generated, extractor, folder, options.batch_images, accelerator, "evaluate")
+            if reference is not None:
+                check_fit(generated, reference, metrics, extractor, accelerator.device)
+            extract(generated, extractor, own, options.batch_images, accelerator, "evaluate")
         except Stopped:
             stopped += 1
             accelerator.wait_for_everyone()  # the others do, after their last image
         if accelerator.reduce(stopped, "sum") > 0:
             return None
-        other = known
-        if real is not None:
-            other = read_reference(real, extractor, metrics, options.batch_images, accelerator)
-        figures = compute(metrics, read_features(own, len(generated), metrics), other)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-        return name_figures(figures, options.extractor.partition(":")[0])
+
+        def measure() -> dict[str, float]:
+            other = None if reference is None else reference.read(metrics, extractor)
+            features = read_features(own, len(generated), metrics)
+            figures = compute(metrics, features, other, accelerator.device)
+            scratch.remove(folder)
+            return name_figures(figures, options.extractor.partition(":")[0])
+
+        return on_main(accelerator, measure)
 
     return evaluate

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from iwin_dit.evaluation.clips import FolderClips, NpzClips, open_clips
+from iwin_dit.evaluation.archives import NpzClips
+from iwin_dit.evaluation.clips import FolderClips, open_set
 from iwin_dit.evaluation.evaluate import extract_features, read_features
 from iwin_dit.evaluation.i3d import I3D, InflatedInception, Mixed, Pool, Unit, pad_same
 from iwin_dit.evaluation.metrics import compute
@@ -284,7 +285,7 @@ def test_what_is_no_clip_is_refused(i3d):
 
 def test_a_folder_is_its_frames_and_its_npz(sets, tmp_path):
     folder, _, pixels = sets
-    clips = open_clips(str(folder))
+    clips = open_set(str(folder), of_clips=True)
     assert len(clips) == COUNT
     assert clips.description == {"folder": str(folder), "clips": COUNT, "frames": FRAMES}
     expected = torch.from_numpy(pixels).movedim(-1, 1)
@@ -293,7 +294,7 @@ def test_a_folder_is_its_frames_and_its_npz(sets, tmp_path):
     for name, save in (("plain", np.savez), ("packed", np.savez_compressed)):
         path = tmp_path / f"{name}.npz"
         save(path, pixels)
-        found = open_clips(str(path))
+        found = open_set(str(path), of_clips=True)
         assert len(found) == COUNT
         assert found.description == {"npz": str(path), "clips": COUNT, "frames": FRAMES}
         assert torch.equal(found.read(5, 9), expected[5:9])
@@ -315,7 +316,7 @@ def test_fingerprints_change_with_the_content(sets):
     assert FolderClips(folder).fingerprint == before
     path = sorted(folder.rglob("*.png"))[-1]
     content = path.read_bytes()
-    Image.new("RGB", (SIDE + 2, SIDE)).save(path)
+    Image.new("RGB", Image.open(path).size).save(path)
     assert FolderClips(folder).fingerprint != before
     path.write_bytes(content)
     assert FolderClips(folder).fingerprint == before
@@ -324,9 +325,9 @@ def test_fingerprints_change_with_the_content(sets):
 def test_bad_sets_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there are no images in"):
-        open_clips(str(tmp_path / "empty"))
+        open_set(str(tmp_path / "empty"), of_clips=True)
     with pytest.raises(DataError, match="neither a folder of clips"):
-        open_clips(str(tmp_path / "nothing.npz"))
+        open_set(str(tmp_path / "nothing.npz"), of_clips=True)
 
     def clip(name, frames, size=(4, 4)):
         folder = tmp_path / name

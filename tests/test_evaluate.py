@@ -31,12 +31,14 @@ from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
+from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.export import NpzFile, PngFolder
 from iwin_dit.evaluation.extractors import Inception
-from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan
+from iwin_dit.evaluation.images import FolderImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.evaluation.rules import stored_command
 from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.runtime import scratch
 from iwin_dit.runtime.seeds import generator
 
 TWO_PROCESSES = (
@@ -147,8 +149,7 @@ def test_images_of_another_schedule_or_normalisation_are_others(sets, evaluate, 
 
 
 def test_two_evaluations_with_one_output_are_refused(sets, evaluate, stub, refused_here, tmp_path):
-    work = tmp_path / "result.work"
-    work.mkdir()
+    work = scratch.make(scratch.beside(tmp_path / "result.json"))
     program = (
         "import sys; from pathlib import Path; from iwin_dit.runtime.lock import hold\n"
         "held = hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
@@ -446,7 +447,7 @@ def test_an_interrupted_evaluation_goes_on(sets, evaluate, inception_weights, tm
         *("--inception-weights", inception_weights, "--out", tmp_path / "killed.json"),
     )
     process = start(*command, XDG_CACHE_HOME=str(tmp_path / "cache"), OMP_NUM_THREADS="2")
-    work = tmp_path / "killed.work"
+    work = tmp_path / ".killed.json.work"
     while not list(work.rglob("chunk-00000.safetensors")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)

@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet18_Weights
 
 from iwin_dit.data.formats import FORMATS
-from iwin_dit.data.images import READABLE, BadImage, center_crop, decode_image, image_size, random_crop
+from iwin_dit.data.images import READABLE, BadImage, center_crop, decode_image, random_crop, read_header
 from iwin_dit.data.sources import (
     SYNSETS_SHA256,
     CsvSource,
@@ -153,17 +153,18 @@ def test_exif_rotation_is_applied(format):
     options = {"lossless": True} if format == "WEBP" else {}
     plain, turned = encoded(picture(), format, **options), encoded(picture(), format, exif=exif, **options)
     expected = Image.open(io.BytesIO(plain)).transpose(Image.Transpose.ROTATE_270)
-    assert decode_image(turned, "a").size == image_size(turned, "a") == (24, 32)
-    assert image_size(plain, "a") == (32, 24)
+    assert decode_image(turned, "a").size == read_header(turned, "a").size == (24, 32)
+    assert read_header(plain, "a").size == (32, 24)
     assert_pixels(decode_image(turned, "a"), expected)
 
 
 def test_a_size_is_read_from_the_header_alone():
     data = encoded(picture())
-    assert image_size(data[:60], "a") == (32, 24)
+    assert read_header(data[:60], "a") == ((32, 24), False)
+    assert read_header(encoded(picture().convert("RGBA"))[:60], "a") == ((32, 24), True)
     for bad, message in ((b"", "is empty"), (b"x" * 60, "header"), (png(20_000, 20_000), "too large")):
         with pytest.raises(BadImage, match=message):
-            image_size(bad, "a")
+            read_header(bad, "a")
 
 
 @pytest.mark.filterwarnings("error")

@@ -11,8 +11,10 @@ from PIL import Image
 from torch_fidelity import fidelity
 
 from iwin_dit import build_evaluation
+from iwin_dit.evaluation.archives import NpzImages
+from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.extractors import Inception
-from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan, open_images
+from iwin_dit.evaluation.images import FolderImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.runtime.errors import CheckpointError, DataError
 
@@ -100,7 +102,7 @@ def test_an_npz_is_the_folder_it_was_made_of(folders, tmp_path):
     for name, save in (("plain", np.savez), ("packed", np.savez_compressed)):
         path = tmp_path / f"{name}.npz"
         save(path, images.movedim(1, -1).numpy())
-        found = open_images(str(path))
+        found = open_set(str(path), of_clips=False)
         assert len(found) == COUNT
         assert torch.equal(found.read(5, 9), images[5:9])
         assert torch.equal(found.read(9, COUNT), images[9:])
@@ -141,8 +143,8 @@ def test_bad_sets_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there are no images in"):
         FolderImages(tmp_path / "empty")
-    with pytest.raises(DataError, match="neither a folder of images nor"):
-        open_images(str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="neither a folder of images, nor"):
+        open_set(str(tmp_path / "nothing"), of_clips=False)
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     Image.new("RGB", (8, 8)).save(mixed / "a.png")

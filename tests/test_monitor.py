@@ -47,7 +47,7 @@ def test_figures_are_those_of_evaluate_fid(watched, sets, train_here, script_her
     found = figures(tmp_path / "run")
     assert list(found) == [4, 8]
     assert found[4]["fid"] != found[8]["fid"]
-    assert not (tmp_path / "run" / "evaluation").exists()
+    assert not (tmp_path / "run" / ".evaluation").exists()
     drawn = ("--num-images", COUNT, "--steps", 2, "--guidance-scale", 2.0, "--draw-batch", 5)
     code, output = script_here(
         *("evaluate_fid.py", "--generated", tmp_path / "run", "--reference", sets / "real", *drawn),
@@ -113,7 +113,7 @@ def test_what_is_wrong_shows_before_training(watched, train_here, tmp_path):
         (("--evaluation.reference", "nowhere"), "nowhere is neither a folder"),
         (("--evaluation.metrics", "[fd]"), "fd is not of evaluation.extractor inception"),
         (("--evaluation.extractor", "iwin:none", "--evaluation.metrics", "[fd]"), "none is no run"),
-        (("--evaluation.num_images", "1"), "fid"),
+        (("--evaluation.num_images", "1"), "needs 2 images or more on each side, found 1 and 12"),
     ):
         code, output = train_here("--config", watched, *arguments)
         assert code == 2

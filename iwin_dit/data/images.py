@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -57,22 +57,29 @@ def decode_image(
     return _opened(data, name, max_pixels, decode)
 
 
-def image_size(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -> tuple[int, int]:
-    """Width and height of the image that :func:`decode_image` would give, from the header alone.
+class Header(NamedTuple):
+    """What is known of an image before it is decoded: (width, height), upright; whether it has an alpha."""
+
+    size: tuple[int, int]
+    has_alpha: bool
+
+
+def read_header(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -> Header:
+    """Of the image that :func:`decode_image` would give.
 
     Raises:
         BadImage: where the header is broken or of another format, or the image is too large.
     """
 
-    def upright(image: Image.Image) -> tuple[int, int]:
+    def read(image: Image.Image) -> Header:
         width, height = image.size
         try:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by a quarter
         except Exception:  # as _upright, which then turns nothing
             turned = False
-        return (height, width) if turned else (width, height)
+        return Header((height, width) if turned else (width, height), image.has_transparency_data)
 
-    return _opened(data, name, max_pixels, upright)
+    return _opened(data, name, max_pixels, read)
 
 
 def _opened(data: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], T]) -> T:

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from iwin_dit.data.video import EXTENSIONS, check_numbers, count_frames, read_frames
-from iwin_dit.evaluation.images import FolderImages, NpzImages
+from iwin_dit.data.folders import ignored_line, list_files
+from iwin_dit.data.video import FRAMES, VIDEOS, check_numbers, count_frames, read_frames
+from iwin_dit.evaluation.archives import NpzClips, NpzImages
+from iwin_dit.evaluation.images import AS_THEY_ARE, FolderImages, Images, Reading, in_order
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.progress import progress, say
 
 
 class FolderClips:
-    """All clips below a folder, in the order of their paths; hidden ones are left out.
+    """All clips below a folder, in the order of their paths.
 
     A clip is a folder that directly holds images, its frames in the order of their names.
 
@@ -36,8 +39,8 @@ class FolderClips:
             frame cannot be read; or names put frame 10 before frame 2.
     """
 
-    def __init__(self, folder: Path):
-        self._images = FolderImages(folder)
+    def __init__(self, folder: Path, reading: Reading = AS_THEY_ARE):
+        self._images, self.workers = FolderImages(folder, reading, FRAMES), reading.workers
         self._images.paths.sort(key=lambda path: (path.parent, path.name))  # those of a clip side by side
         clips = [list(frames) for _, frames in groupby(self._images.paths, attrgetter("parent"))]
         self.num_clips, self.num_frames = len(clips), len(clips[0])
@@ -48,7 +51,8 @@ class FolderClips:
                     "a metric compares clips of one length"
                 )
             check_numbers(str(clip[0].parent), [frame.name for frame in clip])
-        self.description = {"folder": str(folder), "clips": self.num_clips, "frames": self.num_frames}
+        counts = {"clips": self.num_clips, "frames": self.num_frames}
+        self.description = {k: v for k, v in self._images.description.items() if k != "images"} | counts
 
     def __len__(self) -> int:
         return self.num_clips
@@ -64,7 +68,7 @@ class FolderClips:
 
 
 class VideoClips:
-    """All video files below a folder, in the order of their paths; hidden ones are left out.
+    """All video files below a folder, in the order of their paths.
 
     Each file is a clip, from its first frame to its last.
 
@@ -73,8 +77,8 @@ class VideoClips:
             another size than the first.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.paths = folder, _videos(folder)
+    def __init__(self, folder: Path, paths: list[Path], workers: int = 0):
+        self.folder, self.paths, self.workers = folder, paths, workers
         for one, two in pairwise(sorted(self.paths, key=lambda path: path.with_suffix(""))):
             if one.with_suffix("") == two.with_suffix(""):
                 raise DataError(f"{one} and {two.name} are one clip twice; give a folder with one of each")
@@ -88,63 +92,67 @@ class VideoClips:
         """Some of them, in order: uint8 ``(stop - start, 3, T, H, W)``."""
         return torch.stack([self._read(path) for path in self.paths[start:stop]])
 
-    def _read(self, path: Path) -> Tensor:
+    def _check(self, path: Path, size: tuple[int, int]) -> None:
         if (found := count_frames(str(path))) != self.num_frames:
             raise DataError(
                 f"{path} has {found} frames, {self.paths[0]} has {self.num_frames}; a metric compares clips "
                 "of one length"
             )
-        frames = read_frames(str(path), range(self.num_frames))
-        if frames[0].size != self._size:
+        if size != self._size:
             raise DataError(
-                f"{path} has {frames[0].width} x {frames[0].height} pixels, {self.paths[0]} has "
-                f"{self._size[0]} x {self._size[1]}; a metric compares clips of one size"
+                f"{path} has {size[0]} x {size[1]} pixels, {self.paths[0]} has {self._size[0]} x "
+                f"{self._size[1]}; a metric compares clips of one size"
             )
+
+    def _read(self, path: Path) -> Tensor:
+        self._check(path, read_frames(str(path), [0])[0].size)
+        frames = read_frames(str(path), range(self.num_frames))
         return torch.stack([pil_to_tensor(frame) for frame in frames], 1)
 
     @cached_property
     def _size(self) -> tuple[int, int]:
         return read_frames(str(self.paths[0]), [0])[0].size
 
+    def _look(self, path: Path) -> str:
+        """The hash of a file, after its frames were counted and the first one was read."""
+        self._check(path, read_frames(str(path), [0])[0].size)
+        return files.fingerprint(path)["sha256"]
+
     @cached_property
     def fingerprint(self) -> str:
+        """Of names and contents. All files are read, and their frames counted.
+
+        Raises:
+            DataError: where a clip cannot be read, or has another length or size than the first.
+        """
         digest = hashlib.sha256()
-        for path in self.paths:
+        _ = self._size  # before processes are started, which would each read it
+        looks = in_order(self._look, [(path,) for path in self.paths], self.workers)
+        bar = progress(looks, total=len(self), unit="clip", desc=f"look at {self.folder}", delay=3)
+        for path, found in zip(self.paths, bar, strict=True):
             digest.update(os.fsencode(path.relative_to(self.folder)))
-            digest.update(files.fingerprint(path)["sha256"].encode())
+            digest.update(found.encode())
         return digest.hexdigest()
 
 
-def _videos(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-class NpzClips(NpzImages):
-    """The array ``arr_0`` of an ``.npz`` file, uint8 ``(N, T, H, W, 3)``, read piece by piece."""
-
-    what, axes = "clips", ("frames", "height", "width")
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.description["frames"] = self.shape[1]
-
-
-def open_clips(location: str) -> FolderClips | VideoClips | NpzClips:
-    """A folder of video files or of folders of frames, or an ``.npz`` file.
+def open_set(location: str, of_clips: bool, reading: Reading = AS_THEY_ARE) -> Images:
+    """A set of clips or of images: a folder, or an ``.npz`` file.
 
     Raises:
-        DataError: where it is neither.
+        DataError: where it is neither, or a folder holds none.
     """
-    path = Path(location)
-    if path.is_dir():
-        return VideoClips(path) if _videos(path) else FolderClips(path)
+    path, what = Path(location), "clips, each a video file or a folder of frames" if of_clips else "images"
     if path.suffix == ".npz" and path.is_file():
-        return NpzClips(path)
-    raise DataError(
-        f"{location} is neither a folder of clips, each a video file or a folder of frames, nor an .npz file"
-    )
+        return (NpzClips if of_clips else NpzImages)(path, reading.workers)
+    if not path.is_dir():
+        raise DataError(f"{location} is neither a folder of {what}, nor an .npz file")
+    if not of_clips:
+        return FolderImages(path, reading)
+    listing = list_files(path, VIDEOS, reading.follow_links)
+    if not listing.files:
+        return FolderClips(path, reading)
+    if line := ignored_line(location, "videos", listing.ignored):
+        say(line)
+    if reading.size is not None:
+        raise DataError(f"--size crops images of folders, {location} holds videos; leave it out")
+    return VideoClips(path, sorted(path / name for name in listing.files), reading.workers)

@@ -2,8 +2,8 @@
 
 A set is cut into chunks of :data:`CHUNK` images; chunk c is made by process ``c mod P`` and its features are
 written to a file, with a hash that tells whether they are still what was written. The main process then
-reads the files in order: so the figures depend neither on the number of processes nor on interruptions, and
-no more than a chunk is ever in memory.
+reads the files in order: so the figures depend neither on the number of processes nor on interruptions. Of
+the features no more than a few blocks (:mod:`iwin_dit.evaluation.every_sample`) are in memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from iwin_dit.evaluation.export import Export
-from iwin_dit.evaluation.images import Images
+from iwin_dit.evaluation.images import Images, read_batches
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
@@ -53,33 +53,43 @@ def extract_features(
 
     Raises:
         DataError: where features are not finite, or an image cannot be read.
+        WorkerError: where a process that reads images dies or hangs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     layers, count = list(layers), -(-len(images) // CHUNK)
     with progress(total=len(images), unit="image", desc=title, disable=process != 0) as bar:
+        ranges = {}
         for number in range(process, count, num_processes):
-            path = chunk_path(folder, number)
             start, stop = number * CHUNK, min(len(images), (number + 1) * CHUNK)
-            if not (_is_whole(path, layers) and (export is None or export.has(start, stop))):
-                parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-                kept: list[torch.Tensor] = []
-                for first in range(start, stop, batch_size):
-                    batch = images.read(first, min(first + batch_size, stop))
-                    if export is not None:
-                        kept.append(batch.cpu())
-                    found = extractor(batch.to(device))
-                    for layer in layers:
-                        parts[layer].append(found[layer].cpu())
-                joined = {layer: torch.cat(tensors).contiguous() for layer, tensors in parts.items()}
-                bad = [layer for layer, tensor in joined.items() if not torch.isfinite(tensor).all()]
-                if bad:
-                    raise DataError(
-                        f"images {start} to {stop - 1} of the {title} have features ({bad[0]}) that are not "
-                        "finite; look at the model that drew them, or at the extractor"
-                    )
+            is_there = _is_whole(chunk_path(folder, number), layers)
+            if is_there and (export is None or export.has(start, stop)):
+                bar.update((stop - start) * num_processes)
+                continue
+            firsts = range(start, stop, batch_size)
+            ranges[number] = [(first, min(first + batch_size, stop)) for first in firsts]
+        batches = read_batches(images, [batch for chunk in ranges.values() for batch in chunk])
+        for number, chunk in ranges.items():
+            parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+            kept: list[torch.Tensor] = []
+            for _ in chunk:
+                batch = next(batches)
                 if export is not None:
-                    export.write(start, torch.cat(kept))
-                files.replace(path, save(joined, {"sha256": _digest(path, joined)}))
+                    kept.append(batch.cpu())
+                found = extractor(batch.to(device))
+                for layer in layers:
+                    parts[layer].append(found[layer].cpu())
+            start, stop = chunk[0][0], chunk[-1][1]
+            joined = {layer: torch.cat(tensors).contiguous() for layer, tensors in parts.items()}
+            bad = [layer for layer, tensor in joined.items() if not torch.isfinite(tensor).all()]
+            if bad:
+                raise DataError(
+                    f"images {start} to {stop - 1} of the {title} have features ({bad[0]}) that are not "
+                    "finite; look at the model that drew them, or at the extractor"
+                )
+            if export is not None:
+                export.write(start, torch.cat(kept))
+            path = chunk_path(folder, number)
+            files.replace(path, save(joined, {"sha256": _digest(path, joined)}))
             bar.update((stop - start) * num_processes)
     wait()
 
@@ -112,8 +122,9 @@ def _is_whole(path: Path, layers: Iterable[str]) -> bool:
 def read_features(folder: Path, images: int, metrics: Iterable[str]) -> Features:
     """What the metrics need of the chunks of a set of so many images."""
     features = Features(metrics)
-    for number in range(-(-images // CHUNK)):
-        features.add(load_file(chunk_path(folder, number)))
+    for number in progress(range(-(-images // CHUNK)), desc="moments", unit="chunk", leave=False):
+        path = chunk_path(folder, number)
+        features.add(load(files.read_bytes(path)), path)
     return features
 
 

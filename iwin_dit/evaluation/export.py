@@ -1,7 +1,8 @@
 """Drawn images on disk, as other evaluators take them: a folder of PNGs, or ADM's ``.npz``.
 
 They are written chunk by chunk, by whichever process drew them, before the chunk's features are: so what is
-there is complete, and what is missing is drawn again.
+there is complete, and what is missing is drawn again. Files are on disk before they get their names, so that
+a power loss leaves none that is empty.
 """
 
 from __future__ import annotations
@@ -43,15 +44,24 @@ class PngFolder:
         return self.folder / f"{number:0{self.digits}d}.png"
 
     def has(self, start: int, stop: int) -> bool:
-        return all(self._path(number).exists() for number in range(start, stop))
+        return all(self._is_there(number) for number in range(start, stop))
+
+    def _is_there(self, number: int) -> bool:
+        path = self._path(number)
+        return path.exists() and path.stat().st_size > 0  # an older version did not wait for the disk
 
     def write(self, start: int, images: Tensor) -> None:
+        written = {}
         for number, pixels in enumerate(images.movedim(1, -1).cpu().numpy(), start):
-            path = self._path(number)
-            if not path.exists():
-                temporary = path.with_name(f".tmp-{path.name}")
-                Image.fromarray(pixels).save(temporary, format="PNG")
-                os.replace(temporary, path)
+            if not self._is_there(number):
+                path = self._path(number)
+                written[path] = path.with_name(f".tmp-{path.name}")
+                Image.fromarray(pixels).save(written[path], format="PNG")
+        for temporary in written.values():  # which takes less time than to wait for each in turn
+            files.fsync(temporary)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+        files.fsync_directory(self.folder)
 
     def finish(self) -> None:
         pass
@@ -78,7 +88,7 @@ class NpzFile:
         files.replace(self._part(start), data.getvalue())
 
     def finish(self) -> None:
-        temporary, start = self.path.with_name(f".tmp-{self.path.name}"), 0
+        temporary, start = self.parts / self.path.name, 0
         # a ZipInfo of its own has no date: the same images make the same file
         with (
             zipfile.ZipFile(temporary, "w") as archive,
@@ -91,7 +101,9 @@ class NpzFile:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(part.data)
                 start += len(part)
+        files.fsync(temporary)
         os.replace(temporary, self.path)
+        files.fsync_directory(self.path.parent)
 
 
 def open_export(target: Path, images: Images, parts: Path) -> PngFolder | NpzFile:
@@ -99,7 +111,7 @@ def open_export(target: Path, images: Images, parts: Path) -> PngFolder | NpzFil
 
     Args:
         target: new, or what an earlier call for the same images left there.
-        parts: a folder for what is needed for a while.
+        parts: a folder of this process, on the same file system, for what is needed for a while.
 
     Raises:
         ConfigError: where other images, or other files, are there.
@@ -107,7 +119,8 @@ def open_export(target: Path, images: Images, parts: Path) -> PngFolder | NpzFil
     packed = target.suffix == ".npz"
     recipe = target.with_name(f"{target.name}.recipe.json") if packed else target / "recipe.json"
     is_empty = not target.exists() or (not packed and target.is_dir() and not any(target.iterdir()))
-    if not is_empty and _fingerprint(recipe) != images.fingerprint:
+    is_foreign = packed and recipe.exists() and _fingerprint(recipe) is None
+    if is_foreign or (not is_empty and _fingerprint(recipe) != images.fingerprint):
         raise ConfigError(
             f"--save-images {target} is there already and not of this evaluation; remove it, or give another"
         )

@@ -1,49 +1,48 @@
 """Sets of images that metrics compare: folders, ADM's ``.npz`` files, and samples that are drawn on demand.
 
 Each has a length, ``read(start, stop) -> (n, 3, H, W)`` uint8, a ``fingerprint`` of its content and a
-``description`` for the result.
+``description`` for the result. To learn the fingerprint of stored images, all are looked at: so one that is
+broken or has another size is found before anything is computed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from iwin_dit.data.images import decode_image
+from iwin_dit.data.folders import ignored_line, list_files
+from iwin_dit.data.formats import IMAGES, Wanted
+from iwin_dit.data.images import center_crop, decode_image, read_header
+from iwin_dit.runtime import files
+from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import ConfigError, DataError
+from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
+from iwin_dit.runtime.workers import worker_errors
 
 DRAW_BATCH = 32
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# what zipfile and numpy raise for files that are not whole, encrypted, no .npz, or hold objects
-BROKEN_NPZ = (
-    OSError,
-    KeyError,
-    TypeError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+LOOK_FILES = 64  # looked at together
+READ_SECONDS = 600  # a batch that takes longer to read is an error
 
 
 class Images(Protocol):
-    """A set of images of one size."""
+    """A set of images of one size.
+
+    workers: processes that read it ahead; 0 for what is drawn.
+    """
 
     fingerprint: str
     description: dict[str, Any]
+    workers: int
 
     def __len__(self) -> int: ...
 
@@ -51,117 +50,155 @@ class Images(Protocol):
         """Some of them, in order: uint8 ``(stop - start, 3, H, W)``."""
 
 
+class Reading(NamedTuple):
+    """How stored images are read.
+
+    size: (H, W) that images of folders are cropped to, by ADM's centre crop. Default: all have one size.
+    background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
+    follow_links: links may lead out of a folder.
+    workers: processes that read.
+    """
+
+    size: tuple[int, int] | None = None
+    background: Colour | None = None
+    follow_links: bool = False
+    workers: int = 0
+
+
+AS_THEY_ARE = Reading()
+
+
+class _Calls(Dataset):
+    """``call(*arguments)`` for each of the arguments, in the processes of a DataLoader."""
+
+    def __init__(self, call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]):
+        self.call, self.arguments = call, arguments
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.call(*self.arguments[i])
+
+
+def in_order(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:
+    """Results in order, from worker processes with a time limit; of a single call without these.
+
+    Raises:
+        WorkerError: where a process dies, or a call takes longer than :data:`READ_SECONDS`.
+    """
+    workers = min(workers, len(arguments) - 1)
+    timeout = READ_SECONDS if workers > 0 else 0
+    with worker_errors("lower --workers", ""):
+        calls = _Calls(call, arguments)
+        yield from DataLoader(calls, batch_size=None, num_workers=max(workers, 0), timeout=timeout)
+
+
+def read_batches(images: Images, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """Images ``[start, stop)`` of each range, read ahead by the set's workers.
+
+    Raises:
+        DataError, WorkerError: where they cannot be read.
+    """
+    return in_order(images.read, ranges, images.workers)
+
+
 class FolderImages:
-    """All images below a folder, in the order of their paths; hidden ones are left out.
+    """All images below a folder, in the order of their paths, as :mod:`iwin_dit.data.folders` lists them.
 
     Raises:
         DataError: where there are none, or one cannot be read or has another size than the first.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in EXTENSIONS
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
+    def __init__(self, folder: Path, reading: Reading = AS_THEY_ARE, wanted: Wanted = IMAGES):
+        self.folder, self.reading, self.workers = folder, reading, reading.workers
+        listing = list_files(folder, wanted, reading.follow_links)
+        self.paths = sorted(folder / name for name in listing.files)
+        if line := ignored_line(str(folder), "images", listing.ignored):
+            say(line)
         if not self.paths:
             raise DataError(
-                f"there are no images in {folder}; expected files such as {', '.join(EXTENSIONS)}"
+                f"there are no images in {folder}; expected files such as {', '.join(sorted(wanted.endings))}"
             )
         self.description = {"folder": str(folder), "images": len(self)}
+        if reading.size is not None:
+            self.description["center_crop"] = list(reading.size)
+        if reading.background is not None:
+            self.description["background"] = list(reading.background)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, start: int, stop: int) -> Tensor:
-        images = [pil_to_tensor(decode_image(_read(path), str(path))) for path in self.paths[start:stop]]
-        first = self._size
-        for path, image in zip(self.paths[start:stop], images, strict=True):
-            if image.shape[1:] != first:
-                raise DataError(
-                    f"{path} has {image.shape[2]} x {image.shape[1]} pixels, {self.paths[0]} has "
-                    f"{first[1]} x {first[0]}; a metric compares images of one size"
-                )
+        """Some of them, in order: uint8 ``(stop - start, 3, H, W)``."""
+        images = []
+        for path in self.paths[start:stop]:
+            image = decode_image(_read(path), str(path), background=self.reading.background)
+            if self.reading.size is None:
+                self._check_size(path, image.size)
+                images.append(pil_to_tensor(image))
+            else:
+                images.append(center_crop(image, *self.reading.size))
         return torch.stack(images)
 
+    def _check_size(self, path: Path, size: tuple[int, int]) -> None:
+        first = self._size
+        if size != first:
+            raise DataError(
+                f"{path} has {size[0]} x {size[1]} pixels, {self.paths[0]} has {first[0]} x {first[1]}; a "
+                "metric compares images of one size: crop them with --size PIXELS"
+            )
+
     @cached_property
-    def _size(self) -> torch.Size:
-        return pil_to_tensor(decode_image(_read(self.paths[0]), str(self.paths[0]))).shape[1:]
+    def _size(self) -> tuple[int, int]:
+        return read_header(_read(self.paths[0]), str(self.paths[0])).size
+
+    def _look(self, start: int, stop: int) -> tuple[list[bytes], int]:
+        """The hash of each file, after a look at its header; how many have an alpha."""
+        hashes, with_alpha = [], 0
+        for path in self.paths[start:stop]:
+            data = _read(path)
+            header = read_header(data, str(path))
+            if self.reading.size is None:
+                self._check_size(path, header.size)
+            with_alpha += header.has_alpha
+            hashes.append(hashlib.sha256(data).digest())
+        return hashes, with_alpha
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(os.fsencode(path.relative_to(self.folder)))
-            digest.update(hashlib.sha256(_read(path)).digest())
+        """Of names and contents. All files are read, and their headers looked at.
+
+        Raises:
+            DataError: where an image cannot be read, or has another size than the first.
+        """
+        digest, with_alpha = hashlib.sha256(), 0
+        _ = self._size  # before processes are started, which would each read it
+        firsts = range(0, len(self), LOOK_FILES)
+        ranges = [(first, min(first + LOOK_FILES, len(self))) for first in firsts]
+        with progress(total=len(self), unit="image", desc=f"look at {self.folder}", delay=3) as bar:
+            looks = in_order(self._look, ranges, self.workers)
+            for (start, stop), (hashes, alphas) in zip(ranges, looks, strict=True):
+                with_alpha += alphas
+                for path, found in zip(self.paths[start:stop], hashes, strict=True):
+                    digest.update(os.fsencode(path.relative_to(self.folder)))
+                    digest.update(found)
+                bar.update(stop - start)
+        if with_alpha and self.reading.background is None:
+            say(
+                f"{with_alpha} of {len(self)} images in {self.folder} have an alpha, which is dropped: "
+                "where they are transparent, most become black; --background white sets a colour"
+            )
+        if self.reading.size is not None or self.reading.background is not None:
+            digest.update(repr((self.reading.size, self.reading.background)).encode())
         return digest.hexdigest()
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return files.read_bytes(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); restore or remove it") from None
-
-
-class NpzImages:
-    """The array ``arr_0`` of an ``.npz`` file, uint8 ``(N, H, W, 3)``, as ADM's evaluator takes it.
-
-    It is read piece by piece; objects in it are refused, not unpickled.
-
-    Raises:
-        DataError: where there is no such array.
-    """
-
-    what, axes = "images", ("height", "width")
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with self._open() as file:
-                self.shape, fortran, dtype = _npy_header(file)
-                self._start = file.tell()
-        except BROKEN_NPZ as error:
-            raise DataError(f"{path} is no .npz with {self.what} in arr_0: {error}") from None
-        fits = len(self.shape) == len(self.axes) + 2 and self.shape[-1] == 3 and 0 not in self.shape
-        if dtype != np.uint8 or fortran or not fits:
-            raise DataError(
-                f"{path} holds {dtype} of shape {self.shape} in arr_0, expected uint8 "
-                f"(N, {', '.join(self.axes)}, 3) in C order"
-            )
-        self.description = {"npz": str(path), self.what: len(self)}
-
-    def _open(self) -> Any:
-        return zipfile.ZipFile(self.path).open("arr_0.npy")
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self, start: int, stop: int) -> Tensor:
-        size = int(np.prod(self.shape[1:]))
-        try:
-            with self._open() as file:
-                file.seek(self._start + start * size)
-                data = file.read((stop - start) * size)
-        except BROKEN_NPZ as error:
-            raise DataError(f"{self.path} is broken at image {start} or after it: {error}") from None
-        if len(data) != (stop - start) * size:
-            raise DataError(f"{self.path} ends within image {start + len(data) // size}; get it again")
-        images = np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
-        return torch.from_numpy(images.copy()).movedim(-1, 1).contiguous()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
 
 
 class SampledImages:
@@ -185,6 +222,7 @@ class SampledImages:
         draw_batch: int = DRAW_BATCH,
     ):
         self.draw, self.labels, self.seed, self.draw_batch = draw, list(labels), seed, draw_batch
+        self.workers = 0
         self._group: tuple[int, Tensor] | None = None  # the last one: its number and its images
         seen: dict[int, int] = {}
         self.numbers = []
@@ -238,17 +276,3 @@ def label_plan(plan: str, num_images: int, num_classes: int, seed: int) -> list[
     if plan == "equal":
         return [i % num_classes for i in range(num_images)]
     return torch.randint(num_classes, (num_images,), generator=generator(seed, "labels")).tolist()
-
-
-def open_images(location: str) -> FolderImages | NpzImages:
-    """A folder, or an ``.npz`` file.
-
-    Raises:
-        DataError: where it is neither.
-    """
-    path = Path(location)
-    if path.is_dir():
-        return FolderImages(path)
-    if path.suffix == ".npz" and path.is_file():
-        return NpzImages(path)
-    raise DataError(f"{location} is neither a folder of images nor an .npz file")

@@ -1,23 +1,23 @@
-"""From features to figures: Frechet distances by our own code; KID, IS, precision, recall by torch-fidelity.
-
-Legend: N generated, M real samples.
-"""
+"""From features to figures: which metric needs what, and all of them by their names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
+from iwin_dit.evaluation.every_sample import (
+    CPU,
+    Samples,
+    inception_score,
+    kernel_distance,
+    precision_and_recall,
+)
 from iwin_dit.evaluation.frechet import Moments, frechet_distance
 from iwin_dit.runtime.errors import DataError
-
-KID_SUBSET = 1000  # samples of each of 100 random subsets
 
 
 class Metric(NamedTuple):
@@ -43,7 +43,7 @@ METRICS = {
 
 
 class Features:
-    """What metrics need of one set of images: moments per layer, and all features of a layer where asked.
+    """What metrics need of one set of images: moments per layer, and every sample's features where asked.
 
     Args:
         metrics: names of :data:`METRICS`.
@@ -51,21 +51,22 @@ class Features:
 
     def __init__(self, metrics: Iterable[str]):
         wanted = [METRICS[name] for name in metrics]
-        self.whole: dict[str, list[Tensor]] = {metric.layer: [] for metric in wanted if metric.every_sample}
+        self.samples = {metric.layer: Samples(metric.layer) for metric in wanted if metric.every_sample}
         self.layers = {metric.layer for metric in wanted if not metric.every_sample}
         self.moments: dict[str, Moments] = {}
 
-    def add(self, features: dict[str, Tensor]) -> None:
-        """Adds a batch: ``{layer: (B, D)}``."""
+    def add(self, features: Mapping[str, Tensor], path: Path | None = None) -> None:
+        """Adds a batch, ``{layer: (B, D)}``.
+
+        Args:
+            path: a file that holds the batch; every sample's features are read from it when they are needed.
+        """
         for layer in self.layers:
             batch = features[layer]
             self.moments.setdefault(layer, Moments.empty(batch.shape[1])).add(batch)
-        for layer, batches in self.whole.items():
-            batches.append(features[layer].detach().float().cpu())
-
-    def all(self, layer: str) -> Tensor:
-        """All features of a layer, ``(N, D)``."""
-        return torch.cat(self.whole[layer])
+        for layer, samples in self.samples.items():
+            batch = features[layer].detach()
+            samples.add(batch.float().cpu() if path is None else path, len(batch))
 
 
 def check_counts(metrics: Iterable[str], generated: int, real: int | None) -> None:
@@ -82,8 +83,13 @@ def check_counts(metrics: Iterable[str], generated: int, real: int | None) -> No
             raise DataError(f"{name} needs {metric.least} images or more{' ' if both else ', '}{found}")
 
 
-def compute(metrics: Iterable[str], generated: Features, real: Features | None) -> dict[str, float]:
-    """The figures, by name.
+def compute(
+    metrics: Iterable[str],
+    generated: Features,
+    real: Features | None,
+    device: torch.device = CPU,
+) -> dict[str, float]:
+    """The figures, by name; distances between all samples are computed on the device.
 
     Raises:
         DataError: where there are too few samples for one; see :func:`check_counts`.
@@ -96,23 +102,13 @@ def compute(metrics: Iterable[str], generated: Features, real: Features | None) 
             check_counts([name], a.count, b.count)
             figures[name] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
             continue
-        own = generated.all(layer)
+        own = generated.samples[layer]
+        others = real.samples[layer] if METRICS[name].needs_reference else None
+        check_counts([name], len(own), None if others is None else len(others))
         if name == "is":
-            check_counts([name], len(own), None)
-            found = isc_features_to_metric(own)
-            figures["is"], figures["is_std"] = (
-                found["inception_score_mean"],
-                found["inception_score_std"],
-            )
-            continue
-        others = real.all(layer)
-        check_counts([name], len(own), len(others))
-        if name == "kid":
-            size = min(KID_SUBSET, len(own), len(others))
-            found = kid_features_to_metric(own, others, kid_subset_size=size, verbose=False)
-            figures["kid"] = found["kernel_inception_distance_mean"]
-            figures["kid_std"] = found["kernel_inception_distance_std"]
+            figures["is"], figures["is_std"] = inception_score(own)
+        elif name == "kid":
+            figures["kid"], figures["kid_std"] = kernel_distance(own, others)
         else:
-            found = prc_features_to_metric(own, others, save_cpu_ram=True, verbose=False)
-            figures["precision"], figures["recall"] = found["precision"], found["recall"]
+            figures["precision"], figures["recall"] = precision_and_recall(own, others, device)
     return figures

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from iwin_dit.runtime import files, limits
+from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.errors import ConfigError
 
 EXTRACTORS = {  # the metrics of each; the first is the default
@@ -33,6 +35,7 @@ DRAWING = {  # options for a model that draws, with what stands in where they ar
     "save_images": None,
     "sweep": None,
 }
+SWEEP_TITLE = "a sweep of evaluate_fid.py"  # in the text of its picture
 NOT_REPEATED = ("out", "save_images", "save_reference", "repeat", "sweep", "compare")
 
 
@@ -59,6 +62,19 @@ def check_arguments(arguments: argparse.Namespace, defaults: Mapping[str, Any]) 
     for name in ("num_images", "batch_size", "draw_batch", "steps"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ConfigError(f"{_option(name)} is {value}, expected at least 1")
+    if arguments.workers is not None and arguments.workers < 0:
+        raise ConfigError(f"--workers is {arguments.workers}, expected at least 0")
+    size = arguments.size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ConfigError(f"--size is {size}, expected a side, or height and width, of at least 1")
+    if arguments.background is not None:
+        colour(arguments.background)
+    _check_outputs(arguments)
+    _check_drawing(arguments)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Whether the outputs can be written, and what is there was made by an earlier call."""
     kept = arguments.save_reference
     if kept is not None and not kept.endswith(".safetensors"):
         raise ConfigError(f"--save-reference is {kept}, expected a path that ends with .safetensors")
@@ -71,7 +87,16 @@ def check_arguments(arguments: argparse.Namespace, defaults: Mapping[str, Any]) 
             raise ConfigError(
                 f"{_option(name)} {path} cannot be written; take a path in a folder that is yours"
             )
-    _check_drawing(arguments)
+    for name, path, is_ours in (
+        ("out", arguments.out, is_result),
+        ("save_reference", kept, is_statistics),
+        ("sweep", arguments.sweep and str(Path(arguments.out).with_suffix(".png")), is_sweep),
+    ):
+        if path and Path(path).exists() and not is_ours(Path(path)):
+            raise ConfigError(
+                f"{_option(name)} would write over {path}, which was not made by evaluate_fid.py; move it "
+                "away, or take another path"
+            )
 
 
 def _check_drawing(arguments: argparse.Namespace) -> None:
@@ -145,6 +170,35 @@ def name_figures(figures: Mapping[str, float], kind: str) -> dict[str, float]:
     if kind == "inception":
         return dict(figures)
     return {f"{TITLES.get(name, name)} ({kind})": value for name, value in figures.items()}
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is a stored result."""
+    try:
+        read_result(path)
+    except ConfigError:
+        return False
+    return True
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file holds what ``--save-reference`` writes: safetensors that say what they are of."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, limits.JSON_BYTES)))
+        return "images" in json.loads(header["__metadata__"]["about"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a PNG is the curve of an earlier ``--sweep``, which says so in its text."""
+    try:
+        with open(path, "rb") as file:
+            return SWEEP_TITLE.encode() in file.read(limits.HEADER_BYTES)
+    except OSError:
+        return False
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from iwin_dit.evaluation.archives import BROKEN_NPZ, read_array
 from iwin_dit.evaluation.frechet import Moments
-from iwin_dit.evaluation.images import BROKEN_NPZ
-from iwin_dit.evaluation.metrics import METRICS, Features
-from iwin_dit.runtime import files
+from iwin_dit.evaluation.metrics import Features
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 
 STATISTICS = {  # ADM's names; of logits, as FVD has them
@@ -29,17 +30,12 @@ def read_statistics(path: Path, metrics: Iterable[str], extractor: Any) -> Featu
     """Of an ``.npz`` with ``mu, sigma`` and, for sFID, ``mu_s, sigma_s``, or of :func:`write_statistics`.
 
     Args:
+        metrics: those that need moments alone.
         extractor: the one that is used now; ours say which one they are of.
 
     Raises:
-        DataError: where the file does not hold them, is of another extractor, or a metric needs every image.
+        DataError: where the file does not hold them, or is of another extractor.
     """
-    metrics = list(metrics)
-    whole = [name for name in metrics if METRICS[name].every_sample and METRICS[name].needs_reference]
-    if whole:
-        raise DataError(
-            f"{path} holds statistics, {', '.join(whole)} needs the images themselves; give a folder"
-        )
     features = Features(metrics)
     try:
         if path.suffix == ".safetensors":
@@ -49,6 +45,8 @@ def read_statistics(path: Path, metrics: Iterable[str], extractor: Any) -> Featu
         for layer, (count, mean, covariance) in found.items():
             if mean.ndim != 1 or covariance.shape != mean.shape * 2:
                 raise ValueError(f"a covariance of shape {covariance.shape} beside means {mean.shape}")
+            if count < 2:
+                raise ValueError(f"they are of {count} images, expected 2 or more")
             if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
                 raise ValueError("they are not finite")
             features.moments[layer] = Moments(count, mean, covariance * (count - 1))
@@ -59,16 +57,18 @@ def read_statistics(path: Path, metrics: Iterable[str], extractor: Any) -> Featu
 
 def _read_adms(path: Path, layers: Iterable[str]) -> dict[str, tuple[int, Any, Any]]:
     found = {}
-    with np.load(path) as archive:
+    with zipfile.ZipFile(path) as archive:
         for layer in layers:
-            mean, covariance = (np.asarray(archive[key], np.float64) for key in STATISTICS[layer])
+            mean, covariance = (read_array(archive, key) for key in STATISTICS[layer])
             found[layer] = (2, mean, covariance)  # which do not say of how many images they are
     return found
 
 
 def _read_ours(path: Path, layers: Iterable[str], extractor: Any) -> dict[str, tuple[int, Any, Any]]:
+    if path.stat().st_size > len(STATISTICS) * limits.ARRAY_BYTES:
+        raise ValueError(f"it has more than {files.in_units(len(STATISTICS) * limits.ARRAY_BYTES)}")
     with safe_open(path, "np") as file:
-        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        about = read_about(file)
         made_by = about.get("extractor")
         if made_by != identity(extractor):
             raise ValueError(f"they are of the extractor {made_by}, not of {identity(extractor)}")
@@ -80,6 +80,21 @@ def _read_ours(path: Path, layers: Iterable[str], extractor: Any) -> dict[str, t
             layer: (int(about["images"]), *(file.get_tensor(f"{layer}.{key}") for key in ("mu", "sigma")))
             for layer in layers
         }
+
+
+def read_about(file: Any) -> dict[str, Any]:
+    """What :func:`write_statistics` wrote beside the numbers of an open file.
+
+    Raises:
+        ValueError: where another program made the file.
+    """
+    try:
+        about = json.loads((file.metadata() or {})["about"])
+        if not isinstance(about["images"], int):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError("it does not say what its numbers are of") from None
+    return about
 
 
 def write_statistics(path: Path, features: Features, extractor: Any, source: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from iwin_dit.evaluation.rules import SWEEP_TITLE
 from iwin_dit.runtime.errors import ConfigError
 
 
@@ -54,5 +55,5 @@ def draw_sweep(key: str, values: Sequence[float], figures: Sequence[Mapping[str,
         panel.plot(values, [row[name] for row in figures], marker="o")
         panel.set(xlabel=key.replace("_", " "), title=name)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Title": SWEEP_TITLE})
     plt.close(figure)

@@ -21,8 +21,9 @@ from iwin_dit import IwinDiTPipeline, build_evaluation
 from iwin_dit.build_evaluation import drawer
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
+from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.extractors import DINOv2, Inception
-from iwin_dit.evaluation.images import FolderImages, NpzImages, SampledImages, label_plan
+from iwin_dit.evaluation.images import FolderImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
@@ -120,7 +121,7 @@ def test_41_arguments_of_drawing(sets, refused, tmp_path):
         (("--sweep", "steps=1,2", "--steps", 4), "--steps is 4, and --sweep gives it too"),
     ):
         refused(message, *drawn, *arguments)
-    assert not (tmp_path / "result.work").exists()
+    assert not (tmp_path / ".result.json.work").exists()
 
     statistics = dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     for name, options in (("bare", {"class_dropout_prob": 0.0}), ("fewer", {"num_classes": 2})):
@@ -137,7 +138,7 @@ def test_41_a_cache_that_cannot_be_kept(sets, refused, evaluate, monkeypatch, tm
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     refused("Not a directory; set XDG_CACHE_HOME to a folder that is yours", *images)
-    assert not (tmp_path / "result.work").exists()
+    assert not (tmp_path / ".result.json.work").exists()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     replace = chunks.files.replace
@@ -183,11 +184,10 @@ def test_41_images_that_cannot_be_used(sets, refused, tmp_path):
         ("mixed", Image.new("RGB", (16, 20)).save, "03.png has 16 x 20 pixels"),
         ("truncated", lambda path: path.write_bytes(whole[:300]), "is a broken or truncated image"),
         ("empty", Path.touch, "is empty, not an image"),
-        ("folder", Path.mkdir, "03.png cannot be read (Is a directory)"),
         (
             "link",
             lambda path: path.symlink_to("nothing"),
-            "03.png cannot be read (No such file",
+            "03.png is a link that loops or leads nowhere",
         ),
         ("text", lambda path: path.write_text("GIF89a"), "has no valid header"),
     ):
@@ -200,7 +200,7 @@ def test_41_images_that_cannot_be_used(sets, refused, tmp_path):
     generated = ("--generated", sets / "other", "--metrics", "kid", "--reference")
     refused("the generated images have (16, 16) pixels, the reference's have (20, 20)", *generated, large)
     refused("there are no images in", *generated, tmp_path / "nothing")
-    refused("is neither a folder of images nor an .npz file", *generated, tmp_path / "no")
+    refused("is neither a folder of images, nor an .npz file", *generated, tmp_path / "no")
 
 
 def test_41_npz_files_that_cannot_be_used(sets, refused, tmp_path):

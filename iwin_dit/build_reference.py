@@ -1,0 +1,184 @@
+"""What generated images are compared with: real images, stored statistics, or both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from torch import nn
+
+from iwin_dit.evaluation.archives import array_names
+from iwin_dit.evaluation.clips import open_set
+from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
+from iwin_dit.evaluation.export import Export
+from iwin_dit.evaluation.images import AS_THEY_ARE, Images, Reading
+from iwin_dit.evaluation.metrics import METRICS, Features, check_counts
+from iwin_dit.evaluation.statistics import STATISTICS, read_statistics
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import FULL, ConfigError, DataError
+from iwin_dit.runtime.lock import hold
+from iwin_dit.training.state import shared, together
+
+T = TypeVar("T")
+
+
+@dataclass
+class Reference:
+    """What is compared with.
+
+    images: for the metrics that compare samples one by one and, without statistics, for the others.
+    statistics: a file of means and covariances, for the other metrics.
+    features: the folder of the images' features, once :func:`extract_reference` has made them.
+    """
+
+    images: Images | None
+    statistics: Path | None
+    features: Path | None = None
+
+    def check_counts(self, metrics: list[str], generated: int) -> None:
+        """As :func:`iwin_dit.evaluation.metrics.check_counts`, but that statistics need not tell a count."""
+        one_by_one, by_moments = split(metrics)
+        real = None if self.images is None else len(self.images)
+        check_counts(one_by_one, generated, real)
+        check_counts(by_moments, generated, None if self.statistics else real)
+
+    def describe(self) -> dict[str, Any]:
+        """For the result."""
+        if self.statistics is None:
+            return self.images.description | {"sha256": self.images.fingerprint}
+        counted = {} if self.images is None else {"images": len(self.images)}
+        sha256 = files.fingerprint(self.statistics)["sha256"]
+        return {"statistics": str(self.statistics), **counted, "sha256": sha256}
+
+    def read(self, metrics: list[str], extractor: nn.Module) -> Features:
+        """What the metrics need of it.
+
+        Raises:
+            DataError: where the file of statistics does not hold them.
+        """
+        one_by_one, by_moments = split(metrics)
+        if self.statistics is None:
+            return read_features(self.features, len(self.images), metrics)
+        features = read_statistics(self.statistics, by_moments, extractor)
+        if self.images is not None:
+            features.samples = read_features(self.features, len(self.images), one_by_one).samples
+        return features
+
+
+def split(metrics: list[str]) -> tuple[list[str], list[str]]:
+    """Those that compare samples one by one, and those that compare moments."""
+    return tuple([name for name in metrics if METRICS[name].every_sample is every] for every in (True, False))
+
+
+def open_reference(
+    location: str | None, metrics: list[str], extractor: str, reading: Reading = AS_THEY_ARE
+) -> Reference | None:
+    """Images, clips, a file of statistics or one of both, as ADM's; None where no metric needs one.
+
+    All images are looked at: a broken one is found now.
+
+    Args:
+        extractor: as ``--extractor`` names it; ``i3d:FILE`` takes clips.
+
+    Raises:
+        ConfigError: where a reference is needed and not given, or the cache of references cannot be written.
+        DataError: where an image cannot be used, or statistics are given where images are needed.
+    """
+    needing = [name for name in metrics if METRICS[name].needs_reference]
+    if location is None or not needing:
+        if needing:
+            raise ConfigError(f"{', '.join(needing)} compares with real images: give --reference")
+        return None
+    path = Path(location)
+    names = array_names(path) if path.suffix == ".npz" and path.is_file() else set()
+    one_by_one, by_moments = split(needing)
+    holds_images = "arr_0" in names
+    stored = path.suffix == ".safetensors" or (
+        STATISTICS["pool"][0] in names and bool(by_moments or not holds_images)
+    )
+    if stored and one_by_one and not holds_images:
+        raise DataError(
+            f"{path} holds statistics, {', '.join(one_by_one)} needs the images themselves; give a folder"
+        )
+    if stored and not one_by_one:
+        return Reference(None, path)
+    with reference_cache():
+        pass  # made now: where it cannot be, that shows before images are drawn
+    images = open_set(location, extractor.startswith("i3d:"), reading)
+    _ = images.fingerprint  # all are looked at
+    return Reference(images, path if stored else None)
+
+
+def extract_reference(
+    reference: Reference, extractor: nn.Module, batch_size: int, accelerator: Accelerator
+) -> None:
+    """Makes the features of real images that are not in the cache, under a key of their content.
+
+    Another evaluation that makes them now is waited for.
+    """
+    if reference.images is None:
+        return
+    with reference_cache() as cache:
+        reference.features = folder = cache / features_key(reference.images, extractor)
+
+        def reserve() -> Any:
+            folder.mkdir(parents=True, exist_ok=True)
+            return hold(folder, wait=True)
+
+        with together(accelerator, reserve) or contextlib.nullcontext():
+            extract(reference.images, extractor, folder, batch_size, accelerator, "reference")
+
+
+def extract(
+    images: Images,
+    extractor: nn.Module,
+    folder: Path,
+    batch_size: int,
+    accelerator: Accelerator,
+    title: str,
+    export: Export | None = None,
+) -> None:
+    """Writes the features of a set that are not in the folder already, by all processes."""
+    extract_features(
+        images,
+        extractor,
+        extractor.layers,
+        folder,
+        batch_size,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+        title,
+        export,
+    )
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What the main process's ``action`` returns, on every process, or its error."""
+    return shared(accelerator, together(accelerator, action))
+
+
+@contextlib.contextmanager
+def reference_cache() -> Iterator[Path]:
+    """The folder of the references' features, which is made.
+
+    Raises:
+        ConfigError: where it cannot be made or, in the context, written.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "iwin-dit" / "references"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield cache
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(
+            f"features of the reference cannot be kept in {cache}: {error.strerror or error}; "
+            "set XDG_CACHE_HOME to a folder that is yours"
+        ) from None

@@ -1,0 +1,40 @@
+"""Drawing a batch that may not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+T = TypeVar("T")
+
+
+def draw_in_parts(
+    draw: Callable[[Sequence[Any], list[torch.Generator]], T],
+    labels: Sequence[Any],
+    generators: list[torch.Generator],
+) -> list[T]:
+    """``[draw(labels, generators)]``; or, where this runs out of memory, of the first and of the second half.
+
+    Halves that do not fit either are halved again. The generators begin each time where they were, so that
+    the images are the same but for the rounding that depends on the batch.
+
+    Raises:
+        RuntimeError: where not even one fits, as torch raises it.
+    """
+    states = [generator.get_state() for generator in generators]
+    try:
+        return [draw(labels, generators)]
+    except RuntimeError as error:
+        if len(labels) == 1 or not should_reduce_batch_size(error):
+            raise
+    clear_device_cache(garbage_collection=True)  # after the error, which held what was drawn so far
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    half = len(labels) // 2
+    return [
+        *draw_in_parts(draw, labels[:half], generators[:half]),
+        *draw_in_parts(draw, labels[half:], generators[half:]),
+    ]
