@@ -7,7 +7,7 @@ same command again goes on after an interruption.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,21 +72,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return evaluate(arguments)
 
 
-def show(rows: Mapping[str, Mapping[str, float]], lines: Sequence[str] = ()) -> None:
-    """Figures as a table, a row for each evaluation, and lines below; by the main process alone."""
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
-    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
-    print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
-    for title, figures in rows.items():
-        cells = [f"{figures[name]:.6g}" if name in figures else "" for name in names]
-        print(f"| {title} | {' | '.join(cells)} |")
-    for line in lines:
-        print(line)
-
-
 def repeat(path: Path) -> None:
     """The evaluation of a stored result again, beside it, and how they differ."""
     stored = rules.read_result(path)
@@ -96,7 +81,7 @@ def repeat(path: Path) -> None:
         raise ConfigError(f"{path} is no result of this evaluate_fid.py: {error}") from None
     result = run(again)
     rows = {"stored": stored["figures"], "again": result["figures"]}
-    show(rows, rules.differences(stored, result))
+    rules.show(rows, rules.differences(stored, result))
 
 
 def main() -> None:
@@ -105,10 +90,10 @@ def main() -> None:
         repeat(Path(arguments.repeat))
         return
     if arguments.compare is not None:
-        show({path: rules.read_result(Path(path))["figures"] for path in arguments.compare})
+        rules.show({path: rules.read_result(Path(path))["figures"] for path in arguments.compare})
         return
     if arguments.sweep is None:
-        show({arguments.generated: run(arguments)["figures"]})
+        rules.show({arguments.generated: run(arguments)["figures"]})
         return
     from iwin_dit.evaluation.sweep import draw_sweep, named, values_of
 
@@ -118,7 +103,7 @@ def main() -> None:
         one = argparse.Namespace(**vars(arguments) | {key: value})
         one.out, one.save_images = (named(path, key, value) for path in (one.out, one.save_images))
         rows[f"{key} {value}"] = run(one)["figures"]
-    show(rows)
+    rules.show(rows)
     draw_sweep(key, values, list(rows.values()), Path(arguments.out).with_suffix(".png"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,21 @@ def stored_command(result: Mapping[str, Any]) -> list[str]:
         else:
             command += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
     return command
+
+
+def show(rows: Mapping[str, Mapping[str, float]], lines: Sequence[str] = ()) -> None:
+    """Figures as a table, a row for each evaluation, and lines below; by the main process alone."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
+    for title, figures in rows.items():
+        cells = [f"{figures[name]:.6g}" if name in figures else "" for name in names]
+        print(f"| {title} | {' | '.join(cells)} |")
+    for line in lines:
+        print(line)
 
 
 def differences(stored: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
