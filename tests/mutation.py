@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib
-import json
 import os
 import random
 import shutil
@@ -27,8 +25,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import mutation_trace
 import pytest
-from mutants import KEPT, Mutant, in_folder, owners, statement_lines
+from mutants import Mutant, in_folder
+from mutation_map import Recorder, concerned, measure, within
 from mutation_notes import EQUIVALENT, NAMED, STUDIES, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +37,6 @@ PACKAGES = {  # slow to import: what a child needs of them is imported here, for
     *("scipy", "sklearn", "sympy", "PIL", "jsonargparse", "yaml", "safetensors", "huggingface_hub", "einops"),
 }
 NOT_COPIED = (".*", "runs", "data", "samples", "build", "dist", "*.egg-info")  # of the root
-TRACE = "MUTATION_TRACE"  # the file to which this process and those it starts write the lines they execute
-STARTED = f"import os\nif os.environ.get('{TRACE}'):\n    import mutation_trace\n    mutation_trace.start()\n"
 
 
 class Tree:
@@ -52,9 +50,7 @@ class Tree:
                 copy = shutil.copytree if path.is_dir() else shutil.copy
                 copy(path, self.root / path.name)
         self.modules = scratch / "modules"
-        here = Path(__file__).parent
-        (self.root / "sitecustomize.py").write_text(STARTED)
-        shutil.copy(here / "mutation_trace.py", self.root)
+        shutil.copy(mutation_trace.__file__, self.root / "sitecustomize.py")
 
     def test(self, arguments: list[str], timeout: float, trace: Path | None = None) -> tuple[int | None, str]:
         """pytest's exit code in a forked child, None where it ran out of time, and what it printed."""
@@ -91,11 +87,7 @@ class Tree:
             os.chdir(self.root)
             sys.path[:0] = [str(self.root)]
             os.environ["PYTHONPATH"] = str(self.root)
-            plugins = []
-            if trace:
-                import mutation_trace
-
-                plugins.append(mutation_trace.Recorder(self.root, trace))
+            plugins = [Recorder(self.root, trace)] if trace else []
             options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.scratch / 'tests'}"]
             code = int(pytest.main([*options, *arguments], plugins=plugins))
             self.modules.write_text("\n".join(list(sys.modules)))
@@ -103,60 +95,6 @@ class Tree:
             sys.stderr.flush()
         finally:
             os._exit(code)
-
-
-def measure(tree: Tree, tests: list[str], path: Path) -> dict[str, dict]:
-    """``{test: {"seconds": s, "ran": {"file function": [line offsets]}}}``."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    for name in tests:
-        digest = hashlib.sha256((tree.root / name).read_bytes()).hexdigest()
-        if known.get(name, {}).get("digest") == digest:
-            continue
-        trace = tree.scratch / "trace"
-        shutil.rmtree(trace, ignore_errors=True)
-        trace.mkdir()
-        start = time.monotonic()
-        code, output = tree.test([name], timeout=1800, trace=trace)
-        import mutation_trace
-
-        found = mutation_trace.read(tree.root, trace)
-        known[name] = {"digest": digest, "tests": found}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known))
-        seconds = time.monotonic() - start
-        print(f"measured {name}: {len(found)} tests, exit {code}, {seconds:.0f} s", flush=True)
-        if code:
-            print("\n".join(output.splitlines()[-8:]), flush=True)
-    return {test: found for name in tests for test, found in known[name]["tests"].items()}
-
-
-def concerned(mutant: Mutant, source: bytes, measured: dict[str, dict]) -> tuple[list[str], bool]:
-    """The tests of a mutant, fastest first, and whether one of them executes its line.
-
-    Of a function that changed since the tests were measured, all tests that execute any of it.
-    """
-    function, offset = owners(source).get(mutant.line, ("", 0))
-    lines = statement_lines(source).get(mutant.line, range(mutant.line, mutant.line + 1))
-    offsets = {line - mutant.line + offset for line in lines}
-    if not function or function.endswith(KEPT):  # executed as the module is imported, or once for all
-        key = f"{mutant.path} "
-        chosen = [t for t, m in measured.items() if any(k.startswith(key) for k in m["ran"])]
-        return sorted(chosen, key=lambda t: measured[t]["seconds"]), bool(chosen)
-    ran = {t: m["ran"].get(f"{mutant.path} {function}", []) for t, m in measured.items()}
-    chosen = [t for t, found in ran.items() if offsets.intersection(found)]
-    anyway = chosen or [t for t, found in ran.items() if found]
-    return sorted(anyway, key=lambda t: measured[t]["seconds"]), bool(chosen)
-
-
-def within(budget: float, tests: list[str], measured: dict[str, dict]) -> tuple[list[str], float]:
-    """As many of the fastest tests as the budget holds, one at least, and their seconds."""
-    total, taken = 0.0, []
-    for test in tests:
-        if taken and total + measured[test]["seconds"] > budget:
-            break
-        taken.append(test)
-        total += measured[test]["seconds"]
-    return taken, total
 
 
 def check(tree: Tree, mutant: Mutant, measured: dict[str, dict], budget: float) -> tuple[str, str]:

@@ -6,11 +6,9 @@ STUDIES = tuple(
 
 TESTS = {  # files of tests/, from which those that execute a line are chosen
     "iwin_dit/diffusion": "diffusion guidance pipeline",
-    "iwin_dit/training": "data optimizer reports posthoc checkpoint classification training micro_batches "
-    "levers classifier monitor",
-    "iwin_dit/data": "data digits pixels images video extraction classification clip_training "
-    "clip_classifier video_pipeline",
-    "iwin_dit/evaluation": "rules frechet metrics extractors evaluate monitor clips",
+    "iwin_dit/training": "data optimizer reports posthoc checkpoint classification training levers",
+    "iwin_dit/data": "data digits pixels images folders limits video extraction classification clip_training",
+    "iwin_dit/evaluation": "rules frechet metrics extractors evaluate clips",
 }
 
 EQUIVALENT = {  # (file, line as changed): why no test can notice it

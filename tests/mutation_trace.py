@@ -1,40 +1,34 @@
-"""Which lines of the project does each test execute? For tests/mutation.py.
+"""Writes the lines of a project that a process executes to a file, as it executes them.
 
-The lines go to a file of the test as they are executed, so that processes which a test starts, forks or
-kills leave theirs too. Seconds are of the processor, so that the load does not count.
+For tests/mutation.py, which copies this file to where Python imports it as a process starts. Processes that a
+test starts, forks or kills leave their lines too.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 from pathlib import Path
 
-import pytest
-from mutants import owners
-
-TRACE = "MUTATION_TRACE"
+TRACE = "MUTATION_TRACE"  # the file of this process and of those that it starts
 _seen: set[tuple[str, int]] = set()
-_file = None
+_file = -1
 
 
 def write_to(path: str) -> None:
     """What is executed from here on goes to this file, here and in the processes that start from here."""
     global _file
-    if _file is not None:
+    if _file >= 0:
         os.close(_file)
     _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.environ[TRACE] = path
     _seen.clear()
 
 
-def start() -> None:
-    """Traces the package of the tree that this module lies in."""
-    root = str(Path(__file__).resolve().parent)
-    ours = {str(path): str(path.relative_to(root)) for path in Path(root).glob("*/**/*.py")}
-    write_to(os.environ[TRACE])
+def start(root: Path) -> None:
+    """Traces the packages in this folder; :func:`write_to` says where to."""
+    ours = {str(path): str(path.relative_to(root)) for path in root.glob("*/**/*.py")}
 
     def line(frame, event, _):
         if event == "line":
@@ -51,74 +45,6 @@ def start() -> None:
     sys.settrace(call)
 
 
-class Recorder:
-    """A plugin of pytest: a file of lines for each test, and for each fixture that several tests share."""
-
-    def __init__(self, root: Path, folder: Path):
-        self.folder, self.tests = folder, {}
-        self._to("collection")
-        start()
-
-    def _to(self, name: str) -> None:
-        self.now = name
-        os.environ[TRACE] = str(self.folder / f"{name.encode().hex()[:80]}-{abs(hash(name))}")
-        write_to(os.environ[TRACE])
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        self._to(item.nodeid)
-        self.tests[item.nodeid] = {"file": os.environ[TRACE], "fixtures": list(item.fixturenames)}
-        begun = sum(os.times()[:4])
-        yield
-        self.tests[item.nodeid]["seconds"] = round(sum(os.times()[:4]) - begun, 3)
-        self._to("collection")
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_fixture_setup(self, fixturedef):
-        before = self.now
-        if fixturedef.scope != "function":
-            self._to(f"fixture {fixturedef.argname}")
-            self.tests.setdefault(f"fixture {fixturedef.argname}", {"file": os.environ[TRACE]})
-        yield
-        if fixturedef.scope != "function":
-            self._to(before)
-
-    def pytest_runtest_logreport(self, report):
-        if report.failed or report.skipped:
-            self.tests[report.nodeid]["unfit"] = True
-
-    def pytest_sessionfinish(self):
-        sys.settrace(None)
-        (self.folder / "tests.json").write_text(json.dumps(self.tests))
-
-
-def read(root: Path, folder: Path) -> dict[str, dict]:
-    """Of each test that passed its seconds, and ``{"file function": [line offsets]}`` that it executed."""
-    index = folder / "tests.json"
-    tests = json.loads(index.read_text()) if index.exists() else {}
-    functions = {}
-
-    def ran(path: str) -> set[tuple[str, int]]:
-        found = set()
-        for entry in Path(path).read_text().splitlines():
-            name, _, line = entry.rpartition(":")
-            if name not in functions:
-                functions[name] = owners((root / name).read_bytes())
-            if int(line) in functions[name]:
-                function, offset = functions[name][int(line)]
-                found.add((f"{name} {function}", offset))
-        return found
-
-    result = {}
-    for test, known in tests.items():
-        if test.startswith("fixture ") or known.get("unfit"):
-            continue
-        lines = ran(known["file"])
-        for fixture in known["fixtures"]:
-            if f"fixture {fixture}" in tests:
-                lines |= ran(tests[f"fixture {fixture}"]["file"])
-        found = {}
-        for key, offset in sorted(lines):
-            found.setdefault(key, []).append(offset)
-        result[test] = {"seconds": known["seconds"], "ran": found}
-    return result
+if __name__ == "sitecustomize" and TRACE in os.environ:
+    write_to(os.environ[TRACE])
+    start(Path(__file__).resolve().parent)
