@@ -78,7 +78,7 @@ def test_the_largest_grey_image_of_16_bits():
     side = 13_340
     data = png(side, side, [bytes(1 + 2 * side)] * side, bits=16, colour=0)
     assert len(data) < 400_000
-    assert peak(lambda: center_crop(decode_image(data, "a"), 256, 256)) < limits.IMAGE_BYTES * 1.05
+    assert peak(lambda: center_crop(decode_image(data, "a"), 256, 256)) < limits.IMAGE_BYTES * 1.25
 
 
 def test_a_tile_counts_that_is_larger_than_its_image():

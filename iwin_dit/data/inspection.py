@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torchvision.utils import save_image
 
 from iwin_dit.data.codec import decode, load_vae
@@ -13,28 +14,58 @@ from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
 
+FEWEST_VALUES = 64  # of a channel in a shard, before it is suspicious that all are one
+
 
 def verify(folder: Path) -> str:
-    """Reads every shard again and compares sizes, hashes and finiteness with the index. Returns how many
-    images or clips there are, such as "1,500 images".
+    """Reads every shard again and compares it with the index: size, hash, finiteness, and over all shards the
+    statistics. Returns how many images or clips there are, such as "1,500 images".
 
     Raises:
-        DataError: naming the shards that are damaged, and how to make them again.
+        DataError: naming the shards that are damaged or have a constant channel, and how to make them again.
     """
     dataset = LatentDataset(folder)
-    damaged = []
+    damaged, moments = [], []
     for entry, shard in zip(
         progress(dataset.index["shards"], unit="shard", desc="verify"), dataset.shards, strict=True
     ):
-        found = files.fingerprint(folder / entry["file"])["sha256"]
-        if found != entry["sha256"] or not torch.isfinite(shard.all("latents")).all():
+        found = files.retry(lambda path=shard.path: files.fingerprint(path))["sha256"]
+        latents = shard.all("latents").double().movedim(1, 0).flatten(1)  # (C, N h w)
+        if found != entry.get("sha256", found) or not torch.isfinite(latents).all():
             damaged.append(entry["file"])
+            continue
+        flat = (latents.amin(1) == latents.amax(1)) & (latents.shape[1] >= FEWEST_VALUES)
+        if flat.any():
+            channel = int(flat.nonzero()[0])
+            raise DataError(
+                f"{shard.path}: all values of channel {channel} are {latents[channel, 0]:.6g}; remove this "
+                "file and run the extraction again; if they still are, take another autoencoder"
+            )
+        moments.append((latents.shape[1], latents.mean(1), latents.var(1, correction=0)))
     if damaged:
         raise DataError(
             f"{len(damaged)} shards of {folder} are not what the index says: {', '.join(damaged[:10])}; "
             "remove these files and run the extraction again: it makes the missing shards only"
         )
+    _check_statistics(dataset, moments)
+    torch.bincount(dataset.labels)  # which are looked at when they are read
     return f"{len(dataset):,} {_what(dataset)}"
+
+
+def _check_statistics(dataset: LatentDataset, moments: list[tuple[int, Tensor, Tensor]]) -> None:
+    """That mean and standard deviation in the index are those of the latents."""
+    counts, means, variances = zip(*moments, strict=True)
+    weights = torch.tensor(counts, dtype=torch.float64)[:, None] / sum(counts)
+    mean = (weights * torch.stack(means)).sum(0)
+    std = (weights * (torch.stack(variances) + (torch.stack(means) - mean) ** 2)).sum(0).sqrt()
+    for key, found, scale in (("mean", mean, std), ("std", std, std)):
+        told = torch.tensor(dataset.index[key], dtype=torch.float64)
+        off = ((told - found).abs() > 1e-4 * scale + 1e-12).nonzero().flatten().tolist()
+        if off:
+            raise DataError(
+                f"{dataset.directory / 'index.json'}: {key} of channel {off[0]} is {told[off[0]]:.6g}, that "
+                f"of the latents {found[off[0]]:.6g}; restore the index, or run the extraction again"
+            )
 
 
 def _what(dataset: LatentDataset) -> str:

@@ -10,9 +10,8 @@ Latents are the raw posterior means; they are normalised when they are read, by 
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +24,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iwin_dit.data.codec import normalize
-from iwin_dit.data.shards import ShardFile, read_rows
+from iwin_dit.data.latent_index import FORMAT, SHARD_NAME, check_index, is_constant, read_index
+from iwin_dit.data.shards import CHECKSUMS, ShardFile, checksums, read_rows
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
-FORMAT = 1
-SHARD_NAME = re.compile(r"latents_rank\d{2,}_shard\d{3,}\.safetensors")
+ROWS = ("latents", "latents_flip", "std", "std_flip")  # of a shard: what has a row for each image
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Shard(NamedTuple):
@@ -43,17 +43,25 @@ class Shard(NamedTuple):
     std_flip: Tensor | None = None
 
 
-def write_shard(directory: Path, number: int, shard: Shard) -> dict[str, Any]:
+def write_shard(directory: Path, number: int, shard: Shard, with_checksums: bool = True) -> dict[str, Any]:
     """Writes one shard, complete or not at all; returns its entry of the index, with sums for the statistics.
+
+    Args:
+        with_checksums: of each row, which training compares; older versions wrote none.
 
     Raises:
         DataError: where a value is not finite; nothing is written.
+        ValueError: where there are not as many labels as latents.
     """
     tensors = {key: tensor.contiguous() for key, tensor in shard._asdict().items() if tensor is not None}
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     name = f"latents_rank00_shard{number:03d}.safetensors"
     if bad:
         raise DataError(f"{bad[0]} of {name} is not finite; take --precision float32, or another VAE")
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        raise ValueError(f"{name}: { ({key: len(tensor) for key, tensor in tensors.items()}) } rows")
+    if with_checksums:
+        tensors[CHECKSUMS] = checksums([tensors[key] for key in ROWS if key in tensors])
     data = save(tensors)
     files.replace(directory / name, data)
     values = shard.latents.double().movedim(1, 0).flatten(1)  # (C, N h w)
@@ -81,13 +89,20 @@ def write_index(directory: Path, shards: Sequence[dict[str, Any]], description: 
     values = count * math.prod(shape[1:])
     mean = [math.fsum(channel) / values for channel in zip(*(s["sums"] for s in shards), strict=True)]
     square = [math.fsum(channel) / values for channel in zip(*(s["squares"] for s in shards), strict=True)]
+    std = [math.sqrt(max(s - m * m, 0.0)) for s, m in zip(square, mean, strict=True)]
+    for channel, (m, deviation) in enumerate(zip(mean, std, strict=True)):
+        if is_constant(m, deviation):
+            raise DataError(
+                f"channel {channel} of all latents in {directory} is constant ({m:.6g}): nothing can be "
+                "learnt from it; look at the images, take another autoencoder or --precision float32"
+            )
     index = {
         "format": FORMAT,
         **description,
         "num_images": count,
         "latent_shape": shape,
         "mean": mean,
-        "std": [math.sqrt(max(s - m * m, 0.0)) for s, m in zip(square, mean, strict=True)],
+        "std": std,
         "shards": [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in shards],
     }
     files.replace(directory / "index.json", files.to_json(index))
@@ -98,27 +113,6 @@ def write_latents(directory: Path, shards: Iterable[Shard], description: dict[st
     directory.mkdir(parents=True, exist_ok=True)
     entries = [write_shard(directory, number, shard) for number, shard in enumerate(shards)]
     write_index(directory, entries, description)
-
-
-def read_index(directory: Path) -> dict[str, Any]:
-    """``index.json``, its fields checked.
-
-    Raises:
-        DataError: where it is missing or not ours.
-    """
-    path = directory / "index.json"
-    try:
-        index = json.loads(path.read_bytes())
-        needed = {"format", "vae", "class_names", "latent_shape", "mean", "std", "shards"}
-        if missing := needed - set(index):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if index["format"] != FORMAT:
-            raise ValueError(f"it has format {index['format']}, this version reads {FORMAT}")
-    except FileNotFoundError:
-        raise DataError(f"there are no latents in {directory}: {path} does not exist") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is not an index of latents: {error}") from error
-    return index
 
 
 class LatentDataset(Dataset):
@@ -134,7 +128,11 @@ class LatentDataset(Dataset):
 
     def __init__(self, directory: str | Path, index: dict[str, Any] | None = None):
         self.directory = Path(directory)
-        self.index = read_index(self.directory) if index is None else index
+        if index is None:
+            index = read_index(self.directory)
+        else:
+            check_index(index, f"the index of {self.directory}")
+        self.index = index
         self.class_names: list[str] = self.index["class_names"]
         self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
         self.mean, self.std = self.index["mean"], self.index["std"]
@@ -142,24 +140,38 @@ class LatentDataset(Dataset):
         self.ends = np.cumsum([entry["count"] for entry in self.index["shards"]])
         if len({shard.entries["latents"].dtype for shard in self.shards}) > 1:
             raise DataError(f"the shards of {self.directory} hold several dtypes; extract them alike")
-        self.has_posterior = all("std" in shard.entries for shard in self.shards)
+        self.has_posterior = all({"std", "std_flip"} <= set(shard.entries) for shard in self.shards)
+        rows = ROWS[: 4 if self.has_posterior else 2]
+        self._columns = {name: column for column, name in enumerate(rows)}
+        of_each = [shard.entries.get(CHECKSUMS) for shard in self.shards]
+        self.has_checksums = all(
+            entry is not None and entry.dtype == torch.int64 and entry.shape == (count, len(rows))
+            for entry, count in zip(of_each, np.diff(self.ends, prepend=0), strict=True)
+        )
 
     def _open(self, entry: dict[str, Any]) -> ShardFile:
         path = self.directory / entry["file"]
-        if not SHARD_NAME.fullmatch(entry["file"]):
-            raise DataError(
-                f"the index of {self.directory} names {entry['file']!r}, which is no shard of latents"
-            )
         found = path.stat().st_size if path.is_file() else 0
         if found != entry.get("bytes", found):
             raise DataError(
                 f"{path} has {found} bytes, the index says {entry['bytes']}; remove it and extract again"
             )
         shard = ShardFile(path)
-        for name in ("latents", "latents_flip"):
+        expected = (entry["count"], *self.latent_shape)
+        for name in ROWS:
             found = shard.entries.get(name)
-            if found is None or found.shape != (entry["count"], *self.latent_shape):
+            if found is None and name.startswith("std"):
+                continue
+            if found is None or found.shape != expected:
                 raise DataError(f"{path} does not hold {entry['count']} {name} of shape {self.latent_shape}")
+            if found.dtype not in FLOATS:
+                raise DataError(f"{path} holds {name} of {found.dtype}, expected floating point")
+        labels = shard.entries.get("labels")
+        if labels is None or labels.shape != (entry["count"],) or labels.dtype in FLOATS:
+            has = "no labels" if labels is None else f"labels of shape {labels.shape}, {labels.dtype}"
+            raise DataError(
+                f"{path} has {entry['count']} latents and {has}; expected an integer for each; extract again"
+            )
         return shard
 
     def __len__(self) -> int:
@@ -194,13 +206,46 @@ class LatentDataset(Dataset):
         return normalize(self.read_raw(indices, mirrored, "std"), [0.0] * len(self.std), self.std)
 
     def read_raw(self, indices: Sequence[int], mirrored: bool = False, name: str = "latents") -> Tensor:
-        """As they were written, float32: ``(B, C, h, w)``."""
+        """As they were written, float32: ``(B, C, h, w)``.
+
+        Raises:
+            DataError: where one is not what was written, by its checksum; where there is none, not finite.
+            StorageError: where a shard cannot be read.
+        """
         indices, key = np.asarray(indices), f"{name}_flip" if mirrored else name
-        numbers = np.searchsorted(self.ends, indices, side="right")
-        firsts = self.ends - [shard.entries[key].shape[0] for shard in self.shards]
-        values = read_rows(self.shards, key, numbers, indices - firsts[numbers])
+        numbers, rows = self._place(indices)
+        values = read_rows(self.shards, key, numbers, rows)
+        if self.has_checksums:
+            wanted = self._checksums[indices, self._columns[key]].tolist()
+            self._check(
+                [zlib.crc32(row) == crc for row, crc in zip(values, wanted, strict=True)], indices, key
+            )
         dtype = self.shards[0].entries[key].dtype
-        return torch.from_numpy(values).view(dtype).reshape(len(indices), *self.latent_shape).float()
+        latents = torch.from_numpy(values).view(dtype).reshape(len(indices), *self.latent_shape).float()
+        if not self.has_checksums and not math.isfinite(latents.sum()):  # a sum is the cheapest look at all
+            self._check(torch.isfinite(latents).flatten(1).all(1).tolist(), indices, key)
+        return latents
+
+    def _place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of some images, and their rows there."""
+        numbers = np.searchsorted(self.ends, indices, side="right")
+        firsts = self.ends - [shard.entries["latents"].shape[0] for shard in self.shards]
+        return numbers, indices - firsts[numbers]
+
+    def _check(self, is_right: list[bool], indices: np.ndarray, key: str) -> None:
+        if all(is_right):
+            return
+        numbers, rows = self._place(indices)
+        b = is_right.index(False)
+        what = "is not what was written (CRC-32)" if self.has_checksums else "is not finite"
+        raise DataError(
+            f"row {rows[b]} of {key} in {self.shards[numbers[b]].path} {what}: the file or the memory is "
+            f"damaged; look for more by extract_latents.py --verify {self.directory}"
+        )
+
+    @cached_property
+    def _checksums(self) -> np.ndarray:
+        return np.concatenate([shard.all(CHECKSUMS).numpy().astype(np.uint32) for shard in self.shards])
 
     def draw(
         self, indices: Sequence[int], mirrored: Sequence[bool], rngs: Sequence[torch.Generator]
@@ -259,8 +304,12 @@ def published_index(
             f"there are no latents in {directory}: neither index.json nor latents_rank*_shard*.safetensors"
         )
     entries = [ShardFile(path).entries for path in paths]
-    if not all("latents" in entry for entry in entries):
-        raise DataError(f"{paths[0]} holds no latents")
+    for path, entry in zip(paths, entries, strict=True):
+        if "latents" not in entry:
+            raise DataError(f"{path} holds no latents")
+    for key in ("mean", "std"):
+        if not isinstance(statistics.get(key), Tensor):
+            raise DataError(f"the statistics in {directory} lack {key}, expected a number for each channel")
     return {
         "vae": vae,
         "class_names": [str(label) for label in range(num_classes)],

@@ -6,9 +6,12 @@ By pread, not a memory map: the process's memory stays flat, and a file that shr
 from __future__ import annotations
 
 import json
+import math
 import os
+import resource
+import zlib
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwin_dit.runtime import limits
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime import files, limits
+from iwin_dit.runtime.errors import DataError, StorageError
 
 DTYPES = {
     "F32": torch.float32,
@@ -26,6 +29,8 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+CHECKSUMS = "crc32"  # a tensor (N, K) int64: of row n of the K tensors of latents
+FEWEST_OPEN = 16
 
 
 class Entry(NamedTuple):
@@ -37,7 +42,19 @@ class Entry(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+
+class Version(NamedTuple):
+    """What tells a file from one that took its place later."""
+
+    bytes: int
+    modified: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Version:
+        status = os.fstat(descriptor)
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class ShardFile:
@@ -45,61 +62,143 @@ class ShardFile:
 
     Raises:
         DataError: where the file is missing, truncated or no safetensors file of latents.
+        StorageError: where it cannot be read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                if not 2 <= header_bytes <= limits.HEADER_BYTES:
-                    raise ValueError(f"its header would be {header_bytes} bytes long")
-                header = json.loads(file.read(header_bytes))
-                size = os.fstat(file.fileno()).st_size
+            header, base, self.version = files.retry(lambda: _read_header(path))
+            size = self.version.bytes
             header.pop("__metadata__", None)
-            self.entries = {key: self._entry(value, 8 + header_bytes) for key, value in header.items()}
-            end = 8 + header_bytes + max(value["data_offsets"][1] for value in header.values())
-        except FileNotFoundError:
+            self.entries = {name: _entry(name, value, base, size) for name, value in header.items()}
+            if not self.entries:
+                raise ValueError("it holds no tensors")
+        except (FileNotFoundError, IsADirectoryError):
             raise DataError(f"the shard {path} does not exist") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a safetensors file: {error}") from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except RecursionError:
+            raise DataError(f"{path} is not a safetensors file: its header is nested too deeply") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a safetensors file of latents: {error}") from None
+        end = max(entry.start + entry.row_bytes * entry.shape[0] for entry in self.entries.values())
         if size != end:
             raise DataError(f"{path} has {size} bytes, its header says {end}: it is truncated or damaged")
 
-    @staticmethod
-    def _entry(value: dict[str, Any], base: int) -> Entry:
-        start, end = value["data_offsets"]
-        entry = Entry(DTYPES[value["dtype"]], tuple(value["shape"]), base + start)
-        if end - start != entry.row_bytes * entry.shape[0]:
-            raise ValueError(f"a tensor of shape {entry.shape} does not fill its {end - start} bytes")
-        return entry
-
     def all(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """A whole tensor.
+
+        Raises:
+            DataError: where the file was cut short since it was opened.
+            StorageError: where it cannot be read.
+        """
         entry = self.entries[name]
         values = np.empty(entry.row_bytes * entry.shape[0], np.uint8)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(entry.start)
-            read = 0
-            while read < len(values) and (count := file.readinto(values[read:])):
-                read += count
+        try:
+            read = files.retry(lambda: self._read_into(values, entry.start))
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
         if read != len(values):
             raise DataError(
                 f"{self.path} ended after {read} of the {len(values)} bytes of {name}: it was cut short"
             )
         return torch.from_numpy(values).view(entry.dtype).reshape(entry.shape)
 
-    @property
-    def descriptor(self) -> int:
-        """Of the open file."""
-        return self._file.fileno()
+    def _read_into(self, values: np.ndarray, start: int) -> int:
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(start)
+            read = 0
+            while read < len(values) and (count := file.readinto(values[read:])):
+                read += count
+        return read
 
-    @cached_property
-    def _file(self) -> Any:
-        return open(self.path, "rb", buffering=0)
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker process opens the file itself
-        return {key: value for key, value in self.__dict__.items() if key != "_file"}
+def _read_header(path: Path) -> tuple[dict[str, Any], int, Version]:
+    """The header, where the tensors begin, and which file this is."""
+    with open(path, "rb") as file:
+        version = Version.of(file.fileno())
+        size = version.bytes
+        start = file.read(64)
+        if files.is_lfs_pointer(start):
+            raise ValueError(
+                "it is a pointer of Git LFS, which stands for the shard; fetch the shards themselves with "
+                "`git lfs pull`"
+            )
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= min(limits.HEADER_BYTES, size - 8):
+            raise ValueError(f"its header would be {length} bytes long, of {size} of the file")
+        file.seek(8)
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}")
+    return header, 8 + length, version
+
+
+def _entry(name: str, value: Any, base: int, size: int) -> Entry:
+    """A tensor, as the header describes it; all numbers are those of a stranger."""
+    shape, offsets, kind = value["shape"], value["data_offsets"], value["dtype"]
+    numbers = [*shape, *offsets]
+    if any(type(number) is not int or not 0 <= number <= size for number in numbers) or len(offsets) != 2:
+        raise ValueError(f"{name:.40} of shape {shape!s:.80} lies at {offsets!s:.80} of {size} bytes")
+    if not shape or not isinstance(kind, str) or kind not in DTYPES:
+        raise ValueError(f"{name:.40} is {kind!s:.40} of shape {shape!s:.80}, expected rows of {[*DTYPES]}")
+    entry, (start, end) = Entry(DTYPES[kind], tuple(shape), base + offsets[0]), offsets
+    if end - start != entry.row_bytes * entry.shape[0] or base + end > size:
+        raise ValueError(f"{name:.40} of shape {shape!s:.80} does not fill the bytes {start} to {end}")
+    return entry
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path} cannot be read: {error.strerror or error}; look at its storage, and run again"
+    )
+
+
+class OpenFiles:
+    """Descriptors of shards that are read again and again: so many stay open, those used last.
+
+    Args:
+        most: default: half of what this process may open.
+    """
+
+    def __init__(self, most: int | None = None):
+        self._most = most
+        self._open: OrderedDict[tuple[Path, Version], int] = OrderedDict()
+
+    def descriptor(self, shard: ShardFile) -> int:
+        """Of the shard, opened where it is not open; valid until the next call.
+
+        Raises:
+            DataError: where another file has taken its place.
+            OSError: where it cannot be opened.
+        """
+        key = shard.path, shard.version
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        while len(self._open) >= self._limit():
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        if Version.of(descriptor) != shard.version:
+            os.close(descriptor)
+            raise DataError(f"{shard.path} was cut short or replaced since it was opened; start again")
+        self._open[key] = descriptor
+        return descriptor
+
+    def close(self, shard: ShardFile) -> None:
+        """Closes this shard, so that it will be opened anew."""
+        if (found := self._open.pop((shard.path, shard.version), None)) is not None:
+            os.close(found)
+
+    def _limit(self) -> int:
+        if self._most is None:
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            self._most = max(FEWEST_OPEN, (1 << 16 if soft == resource.RLIM_INFINITY else soft) // 2)
+        return self._most
+
+
+OPEN = OpenFiles()  # of this process; a forked worker inherits what is open, and goes on by itself
 
 
 def read_rows(shards: Sequence[ShardFile], name: str, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -107,15 +206,42 @@ def read_rows(shards: Sequence[ShardFile], name: str, numbers: np.ndarray, rows:
 
     Raises:
         DataError: where a file was cut short since it was opened.
+        StorageError: where it cannot be read.
     """
     size = shards[0].entries[name].row_bytes
     values = np.empty((len(rows), size), np.uint8)
     view = memoryview(values.reshape(-1))
-    parts = [(view[start : start + size],) for start in range(0, values.size, size)]
-    starts = np.array([shard.entries[name].start for shard in shards])[numbers] + rows * size
-    descriptors = [shards[number].descriptor for number in numbers.tolist()]
-    read = list(map(os.preadv, descriptors, parts, starts.tolist()))
-    if set(read) - {size}:
-        short = next(number for number, count in zip(numbers, read, strict=True) if count != size)
-        raise DataError(f"{shards[short].path} ends within a latent: it was cut short since it was opened")
+    for b, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
+        shard = shards[number]
+        part, start = (view[b * size : (b + 1) * size],), shard.entries[name].start + row * size
+        try:
+            read = os.preadv(OPEN.descriptor(shard), part, start)
+        except OSError:
+            read = _read_again(shard, part, start)
+        if read != size:
+            raise DataError(f"{shard.path} ends within a latent: it was cut short since it was opened")
     return values
+
+
+def _read_again(shard: ShardFile, part: tuple[memoryview], start: int) -> int:
+    def read() -> int:
+        OPEN.close(shard)  # a stale handle stays stale
+        return os.preadv(OPEN.descriptor(shard), part, start)
+
+    try:
+        return files.retry(read)
+    except FileNotFoundError:
+        raise DataError(f"the shard {shard.path} went away since it was opened; restore it") from None
+    except OSError as error:
+        raise _unreadable(shard.path, error) from None
+
+
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """CRC-32 of the bytes of each row of K tensors ``(N, ...)``: ``(N, K)`` int64."""
+    columns = [[zlib.crc32(row) for row in as_bytes(tensor)] for tensor in tensors]
+    return torch.tensor(columns, dtype=torch.int64).T.contiguous()
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The rows of a tensor, as they lie on disk: ``(N, row_bytes)`` uint8."""
+    return tensor.contiguous().flatten(1).view(torch.uint8).numpy()
