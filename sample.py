@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="ID|NAME",
         help="ids or names; id:2 and name:2 say which",
     )
-    add("--checkpoint", help="a run, a pipeline folder or a hub id (the newest run)")
+    add("--checkpoint", help="a run, a pipeline folder or a hub id (the run in runs/ that was begun last)")
     add("--num-images", type=int, default=4, help="images, or clips, per class (4)")
     add("--seed", type=int, default=0, help="image k depends on seed, class and k alone (0)")
     add("--batch-size", type=int, default=16, help="images of one forward pass (16)")
@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
     add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
+    add("--ema", help="the average of this decay of a run; none: the weights themselves (the first average)")
     add("--ema-std", type=float, help="average the weights anew, to this relative standard deviation")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (the model's own)")
     add("--num-frames", type=int, help="of a clip (the model's own)")

@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def train(config: Config) -> int:
-    from iwin_dit import build, build_data, build_pipeline
+    from iwin_dit import build, build_data, build_pipeline, build_training
     from iwin_dit.budget import training_flops
     from iwin_dit.pipelines.export import export_pipeline
     from iwin_dit.report import draw_loss_curve
@@ -44,7 +44,7 @@ def train(config: Config) -> int:
     identity = dataset.identity | (images.identity if images is not None else {})
     run = build.build_run(config, identity) if main_process else None
     build.start_trackers(config, accelerator)
-    state = build.build_state(config, accelerator, build_pipeline.build_denoiser(config))
+    state = build.build_state(config, accelerator, build_training.build_denoiser(config))
     loss, random_batch = build.build_loss(config, dataset, accelerator)
     examples = build.build_examples(config, dataset, images)
     evaluate = None
@@ -52,7 +52,7 @@ def train(config: Config) -> int:
         from iwin_dit.build_monitor import build_monitor  # and all that evaluates
 
         evaluate = build_monitor(config, dataset, state, accelerator)
-    preview = build_pipeline.build_preview(config, dataset, run, accelerator)
+    preview = build_training.build_preview(config, dataset, run, accelerator)
 
     with build.attention_backend(config):
         micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)

@@ -34,7 +34,7 @@ from iwin_dit.models.video_models import VIDEO_MODELS
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.progress import progress
-from iwin_dit.runtime.run import RunDirectory, read_config
+from iwin_dit.runtime.run import RunDirectory, has_begun, read_config
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.classification import class_scores, classification_loss
 from iwin_dit.training.state import State
@@ -158,10 +158,12 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 def build_trained(config: ClassifierConfig) -> nn.Module:
     """The network as it is trained: :func:`build_model` with gradient checkpointing where asked for.
 
+    A run that goes on has its own weights, and does not need those that it began with any more.
+
     Raises:
         ConfigError: where the network cannot do that.
     """
-    model = build_model(config)
+    model = build_model(without_init(config) if has_begun(config.output_dir) else config)
     if config.train.gradient_checkpointing:
         try:
             model.set_grad_checkpointing(True)

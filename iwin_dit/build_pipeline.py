@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from iwin_dit.build import any_attention, build_model, build_objective
+from iwin_dit.build import build_model, build_objective
 from iwin_dit.build_data import build_dataset, load_autoencoder
 from iwin_dit.config import Config, load_config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.sampling import prediction_type
-from iwin_dit.models.inflation import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
-from iwin_dit.pipelines.sampling import FPS, draw_animation, draw_grid, sample_classes
 from iwin_dit.pipelines.trust import check_index, check_pipeline_folder
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint, files, limits
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, expand_home, reason
-from iwin_dit.runtime.run import RunDirectory, read_config
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, reason
+from iwin_dit.runtime.run import number_of, read_config
+from iwin_dit.training.ema import decay_rules
 from iwin_dit.training.posthoc import reconstruct
 
 OBJECTIVES = {kind.prediction_type: kind() for kind in (FlowMatching, DDPM)}
@@ -53,97 +47,12 @@ def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> ClassCond
     )
 
 
-def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
-    """The network as it is trained: with the weights it begins with, and gradient checkpointing.
-
-    Raises:
-        CheckpointError: where ``model.init_from`` is not there, or of another network.
-    """
-    model = build_model(config)
-    if config.model.init_from is not None:
-        begin_from(model, config.model.init_from)
-    if every := config.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-        model.checkpoint_every = every
-    return model
-
-
-def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
-    """Copies the weights of a run or pipeline into a model; those of images serve clips, too.
-
-    The label embeddings of another number of classes stay as they are drawn.
-
-    Raises:
-        CheckpointError: where they are not there, or of another network.
-    """
-    tensors = inflate(load_pipeline(source).transformer.state_dict(), model.state_dict())
-    own, labels = model.state_dict(), "label_embedding.weight"
-    if tensors[labels].shape[0] != own[labels].shape[0]:
-        tensors[labels] = own[labels]
-    odd = sorted(
-        name
-        for name in {*own, *tensors}
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    )
-    if odd:
-        raise CheckpointError(
-            f"model.init_from {source} is another network than the config's: "
-            f"{checkpoint.listed(odd)} differ; take its sizes, patch size, channels and kinds of norm, MLP "
-            "and modulation, and where its blocks have no convolution set model.mixer.convolution false"
-        )
-    model.load_state_dict(tensors)
-
-
 def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
     """The network with these very tensors as its weights."""
     with torch.device("meta"):
         model = build_model(config)
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def build_preview(
-    config: Config, dataset: Data, run: RunDirectory | None, accelerator: Accelerator
-) -> Callable[[dict[str, Tensor], int, Any], None]:
-    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``, and gives it to the trackers.
-
-    The first ten classes with fixed seeds, clips as film strips and GIF; nothing is written once ``stop`` is
-    true.
-    """
-
-    @any_attention
-    def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
-        weights = {name: tensor.to(accelerator.device) for name, tensor in ema.items()}
-        pipeline = build_pipeline(config, model_of(config, weights), dataset)
-        pipeline.set_progress_bar_config(disable=True)
-        labels = range(min(10, config.model.num_classes))
-        samples = []
-        drawn = sample_classes(
-            pipeline,
-            labels,
-            config.sample.num_per_class,
-            config.seed,
-            batch_size=40,
-            **sampling_options(config),
-        )
-        try:
-            for sample in drawn:
-                if stop:
-                    return
-                samples.append(sample)
-        except DataError as error:  # not finite; training goes on, and says itself where it diverges
-            warnings.warn(f"no samples of step {step}: {error}", stacklevel=1)
-            return
-        grid = draw_grid(samples, pipeline.id2label)
-        path = run.samples / f"step-{step:08d}.png"
-        grid.save(path)
-        if config.model.sample_frames:
-            write_gif(draw_animation(samples, pipeline.id2label), path.with_suffix(".gif"), FPS)
-        for tracker in accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
-
-    return preview
 
 
 def sampling_options(config: Config) -> dict[str, Any]:
@@ -158,19 +67,25 @@ def sampling_options(config: Config) -> dict[str, Any]:
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The run that wrote a checkpoint last.
+    """The run of a generator that was begun last, among those with weights.
+
+    Runs are numbered as they begin: clocks of several machines differ, and a copy has another time.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: where there is none, or where several have one number, as copies do.
     """
-    when = {}
+    numbers = {}
     for run in (path.parent for path in root.glob("*/config.yaml")):
-        weights = [*checkpoint.step_directories(run / "checkpoints"), *run.glob("pipeline/recipe.json")]
-        if weights:
-            when[run] = max(path.stat().st_mtime for path in weights)
-    for run in sorted(when, key=when.get, reverse=True):
-        if "objective" in read_config(run):  # a classifier has none
-            return run
+        if [*checkpoint.step_directories(run / "checkpoints"), *run.glob("pipeline/recipe.json")]:
+            numbers[run] = number_of(run)
+    for number in sorted(set(numbers.values()), reverse=True):
+        runs = sorted(run for run in numbers if numbers[run] == number)
+        runs = [run for run in runs if "objective" in read_config(run)]  # a classifier has none
+        if len(runs) > 1:
+            names = checkpoint.listed(list(map(str, runs)))
+            raise CheckpointError(f"which run was begun last is not known: {names}; give --checkpoint")
+        if runs:
+            return runs[0]
     raise CheckpointError(
         f"there is no run in {root}/; train one (accelerate launch train_dit.py) or give --checkpoint"
     )
@@ -181,23 +96,29 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     ema_std: float | None = None,
+    ema: float | str | None = None,
 ) -> ClassConditionalPipeline:
     """A pipeline of images or clips from a run, a folder or the hub, ready to sample without its own bar.
 
-    A run is sampled from the EMA of its newest checkpoint: from the exported pipeline where that is as new.
-    With ``ema_std``, from the average of that relative standard deviation, reconstructed from its snapshots.
+    A run is sampled from the first EMA of its newest checkpoint: from the exported pipeline where that is as
+    new.
+
+    Args:
+        ema_std: of a run, the average of that relative standard deviation, reconstructed from its snapshots.
+        ema: of a run, the average of that decay, one of ``ema.decays``; ``"none"`` is the weights themselves.
 
     Raises:
         CheckpointError: where the source does not exist, is damaged or is not ours.
-        ConfigError: where the device is not there.
+        ConfigError: where the device is not there, or the run has no such average.
     """
     source = expand_home(source)
     path = Path(source)
     disable_progress_bar()  # of loading: seconds at most
     if (path / "config.yaml").is_file():
-        pipeline = _load_run(path, ema_std)
-    elif ema_std is not None:
-        raise CheckpointError(f"{source} is no run with snapshots; --ema-std takes a folder below runs/")
+        pipeline = _load_run(path, ema_std, ema)
+    elif ema_std is not None or ema is not None:
+        option = "--ema" if ema_std is None else "--ema-std"
+        raise CheckpointError(f"{source} is no run; {option} takes one, such as a folder below runs/")
     elif path.exists():
         pipeline = _from_folder(path)
     elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
@@ -287,26 +208,49 @@ def _fetch(name: str, *patterns: str) -> Path:
         ) from error
 
 
-def _load_run(run: Path, ema_std: float | None) -> ClassConditionalPipeline:
+def _load_run(run: Path, ema_std: float | None, ema: float | str | None) -> ClassConditionalPipeline:
     if "objective" not in read_config(run):
         raise CheckpointError(
             f"{run} is the run of a classifier, which does not draw; take one of train_dit.py"
         )
+    if ema_std is not None and ema is not None:
+        raise ConfigError("--ema and --ema-std choose one average each; give one of them")
     if ema_std is not None:
         config = load_config(run / "config.yaml")
         weights = reconstruct(run / "snapshots", ema_std)
         return build_pipeline(config, model_of(config, weights), _data_of(run, config))
     newest = checkpoint.newest(run / "checkpoints")
     exported = run / "pipeline" / "recipe.json"
-    if exported.is_file() and (newest is None or _step_of_export(exported) >= checkpoint.step_of(newest)):
+    group = "ema" if ema is None else _group_of(run, ema)
+    if (
+        group == "ema"
+        and exported.is_file()
+        and (newest is None or _step_of_export(exported) >= checkpoint.step_of(newest))
+    ):
         return _from_folder(run / "pipeline")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
     config = load_config(run / "config.yaml")
     with torch.device("meta"):
         expected = build_model(config).state_dict()
-    weights = checkpoint.read_tensors(newest, "ema", like=expected, any_precision=True)
+    weights = checkpoint.read_tensors(newest, group, like=expected, any_precision=True)
     return build_pipeline(config, model_of(config, weights), _data_of(run, config))
+
+
+def _group_of(run: Path, ema: float | str) -> str:
+    """The file of a checkpoint with the average of this decay; ``none`` names the weights themselves."""
+    if ema == "none":
+        return "model"
+    decays = load_config(run / "config.yaml").ema.decays
+    groups = dict(zip(decays, decay_rules(decays, ()), strict=True))
+    try:
+        return groups[float(ema)]
+    except (ValueError, KeyError):
+        has = ", ".join(map(repr, decays))
+        raise ConfigError(
+            f"--ema is {ema}, but {run} keeps the averages of the decays {has}; take one of them, none for "
+            "the weights themselves, or --ema-std for another width from its snapshots"
+        ) from None
 
 
 def _step_of_export(recipe: Path) -> int:

@@ -23,7 +23,8 @@ def sample(arguments: argparse.Namespace) -> None:
     """
     checkpoint, out = arguments.checkpoint or str(newest_run()), arguments.out
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), arguments.ema_std)
+    averages = arguments.ema_std, arguments.ema
+    pipeline = load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), *averages)
     choose_sampler(pipeline, arguments.sampler)
     is_video = pipeline.transformer.rank == 3
     if not is_video and (arguments.num_frames is not None or out.suffix.lower() in GRIDS[1:]):
@@ -61,7 +62,8 @@ def _draw(
     named = [pipeline.id2label.get(label) for label in labels]
     recipe = {"checkpoint": checkpoint, "weights_sha256": weights_sha256(pipeline.transformer)}
     recipe |= {"classes": labels, "class_names": named, "num_images": count, "seed": seed, **options}
-    recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std, "sampler": arguments.sampler}
+    recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std, "ema": arguments.ema}
+    recipe |= {"sampler": arguments.sampler}
     recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide) if guide else None}
     if arguments.compile:
         compile_models(pipeline.transformer, guide)

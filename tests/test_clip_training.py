@@ -12,7 +12,7 @@ from conftest import make_vae, read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
-from iwin_dit import build, build_data, build_pipeline
+from iwin_dit import build, build_data, build_pipeline, build_training
 from iwin_dit.config import load_config
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode
@@ -298,7 +298,7 @@ def test_a_model_of_images_is_where_one_of_clips_begins(latents, recipe, tmp_pat
         model={"sample_frames": FRAMES, "mixer": mixer, "init_from": str(tmp_path / "flat")},
         train=short,
     )
-    model = build_pipeline.build_denoiser(load_config(config)).eval()
+    model = build_training.build_denoiser(load_config(config)).eval()
     flat_model = build_pipeline.load_pipeline(str(tmp_path / "flat")).transformer
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([0, 3])
     assert torch.equal(model(x[:, :, None], t, y).sample[:, :, 0], flat_model(x, t, y).sample)

@@ -12,7 +12,7 @@ from conftest import assert_equal, read_checkpoint, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwin_dit import budget, build_pipeline
+from iwin_dit import budget, build_training
 from iwin_dit.config import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.report import describe_run
@@ -271,7 +271,7 @@ def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch
     monkeypatch.setattr(reports, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     for name in ("save", "save_snapshot", "roll_back"):
         monkeypatch.setattr(loop, name, taking(100, getattr(loop, name)))
-    monkeypatch.setattr(build_pipeline, "build_preview", lambda *_: taking(100, lambda *_: None))
+    monkeypatch.setattr(build_training, "build_preview", lambda *_: taking(100, lambda *_: None))
     config = recipe(
         train={"max_steps": 24, "save_every_steps": 6, "log_every_steps": 2, "spike_factor": 5.0}
         | {"sample_every_steps": 4},

@@ -1,5 +1,7 @@
 """Power-function averages against their integrals, and reconstructed ones against tracked ones."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from iwin_dit.runtime.errors import CheckpointError, ConfigError
 from iwin_dit.training.posthoc import (
     combination,
     inner_product,
+    misfit,
     power_decay,
     power_gamma,
     power_std,
@@ -215,6 +218,37 @@ def test_the_last_step_is_the_default(trained):
     root, _ = trained
     found, last = reconstruct(root, 0.07), reconstruct(root, 0.07, LAST)
     assert all(torch.equal(found[name], last[name]) for name in last)
+
+
+def test_the_misfit_is_the_distance_of_the_profiles():
+    """By Riemann sums of the profiles themselves."""
+    stds, steps, std, step = [0.05, 0.1, 0.05, 0.1], [500, 500, 1000, 1000], 0.02, 1000
+    t = (np.arange(200_000) + 0.5) / 200
+
+    def profile(width, end):
+        gamma = power_gamma(width)
+        return np.where(t <= end, (gamma + 1) / end * (t / end) ** gamma, 0.0)
+
+    found = sum(
+        c * profile(*each) for c, *each in zip(combination(stds, steps, std, step), stds, steps, strict=True)
+    )
+    wanted = profile(std, step)
+    expected = math.sqrt(((found - wanted) ** 2).sum() / (wanted**2).sum())
+    assert 0.3 < expected < 0.4
+    assert misfit(stds, steps, std, step) == pytest.approx(expected, rel=1e-3)
+
+
+def test_widths_that_the_snapshots_give_only_roughly(tmp_path):
+    """The error tells the widths that they do give."""
+    for step in (500, 1000):
+        groups = {f"ema_std_{std!r}": {"a": torch.ones(2)} for std in (0.05, 0.1)}
+        checkpoint.save_checkpoint(tmp_path, step, groups, {}, keep=9)
+    for std, off in ((0.01, "61%"), (0.25, "73%")):
+        message = rf"would be {off} off: .*2 steps, of 0\.05, 0\.1\) give widths from 0\.037 to 0\.12\d"
+        with pytest.raises(ConfigError, match=message):
+            reconstruct(tmp_path, std)
+    for std in (0.037, 0.05, 0.07, 0.12):
+        assert reconstruct(tmp_path, std)["a"].tolist() == pytest.approx([1, 1])
 
 
 def test_steps_that_were_not_saved(trained):

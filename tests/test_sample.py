@@ -11,16 +11,18 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import make_model, make_vae
+from conftest import make_model, make_vae, read_checkpoint
 from PIL import Image
 
-from iwin_dit import IwinDiTPipeline, build_pipeline
+from iwin_dit import IwinDiTPipeline, build_pipeline, build_training
 from iwin_dit.build_data import PREPARE
 from iwin_dit.config import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.sampling import sample_classes
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.runtime.run import RunDirectory, number_of
 from iwin_dit.runtime.seeds import generator
 
 
@@ -252,29 +254,50 @@ def test_without_a_run_there_is_nothing_to_sample(tmp_path, monkeypatch):
 
 
 def test_the_newest_run_has_weights(tmp_path):
-    """And the configs of older ones are not read."""
-    for when, (name, config, weights) in enumerate(
-        [
-            ("broken", "a: [", "pipeline/recipe.json"),
-            ("old", "objective: {}", "pipeline/recipe.json"),
-            ("newest", "objective: {}", "checkpoints/step-00000020/manifest.json"),
-            ("classifier", "model: {}", "checkpoints/step-00000020/manifest.json"),
-            ("begun", "objective: {}", "checkpoints/nothing"),
-        ]
-    ):
-        path = tmp_path / name / weights
+    """It was begun last, by number and by no clock; the configs of older ones are not read."""
+    weights = ("pipeline/recipe.json", "checkpoints/step-00000020/manifest.json")
+    for number, name, config, weight in [
+        (1, "broken", "a: [", weights[0]),
+        (2, "old", "objective: {}", weights[1]),
+        (3, "newest", "objective: {}", weights[0]),
+        (4, "classifier", "model: {}", weights[1]),
+        (5, "begun", "objective: {}", "checkpoints/nothing"),
+    ]:
+        path = tmp_path / name / weight
         path.parent.mkdir(parents=True)
         path.write_text("{}")
         (tmp_path / name / "config.yaml").write_text(config)
+        (tmp_path / name / "number").write_text(f"{number}\n")
         for part in (path, path.parent):
-            os.utime(part, (when, when))
+            os.utime(part, (-number, -number))
     assert build_pipeline.newest_run(tmp_path).name == "newest"
-    for name in ("old", "newest"):
+    shutil.copytree(tmp_path / "newest", tmp_path / "copy")
+    with pytest.raises(
+        CheckpointError, match=r"begun last is not known: \S+copy, \S+newest; give --checkpoint"
+    ):
+        build_pipeline.newest_run(tmp_path)
+    (tmp_path / "copy" / "number").write_text("of an older version there is none")
+    assert build_pipeline.newest_run(tmp_path).name == "newest"
+    for name in ("old", "newest", "copy"):
         shutil.rmtree(tmp_path / name)
     for text in ("a: [", "a\0: 1", "just words", ""):
         (tmp_path / "broken" / "config.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=r"broken.config\.yaml (cannot be read|holds a)"):
+        with pytest.raises(ConfigError, match=r"broken.config\.yaml (is not valid|cannot be read|holds)"):
             build_pipeline.newest_run(tmp_path)
+
+
+def test_runs_are_numbered_as_they_begin(tmp_path):
+    def begin(name):
+        run = RunDirectory(tmp_path / name, {"a": 1}, frozenset(), {})
+        run.begin(0)
+        run._lock.close()
+        return number_of(tmp_path / name)
+
+    (tmp_path / "of an older version").mkdir()
+    (tmp_path / "of an older version" / "config.yaml").write_text("a: 1")
+    assert [begin(name) for name in ("b", "a", "c", "a", "of an older version")] == [1, 2, 3, 2, 0]
+    shutil.rmtree(tmp_path / "b")
+    assert begin("d") == 4
 
 
 def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
@@ -334,15 +357,100 @@ def test_sampling_makes_no_data(recipe, run_here, tmp_path, monkeypatch):
         build_pipeline.load_pipeline(str(tmp_path / "run"))
 
 
+def test_every_average_of_a_run_can_be_drawn(recipe, run_here, refused_here, tmp_path):
+    """And a run that goes on does not need the one that it began with any more."""
+    short = {"max_steps": 2, "save_every_steps": 2}
+    run_here("train_dit.py", "--config", recipe(train=short, output_dir=str(tmp_path / "first")))
+    config = recipe(train=short, ema={"decays": [0.9, 0.5]}, model={"init_from": str(tmp_path / "first")})
+    run_here("train_dit.py", "--config", config)
+    run = tmp_path / "run"
+    stored = read_checkpoint(run, 2)
+    for ema, group in {"0.5": "ema_0.5", "none": "model", 0.9: "ema", 0.5: "ema_0.5", None: "ema"}.items():
+        drawn = build_pipeline.load_pipeline(str(run), ema=ema).transformer.state_dict()
+        assert all(torch.equal(drawn[name], tensor) for name, tensor in stored[group].items())
+    assert not torch.equal(stored["ema"]["proj_out.weight"], stored["model"]["proj_out.weight"])
+    command = ("sample.py", "--class", 1, "--num-images", 1, "--steps", 1, "--out", tmp_path / "x.png")
+    run_here(*command, "--checkpoint", run, "--ema", "none")
+    recipe_of_image = json.loads((tmp_path / "x.json").read_text())
+    model = build_pipeline.load_pipeline(str(run), ema="none").transformer
+    assert recipe_of_image["weights_sha256"] == weights_sha256(model)
+    for arguments, message in [
+        ((run, "--ema", 0.7), "--ema is 0.7, but"),
+        ((run, "--ema", "raw"), "keeps the averages of the decays 0.9, 0.5; take one of them, none for the"),
+        ((run, "--ema", 0.5, "--ema-std", 0.1), "--ema and --ema-std choose one average each"),
+        ((run / "pipeline", "--ema", 0.5), "is no run; --ema takes one"),
+    ]:
+        assert message in refused_here(*command, "--checkpoint", *arguments)
+
+    shutil.rmtree(tmp_path / "first")
+    run_here("train_dit.py", "--config", config, "--train.max_steps", 4)
+    assert read_checkpoint(run, 4)
+    shutil.rmtree(run)
+    assert "first does not exist" in refused_here("train_dit.py", "--config", config)
+
+
+def crowded(pipeline, most):
+    """The pipeline, where more than so many images at once are too many for the memory."""
+    call = type(pipeline).__call__
+
+    class Crowded(type(pipeline)):
+        def __call__(self, labels, **options):
+            self.asked.append(len(labels))
+            if len(labels) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return call(self, labels, **options)
+
+    pipeline.__class__, pipeline.asked = Crowded, []
+    return pipeline
+
+
+def test_fewer_images_are_drawn_together_where_memory_is_short():
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        samples = sample_classes(pipeline, range(3), 5, 0, 15, num_inference_steps=1, guidance_scale=1.0)
+        return [(sample.label, sample.number, np.asarray(sample.image).astype(int)) for sample in samples]
+
+    pipeline = crowded(make_pipeline_of(), 4)
+    found, expected = draw(pipeline), draw(make_pipeline_of())
+    assert pipeline.asked == [15, 7, 3, 3, 3, 3, 3]
+    assert [one[:2] for one in found] == [one[:2] for one in expected]
+    assert max(np.abs(a[2] - b[2]).max() for a, b in zip(found, expected, strict=True)) <= 1
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(crowded(make_pipeline_of(), 0))
+
+
+def test_few_images_are_decoded_together():
+    pipeline, decoded = make_pipeline_of(), []
+    pipeline.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=1, guidance_scale=1.0, output_type="np")
+    noise = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts = [pipeline([3], latents=one[None], **options).images for one in noise]
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda x, **options: (decoded.append(len(x)), decode(x, **options))[1]
+    images = pipeline([3] * 20, latents=noise, **options).images
+    assert decoded == [8, 8, 4]
+    np.testing.assert_allclose(images, np.concatenate(parts), atol=1e-5)
+
+
+def test_a_preview_without_memory_does_not_stop_training(tmp_path, monkeypatch):
+    config, pipeline = Config(), crowded(make_pipeline_of(), 0)
+    monkeypatch.setattr(build_training, "model_of", lambda *arguments: None)
+    monkeypatch.setattr(build_training, "build_pipeline", lambda *arguments: pipeline)
+    preview = build_training.build_preview(config, None, None, Accelerator(cpu=True))
+    with pytest.warns(UserWarning, match="no samples of step 7: CUDA out of memory"):
+        preview({}, 7, False)
+    assert pipeline.asked == [40, 20, 10, 5, 2, 1]
+
+
 def test_a_preview_that_is_not_finite_does_not_stop_training(tmp_path, monkeypatch):
     def not_finite(*arguments, **options):
         raise DataError("the model draws images that are not finite")
         yield
 
     config, pipeline = Config(), make_pipeline_of()
-    monkeypatch.setattr(build_pipeline, "sample_classes", not_finite)
-    monkeypatch.setattr(build_pipeline, "model_of", lambda *arguments: None)
-    monkeypatch.setattr(build_pipeline, "build_pipeline", lambda *arguments: pipeline)
-    preview = build_pipeline.build_preview(config, None, None, Accelerator(cpu=True))
+    monkeypatch.setattr(build_training, "sample_classes", not_finite)
+    monkeypatch.setattr(build_training, "model_of", lambda *arguments: None)
+    monkeypatch.setattr(build_training, "build_pipeline", lambda *arguments: pipeline)
+    preview = build_training.build_preview(config, None, None, Accelerator(cpu=True))
     with pytest.warns(UserWarning, match="no samples of step 7: the model draws images that are not finite"):
         preview({}, 7, False)

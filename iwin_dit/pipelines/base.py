@@ -34,6 +34,8 @@ from iwin_dit.runtime.errors import DataError
 # trust in code that lies beside the weights: with the package installed, its own classes are used.
 diffusers.pipelines.iwin_dit = sys.modules[iwin_dit.__name__]
 
+DECODED_AT_ONCE = 8  # images; an autoencoder takes more memory for each than the model
+
 LOADER = '''"""Loads {name} from the installed package."""
 
 try:
@@ -251,7 +253,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         mean, std = self.config.latents_mean, self.config.latents_std
         if mean is None or std is None:
             mean, std = vae_statistics(self.vae)
-        pixels = decode(self.vae, denormalize(latents, mean, std)).float()
+        parts = denormalize(latents, mean, std).split(DECODED_AT_ONCE if latents.ndim == 4 else 1)
+        pixels = torch.cat([decode(self.vae, part).float() for part in parts])
         if not torch.isfinite(pixels).all():
             dtype = str(self.transformer.dtype).removeprefix("torch.")
             raise DataError(

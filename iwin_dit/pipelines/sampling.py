@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image, ImageDraw, ImageFont
 
 from iwin_dit.data.video import write_gif, write_mp4
@@ -54,21 +56,38 @@ def sample_classes(
 
     Args:
         seed: with the class and the number of the image, the seed of its noise.
-        batch_size: images of one forward pass; the images do not depend on it.
+        batch_size: images of one forward pass; the images do not depend on it. Where memory has no room for
+            so many, it is halved.
         drawn: classes and numbers of images to leave out.
         options: arguments of the pipeline's call, such as ``guidance_scale``.
     """
     wanted = [pair for pair in itertools.product(labels, range(num_images)) if pair not in drawn]
+    done = 0
     with progress(total=len(wanted), unit="image", desc="sample") as bar:
-        for start in range(0, len(wanted), batch_size):
-            batch = wanted[start : start + batch_size]
+        while done < len(wanted):
+            batch = wanted[done : done + batch_size]
             generators = [generator(seed, "image", label, number) for label, number in batch]
-            (drawn_now,) = pipeline(
-                [label for label, _ in batch], generator=generators, return_dict=False, **options
-            )
+            try:
+                (drawn_now,) = pipeline(
+                    [label for label, _ in batch], generator=generators, return_dict=False, **options
+                )
+            except Exception as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+                drawn_now = None
+            if drawn_now is None:  # no longer in the error's context, which holds what is too large
+                batch_size = len(batch) // 2
+                clear_device_cache(garbage_collection=True)
+                continue
             for (label, number), image in zip(batch, drawn_now, strict=True):
                 yield Sample(label, number, image if isinstance(image, list) else [image])
+            done += len(batch)
             bar.update(len(batch))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the computer, had no memory left: fewer images may fit."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
 
 
 def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 10) -> Image.Image:

@@ -3,6 +3,7 @@
 ```
 runs/name/
   lock            held for the life of the process
+  number          its place in the order in which the runs beside it began
   config.yaml     the resolved config; a run keeps the one it began with
   data.json       what the run was trained on
   log.jsonl       one line per logged step
@@ -93,6 +94,10 @@ class RunDirectory:
     def begin(self, step: int) -> None:
         """Writes the config and drops what was logged and kept after ``step``, which will be made again."""
         text = strict_yaml.dump(self.config)
+        if not (self.path / "config.yaml").exists():
+            others = (path.parent for path in self.path.absolute().parent.glob("*/config.yaml"))
+            number = 1 + max(map(number_of, others), default=0)
+            files.replace(self.path / "number", f"{number}\n".encode())
         files.replace(self.path / "config.yaml", text.encode())
         files.replace(self.path / "data.json", files.to_json(self.data))
         if self.log_path.exists():
@@ -113,6 +118,19 @@ class RunDirectory:
 
     def _log_lines(self) -> list[str]:
         return self.log_path.read_text().splitlines() if self.log_path.exists() else []
+
+
+def number_of(run: Path) -> int:
+    """The place of a run in the order in which the runs of its folder began; 0 where none was written."""
+    try:
+        return int((run / "number").read_bytes()[:20])
+    except (OSError, ValueError):
+        return 0
+
+
+def has_begun(folder: str | Path) -> bool:
+    """Whether the run of this directory has a checkpoint, from which it goes on."""
+    return bool(step_directories(Path(folder) / "checkpoints"))
 
 
 def read_config(run: Path) -> dict[str, Any]:

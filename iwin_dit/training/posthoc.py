@@ -25,6 +25,7 @@ from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
 
 AVERAGE = re.compile(r"(ema_std_(\d+(?:\.\d+)?(?:e-\d+)?))\.safetensors")
+TOLERANCE = 0.1  # of a profile's distance from the wanted one, as a share of the latter's norm
 NEGLIGIBLE = 1e-13  # singular values this far below the largest are rounding: the same average given twice
 
 
@@ -121,6 +122,37 @@ def combination(stds: Sequence[float], steps: Sequence[int], std: float, step: i
     return free + shared * (1 - free.sum()) / shared.sum()  # the Lagrange multiplier of the sum
 
 
+def misfit(stds: Sequence[float], steps: Sequence[int], std: float, step: int) -> float:
+    """How far :func:`combination` is from the wanted profile, in the norm of L2; 1 is the profile's own norm.
+
+    Arguments and errors are those of :func:`combination`.
+    """
+    chosen = combination(stds, steps, std, step)
+    gammas, times = np.array([power_gamma(value) for value in stds]), np.array(steps, np.float64)
+    wanted = power_gamma(std)
+    own = inner_product(wanted, step, wanted, step)
+    both = chosen @ inner_product(gammas, times, wanted, step)
+    found = chosen @ inner_product(gammas[:, None], times[:, None], gammas, times) @ chosen
+    return math.sqrt(max(0.0, float((own - 2 * both + found) / own)))
+
+
+def _check_reach(stds: Sequence[float], steps: Sequence[int], std: float, step: int) -> None:
+    """Refuses a width that the snapshots give only roughly, and says which widths they give."""
+    error = misfit(stds, steps, std, step)
+    if error <= TOLERANCE:
+        return
+    widths = np.geomspace(1e-3, power_std(0.0) * (1 - 1e-9), 200)
+    good = [misfit(stds, steps, width, step) <= TOLERANCE for width in widths]
+    reached = [f"{width:.3f}" for width, is_good in zip(widths, good, strict=True) if is_good]
+    between = f"widths from {reached[0]} to {reached[-1]}" if reached else "no other widths"
+    stored = ", ".join(f"{value:g}" for value in sorted(set(stds)))
+    raise ConfigError(
+        f"an average of relative standard deviation {std} at step {step} would be {error:.0%} off: the "
+        f"snapshots ({len(set(steps))} steps, of {stored}) give {between}; choose one of these, or train "
+        "with ema.power_stds around it"
+    )
+
+
 def reconstruct(root: Path, std: float, step: int | None = None) -> dict[str, Tensor]:
     """The average of width ``std`` at ``step`` from the snapshots of a run (section 3.2).
 
@@ -136,12 +168,14 @@ def reconstruct(root: Path, std: float, step: int | None = None) -> dict[str, Te
 
     Raises:
         CheckpointError: where there are no snapshots, one is damaged, or they are not of the same model.
-        ConfigError: a ValueError, for a ``std`` or ``step`` that cannot be reconstructed.
+        ConfigError: a ValueError, for a ``std`` or ``step`` that cannot be reconstructed, or only roughly.
     """
     found = _averages(root)
     steps = [average.step for average in found]
     step = max(steps) if step is None else step
-    coefficients = combination([average.std for average in found], steps, std, step)
+    stds = [average.std for average in found]
+    coefficients = combination(stds, steps, std, step)
+    _check_reach(stds, steps, std, step)
     total: dict[str, Tensor] = {}
     for average, coefficient in zip(found, coefficients.tolist(), strict=True):
         _add(total, _read(average, total), coefficient)  # no name for the file, lest it outlive the next read
