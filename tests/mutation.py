@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="of the project (default: this one)")
     parser.add_argument("--map", type=Path, default=ROOT / "runs" / "mutation" / "map.json")
     args = parser.parse_args()
+    os.environ[mutation_trace.FOLDERS] = " ".join(sorted({*TESTS, *args.folder}))
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
         tree = Tree(args.root, Path(scratch))
         for folder in args.folder:

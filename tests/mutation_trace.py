@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-TRACE = "MUTATION_TRACE"  # the file of this process and of those that it starts
+TRACE, FOLDERS = "MUTATION_TRACE", "MUTATION_FOLDERS"  # of this process and of those that it starts
 _seen: set[tuple[str, int]] = set()
 _file = -1
 
@@ -27,8 +27,9 @@ def write_to(path: str) -> None:
 
 
 def start(root: Path) -> None:
-    """Traces the packages in this folder; :func:`write_to` says where to."""
-    ours = {str(path): str(path.relative_to(root)) for path in root.glob("*/**/*.py")}
+    """Traces the folders of the project that FOLDERS names; :func:`write_to` says where to."""
+    paths = [path for folder in os.environ[FOLDERS].split() for path in (root / folder).glob("*.py")]
+    ours = {str(path): str(path.relative_to(root)) for path in paths}
 
     def line(frame, event, _):
         if event == "line":
