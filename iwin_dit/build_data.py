@@ -166,7 +166,29 @@ def _published(config: Config, path: Path) -> dict[str, Any] | None:
         return None
     if config.data.vae is None:
         raise DataError(f"{path} does not say what decodes it: set data.vae to a folder, preset or hub id")
-    return published_index(path, load_official(statistics), config.data.vae, config.model.num_classes)
+    mean, std = read_statistics(statistics, config.model.in_channels)
+    moments = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
+    return published_index(path, moments, config.data.vae, config.model.num_classes)
+
+
+def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
+    """``mean`` and ``std`` per channel of a ``latents_stats.pt``, where they are ``(1, C, 1, 1)``.
+
+    Raises:
+        DataError: where it does not hold so many finite numbers of each, with standard deviations above 0.
+    """
+    content, found = load_official(path), []
+    for key in ("mean", "std"):
+        tensor = content.get(key)
+        values = tensor.float().flatten().tolist() if isinstance(tensor, torch.Tensor) else []
+        low = 0.0 if key == "std" else -float("inf")
+        if len(values) != channels or not all(low < value < float("inf") for value in values):
+            raise DataError(
+                f"{path} holds a {key} of {len(values)} numbers, expected {channels}, one for each latent "
+                "channel, finite" + (" and above 0" if key == "std" else "")
+            )
+        found.append(values)
+    return found[0], found[1]
 
 
 def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:

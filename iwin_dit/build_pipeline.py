@@ -23,7 +23,7 @@ from iwin_dit.diffusion.sampling import prediction_type
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
-from iwin_dit.pipelines.trust import check_index, check_pipeline_folder
+from iwin_dit.pipelines.trust import check_index, check_model_folder, check_pipeline_folder
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, reason
@@ -137,6 +137,18 @@ def load_pipeline(
         pipeline.to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_transformer(source: str) -> IwinDiTTransformer2DModel:
+    """The network of a run, a pipeline or the hub; or of a folder that holds it alone, as imports write it.
+
+    Raises:
+        CheckpointError: as :func:`load_pipeline`.
+    """
+    path = Path(expand_home(source))
+    if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
+        return check_model_folder(path).from_pretrained(path, use_safetensors=True)
+    return load_pipeline(source).transformer
 
 
 def load_guide(source: str, pipeline: ClassConditionalPipeline) -> IwinDiTTransformer2DModel:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from iwin_dit.build import any_attention, build_model
-from iwin_dit.build_pipeline import build_pipeline, load_pipeline, model_of, sampling_options
+from iwin_dit.build_pipeline import build_pipeline, load_transformer, model_of, sampling_options
 from iwin_dit.config import Config
 from iwin_dit.data.examples import Data
 from iwin_dit.data.video import write_gif
@@ -51,14 +51,16 @@ def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
 
 
 def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
-    """Copies the weights of a run or pipeline into a model; those of images serve clips, too.
+    """Copies the weights of a run, a pipeline or an imported model into a model.
+
+    Those of a model of images serve one of clips, too.
 
     The label embeddings of another number of classes stay as they are drawn.
 
     Raises:
         CheckpointError: where they are not there, or of another network.
     """
-    tensors = inflate(load_pipeline(source).transformer.state_dict(), model.state_dict())
+    tensors = inflate(load_transformer(source).state_dict(), model.state_dict())
     own, labels = model.state_dict(), "label_embedding.weight"
     if tensors[labels].shape[0] != own[labels].shape[0]:
         tensors[labels] = own[labels]

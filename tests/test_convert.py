@@ -1,13 +1,19 @@
 """Importers of official checkpoints against figures from the official implementations (tests/data)."""
 
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_vae
 from safetensors import safe_open
 
+from iwin_dit.build_data import read_statistics
+from iwin_dit.build_pipeline import choose_sampler, load_pipeline
+from iwin_dit.build_training import begin_from
 from iwin_dit.convert import (
     from_dit,
     from_flashdit,
@@ -16,9 +22,9 @@ from iwin_dit.convert import (
     from_lightningdit,
     load_official,
 )
-from iwin_dit.convert.__main__ import read_config
+from iwin_dit.convert.__main__ import main, read_config
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, run_script
 
 DATA = Path(__file__).parent / "data"
 IMPORTERS = {"flashdit_0": from_flashdit, "lightningdit_0": from_lightningdit, "dit_0": from_dit}
@@ -202,6 +208,112 @@ def test_official_files_are_read_without_running_code(tmp_path):
     with pytest.raises(Exception, match="objects that could run code are not read"):
         load_official(tmp_path / "bad.pt")
     assert not marker.exists()
+
+
+@pytest.fixture
+def convert_here(monkeypatch, capfd):
+    """``convert_here(*arguments, error=None)``: python -m iwin_dit.convert; its one line has the error."""
+
+    def call(*arguments, error=None):
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+        output = "".join(capfd.readouterr())
+        assert ended.value.code == (0 if error is None else 2), output
+        assert error is None or (error in output and output.count("\n") == 1), output
+
+    return call
+
+
+def official_file(name, folder):
+    """A vector's weights as a training checkpoint, and its config."""
+    weights, _, _, config = read(name)
+    torch.save({"ema": weights, "best_fid": np.float64(9.6)}, folder / f"{name}.pt")
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder / f"{name}.pt", "--config", folder / f"{name}.json"
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_an_imported_pipeline_draws_what_the_model_draws(name, convert_here, run_here, tmp_path):
+    """From the official file to pixels, against a loop over the imported model."""
+    kind = name.removesuffix("_0")
+    weights, _, _, config = read(name)
+    model, channels = IMPORTERS[name](weights, config), config["in_channels"]
+    make_vae(channels).save_pretrained(tmp_path / "vae")
+    mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
+    statistics = ()
+    if kind != "dit":
+        torch.save({"mean": mean.view(1, -1, 1, 1), "std": std.view(1, -1, 1, 1)}, tmp_path / "stats.pt")
+        statistics = ("--latents-stats", tmp_path / "stats.pt")
+    file, *given = official_file(name, tmp_path)
+    convert_here(kind, file, tmp_path / "out", *given, "--vae", tmp_path / "vae", *statistics)
+    pipeline = load_pipeline(str(tmp_path / "out"))
+    choose_sampler(pipeline, "ddim" if kind == "dit" else None)
+    noise = torch.randn(2, channels, *model.latent_size, generator=torch.Generator().manual_seed(0))
+    options = dict(guidance_scale=1.0, num_inference_steps=4, output_type="pt")
+    images = pipeline([0, 3], latents=noise, **options).images
+
+    scheduler = pipeline.scheduler
+    if kind == "dit":
+        assert pipeline.config.latents_mean is None  # as the autoencoder says
+        mean, std = torch.zeros(channels), torch.full((channels,), 1 / pipeline.vae.config.scaling_factor)
+        scheduler.set_timesteps(4)
+        times = scheduler.timesteps
+    else:
+        times = [1000.0, 750.0, 500.0, 250.0]
+    x = noise
+    for t in times:
+        with torch.no_grad():
+            prediction = model(x, torch.tensor([float(t)] * 2), torch.tensor([0, 3])).sample[:, :channels]
+        x = scheduler.step(prediction, t, x).prev_sample if kind == "dit" else x - prediction / 4
+    latents = x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(latents).sample
+    torch.testing.assert_close(images, (pixels / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
+    command = ("sample.py", "--checkpoint", tmp_path / "out", "--class", 0, "--num-images", 1, "--steps", 1)
+    run_here(*command, "--guidance-scale", 1, "--out", tmp_path / "x.png")
+
+
+def test_an_imported_model_is_what_training_begins_from(convert_here, refused_here, tmp_path):
+    weights, _, _, config = read("flashdit_0")
+    file, *given = official_file("flashdit_0", tmp_path)
+    convert_here("flashdit", file, tmp_path / "out", *given)
+    model = from_flashdit(weights, config)
+    other = IwinDiTTransformer2DModel.from_config(model.config)
+    begin_from(other, str(tmp_path / "out"))
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in other.state_dict().items())
+    command = ("sample.py", "--checkpoint", tmp_path / "out", "--class", 0, "--out", tmp_path / "x.png")
+    assert "holds a model without its autoencoder, which model.init_from takes" in refused_here(*command)
+    weight = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    weight.write_bytes(weight.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'out'} is a damaged model"):
+        begin_from(other, str(tmp_path / "out"))
+    (tmp_path / "out" / "config.json").write_text('{"_class_name": ["AutoencoderKL"]}')
+    with pytest.raises(CheckpointError, match=r"_class_name \['AutoencoderKL'\], expected IwinDiT"):
+        begin_from(other, str(tmp_path / "out"))
+
+
+def test_what_makes_no_pipeline_is_refused(convert_here, tmp_path):
+    make_vae(3).save_pretrained(tmp_path / "vae")
+    for name, arguments, error in [
+        ("flashdit_0", ("--vae", tmp_path / "vae"), "give them by --latents-stats"),
+        (
+            "dit_0",
+            ("--latents-stats", tmp_path / "s.pt"),
+            "--latents-stats belongs to a pipeline; give --vae",
+        ),
+        ("dit_0", ("--vae", tmp_path / "vae"), "has 3 latent channels, the model has 4; take its own"),
+        ("ldm_vae_0", ("--vae", tmp_path / "vae"), "--vae is for a model that draws"),
+    ]:
+        file, *given = official_file(name, tmp_path)
+        convert_here(name.removesuffix("_0"), file, tmp_path / "out", *given, *arguments, error=error)
+    for content in ({"mean": torch.zeros(4)}, {"mean": torch.zeros(3), "std": torch.ones(4)}, {"mean": "x"}):
+        torch.save(content, tmp_path / "s.pt")
+        with pytest.raises(DataError, match="numbers, expected 4, one for each latent channel"):
+            read_statistics(tmp_path / "s.pt", 4)
+    torch.save({"mean": torch.zeros(4), "std": torch.zeros(4)}, tmp_path / "s.pt")
+    with pytest.raises(DataError, match="finite and above 0"):
+        read_statistics(tmp_path / "s.pt", 4)
 
 
 AUTHORS = dict(mixer={"window_size": 8}, num_classes=1000)

@@ -2,6 +2,7 @@
 
 The folder that is written holds ``config.json`` and the weights: as diffusers' ``from_pretrained`` reads
 them, or, for an Iwin Transformer of images, ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+With ``--vae``, a generator becomes a pipeline.
 """
 
 from __future__ import annotations
@@ -37,7 +38,29 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE|NAME",
         help="JSON or YAML of the official constructor's arguments; or an Iwin Transformer's name in timm",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--vae",
+        metavar="NAME",
+        help="write a pipeline for sample.py, with this autoencoder: a preset, a folder, a hub id or an "
+        "original file (the model alone, for model.init_from)",
+    )
+    parser.add_argument(
+        "--latents-stats",
+        type=Path,
+        metavar="FILE",
+        help="how the latents are normalised, such as latents_stats.pt (as the autoencoder says)",
+    )
+    arguments = parser.parse_args()
+    if arguments.vae is None and arguments.latents_stats is not None:
+        raise ConfigError("--latents-stats belongs to a pipeline; give --vae, too")
+    if arguments.vae is not None and arguments.kind not in ("dit", "lightningdit", "flashdit"):
+        raise ConfigError(f"--vae is for a model that draws; a {arguments.kind} needs none")
+    if arguments.vae is not None and arguments.kind != "dit" and arguments.latents_stats is None:
+        raise ConfigError(
+            f"a {arguments.kind} was trained on latents normalised by mean and standard deviation of each "
+            "channel; give them by --latents-stats, such as LightningDiT's latents_stats.pt"
+        )
+    return arguments
 
 
 def read_config(source: str, kind: str) -> dict[str, Any]:
@@ -121,9 +144,16 @@ def main() -> None:
         model = getattr(convert, KINDS[arguments.kind])(tensors, config)
     except ValueError as error:
         raise DataError(f"{arguments.file} with --config {arguments.config}: {error}") from None
-    save(model, arguments.folder)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.folder}: {type(model).__name__}, {count:,} parameters")
+    told = f"{arguments.folder}: {type(model).__name__}, {count:,} parameters"
+    if arguments.vae is None:
+        save(model, arguments.folder)
+        print(told)
+        return
+    from iwin_dit.build_import import import_pipeline
+
+    import_pipeline(model, arguments.vae, arguments.latents_stats, arguments.folder, arguments.file)
+    print(f"{told}; try: python sample.py --checkpoint {arguments.folder} --class 0")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torchvision.models._meta import _IMAGENET_CATEGORIES
+from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET_NAMES
 
 from iwin_dit.data.folders import Folder, listed, printable
 from iwin_dit.data.formats import ENDINGS, IMAGES
@@ -127,7 +127,7 @@ class FolderSource(_FilesSource):
             folders, self._files, self._labels = by_class(folder, folder.files_below, "images", expected)
         self.root, self.ignored = folder.root, folder.ignored
         ids = hashlib.sha256("\n".join(folders).encode(errors="replace")).hexdigest()
-        self.class_names = list(_IMAGENET_CATEGORIES) if ids == SYNSETS_SHA256 else folders
+        self.class_names = list(IMAGENET_NAMES) if ids == SYNSETS_SHA256 else folders
 
 
 class CsvSource(_FilesSource):

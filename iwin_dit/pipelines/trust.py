@@ -91,10 +91,30 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
     return PIPELINES[name]
 
 
+def check_model_folder(path: Path) -> type[IwinDiTTransformer2DModel]:
+    """The class of a folder that holds a transformer alone, checked as :func:`check_pipeline_folder` does.
+
+    Raises:
+        CheckpointError: saying in which file what was found, and what is accepted.
+    """
+    config, kinds = path / "config.json", {kind.__name__: kind for kind in MODELS.values()}
+    name = _read_json(config).get("_class_name")
+    if not isinstance(name, str) or name not in kinds:
+        raise _unexpected(config, "_class_name", name, " or ".join(kinds))
+    _check_transformer(config, name)
+    _check_weights(path, kinds[name])
+    return kinds[name]
+
+
 def check_index(path: Path) -> tuple[str, str]:
     """The first part of :func:`check_pipeline_folder`: returns the classes of the pipeline and of the VAE."""
     index = path / "model_index.json"
     if not index.is_file():
+        if (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds a model without its autoencoder, which model.init_from takes; to draw, "
+                "convert the official file with --vae, or give a pipeline"
+            )
         raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
     try:
         content = files.read_json(index, limits.INDEX_BYTES)
@@ -297,4 +317,6 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _damaged(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{folder.parent} is a damaged pipeline: {reason}")
+    whole = folder.parent if (folder.parent / "model_index.json").exists() else folder
+    what = "model" if (folder / "config.json").exists() and whole == folder else "pipeline"
+    return CheckpointError(f"{whole} is a damaged {what}: {reason}")
