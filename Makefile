@@ -39,6 +39,10 @@ test-slow: $(READY)
 mutation: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --named --folder iwin_dit/diffusion iwin_dit/training iwin_dit/data iwin_dit/evaluation $(MUTATION)
 
+# Ten thousands of malformed inputs; a short run is in `test`. A failing input is made again from its number.
+fuzz: $(READY)
+	FUZZ=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -s
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -11,7 +11,6 @@ import math
 import reprlib
 import types
 from dataclasses import fields, is_dataclass
-from os.path import expanduser
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from iwin_dit.runtime.errors import ConfigError
@@ -76,8 +75,6 @@ def _did_you_mean(prefix: str, key: Any, kind: type) -> str:
 def convert(value: Any, hint: Any, key: str) -> Any:
     """The value as its type wants it: lists become tuples and whole numbers floats where these are wanted.
 
-    Text that begins with ``~``, also after the colon of ``iwin:~/runs/a``, is a path in a home folder.
-
     Raises:
         ConfigError: where it is of another type, null but not optional, or a number that is not finite.
     """
@@ -129,8 +126,7 @@ def _as(value: Any, option: Any) -> Any:
     if option is float and isinstance(value, (int, float)):
         return float(value) if abs(value) <= MAX_INT or math.isfinite(value) else None
     if option is str and isinstance(value, str):
-        path = _expand(value)
-        return path if _is_text(path) and not path.startswith("~") else None
+        return value if _is_text(value) and not value.startswith("~") else None
     return None
 
 
@@ -166,11 +162,6 @@ def _is_text(value: str) -> bool:
     return bool(value.strip()) and all(
         ord(c) >= 32 and ord(c) != 127 and not 0xD800 <= ord(c) < 0xE000 for c in value
     )
-
-
-def _expand(text: str) -> str:
-    scheme, colon, path = text.partition(":~")
-    return f"{scheme}:{expanduser('~' + path)}" if colon else expanduser(text)
 
 
 def words(hint: Any) -> str:

@@ -188,7 +188,7 @@ def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
         with open(path, "rb") as file:
             file.seek(end)
             is_whole = file.read(512) == bytes(512)
-    except (OSError, tarfile.TarError, UnicodeError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # sizes of more than 64 bits
         raise DataError(f"{path} is not a whole, uncompressed tar file: {error}") from error
     if not is_whole:  # tarfile takes damage and a cut between members for the end
         raise DataError(f"{path} is damaged or cut off after {end} bytes; restore it")
