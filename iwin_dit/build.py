@@ -18,13 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from iwin_dit.build_data import build_encoder
-from iwin_dit.config import Config
+from iwin_dit.config import Config, is_of_earlier_version
 from iwin_dit.config_rules import local_batch
 from iwin_dit.config_schema import MAY_CHANGE
 from iwin_dit.data.examples import Data, MixedExamples, StepSampler, TrainingExamples
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.layers import kernels
+from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
@@ -120,7 +121,7 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
             attention_head_dim=width // heads,
             num_classes=config.model.num_classes,
             class_dropout_prob=config.model.label_dropout,
-            mixer=asdict(config.model.mixer),
+            mixer=asdict(config.model.resolved_mixer),
             position_embedding=config.model.position_embedding,
             norm=config.model.norm,
             mlp=config.model.mlp,
@@ -303,6 +304,8 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
         ConfigError: as :class:`RunDirectory`; and where a run that was begun would follow another curve of
             learning rates.
     """
+    if isinstance(config, Config) and (Path(config.output_dir) / "config.yaml").exists():
+        _check_earlier_version(config)
     run = RunDirectory(
         config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults=type(config)().to_dict()
     )
@@ -315,6 +318,20 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
                 f"another run with these weights: another output_dir, and model.init_from {run.path}"
             )
     return run
+
+
+def _check_earlier_version(config: Config) -> None:
+    """Refuses to go on with a run of version 0.1 whose network ``auto`` would make another one now."""
+    grid = config.model.grid
+    then, now = (
+        (spec.convolution, spec.window(grid))
+        for spec in (of_earlier_version(config.model.mixer, grid), config.model.resolved_mixer)
+    )
+    if then != now and is_of_earlier_version(read_config(Path(config.output_dir))):
+        raise ConfigError(
+            f"{config.output_dir} was begun by version 0.1, where model.mixer came to (convolution, window) "
+            f"{then}, and now to {now}: it can be sampled, but not trained further; take another output_dir"
+        )
 
 
 def start_trackers(config: Any, accelerator: Accelerator) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from iwin_dit.build import build_model, build_objective
 from iwin_dit.build_data import build_dataset, load_autoencoder
-from iwin_dit.config import Config, load_config
+from iwin_dit.config import Config, load_run
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.diffusion.sampling import prediction_type
+from iwin_dit.diffusion.sampling import prediction_type, with_schedule_of
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
@@ -176,14 +176,17 @@ def load_guide(source: str, pipeline: ClassConditionalPipeline) -> IwinDiTTransf
 def choose_sampler(pipeline: ClassConditionalPipeline, name: str | None) -> None:
     """Gives the pipeline the scheduler of this name, of its model's objective; None keeps the one it has.
 
+    The noise schedule stays the pipeline's.
+
     Raises:
-        ConfigError: with the names of those that fit.
+        ConfigError: with the names of those that fit, or where one cannot take over the schedule.
     """
     if name is None:
         return
     trained_for = pipeline.transformer.config.prediction_type or prediction_type(pipeline.scheduler)
     try:
-        pipeline.scheduler = OBJECTIVES[trained_for].scheduler(name)
+        scheduler = OBJECTIVES[trained_for].scheduler(name)
+        pipeline.scheduler = with_schedule_of(scheduler, pipeline.scheduler)
     except ValueError as error:
         raise ConfigError(f"--sampler: {error}") from None
 
@@ -228,7 +231,7 @@ def _load_run(run: Path, ema_std: float | None, ema: float | str | None) -> Clas
     if ema_std is not None and ema is not None:
         raise ConfigError("--ema and --ema-std choose one average each; give one of them")
     if ema_std is not None:
-        config = load_config(run / "config.yaml")
+        config = load_run(run)
         weights = reconstruct(run / "snapshots", ema_std)
         return build_pipeline(config, model_of(config, weights), _data_of(run, config))
     newest = checkpoint.newest(run / "checkpoints")
@@ -242,7 +245,7 @@ def _load_run(run: Path, ema_std: float | None, ema: float | str | None) -> Clas
         return _from_folder(run / "pipeline")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
-    config = load_config(run / "config.yaml")
+    config = load_run(run)
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     weights = checkpoint.read_tensors(newest, group, like=expected, any_precision=True)
@@ -253,7 +256,7 @@ def _group_of(run: Path, ema: float | str) -> str:
     """The file of a checkpoint with the average of this decay; ``none`` names the weights themselves."""
     if ema == "none":
         return "model"
-    decays = load_config(run / "config.yaml").ema.decays
+    decays = load_run(run).ema.decays
     groups = dict(zip(decays, decay_rules(decays, ()), strict=True))
     try:
         return groups[float(ema)]

@@ -73,7 +73,8 @@ def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
         raise CheckpointError(
             f"model.init_from {source} is another network than the config's: "
             f"{checkpoint.listed(odd)} differ; take its sizes, patch size, channels and kinds of norm, MLP "
-            "and modulation, and where its blocks have no convolution set model.mixer.convolution false"
+            "and modulation, and where its blocks have no convolution set model.mixer.convolution false, "
+            "with a model.position_embedding"
         )
     model.load_state_dict(tensors)
 

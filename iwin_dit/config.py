@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from iwin_dit.config_schema import Config
 from iwin_dit.config_types import build, check_keys, types_of
+from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError, expand_home
 
@@ -53,6 +54,26 @@ def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Con
 def load_config(path: Path, kind: type[T] = Config) -> T:
     """A checked config from a file."""
     return parse_arguments(["--config", str(path)], path, kind)[0]
+
+
+def load_run(run: Path) -> Config:
+    """The config of a run of a generator.
+
+    In one of version 0.1 ``auto`` means what it did there, so that its weights fit; what it built is not
+    refused now.
+    """
+    path = run / "config.yaml"
+    if not is_of_earlier_version(load_yaml(path)):
+        return load_config(path)
+    config, _ = parse_arguments(["--config", str(path), "--model.allow_blind", "true"], path)
+    mixer = of_earlier_version(config.model.mixer, config.model.grid)
+    return replace(config, model=replace(config.model, mixer=mixer))
+
+
+def is_of_earlier_version(content: dict[str, Any]) -> bool:
+    """Whether the config of a run was written by version 0.1, which did not know ``model.allow_blind``."""
+    model = content.get("model")
+    return not isinstance(model, dict) or "allow_blind" not in model
 
 
 def _read(path: str, kind: type) -> dict[str, Any]:

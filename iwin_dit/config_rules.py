@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from iwin_dit.config_bounds import MAX_TOKENS, check_bounds
 from iwin_dit.evaluation.rules import chosen_metrics
+from iwin_dit.layers.blindness import blind_spots
 from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.errors import ConfigError
 
@@ -205,10 +206,27 @@ def _check_block(model: ModelConfig) -> None:
             "model.mixer factorised attends over space, then over time: it is for clips; "
             "set model.sample_frames, or take another mixer"
         )
+    _check_blindness(model)
     if "sincos" in model.position_embedding and width % 4:
         raise ConfigError(f"sin-cos positions need a model.width that 4 divides, found {width}")
     if "rope" in model.position_embedding and width // heads % 4:
         raise ConfigError(f"rotary positions need heads of a width that 4 divides, found {width} / {heads}")
+
+
+def _check_blindness(model: ModelConfig) -> None:
+    mixer, positions = model.resolved_mixer, model.position_embedding
+    spots = blind_spots(mixer, model.grid, positions, model.shape[0])
+    if not spots or model.allow_blind:
+        return
+    keeps_none = mixer.name == "iwin" and not mixer.convolution
+    missing = [f"model.position_embedding {'time' if spots.unordered == ['frames'] else 'sincos'}"]
+    missing = (missing if spots.unordered else []) + (["model.mixer.window_size all"] if spots.apart else [])
+    fix = ("remove model.mixer.convolution false, or " if keeps_none else "") + f"set {' and '.join(missing)}"
+    raise ConfigError(
+        f"on {' x '.join(map(str, model.grid))} tokens the model is blind: {spots} (mixer {mixer.name}, "
+        f"window_size {mixer.window_size}, position_embedding {positions}); {fix}; for an ablation set "
+        "model.allow_blind true"
+    )
 
 
 def _check_sampling(config: Config) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from iwin_dit.config_rules import check
+from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import SIZES, MixerSpec
 
 # What a resumed run may set anew without being another run; max_steps only under a constant learning rate.
@@ -20,6 +21,7 @@ MAY_CHANGE = frozenset(
         "data.follow_links",
         "data.held_out",
         "data.held_out_labels",
+        "model.allow_blind",
         "model.init_from",
         "train.max_steps",
         "train.micro_batch",
@@ -124,6 +126,8 @@ class ModelConfig:
         post_norm: normalise what a branch returns (Swin V2), rather than what it reads.
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
             say sooner from a larger one.
+        allow_blind: build a network that cannot tell positions, or some of whose tokens never meet, which is
+            refused otherwise: for ablations.
         init_from: weights to begin with: a run or a pipeline. Those of a model of images serve one of clips;
             another number of classes gets new label embeddings.
     """
@@ -148,6 +152,7 @@ class ModelConfig:
     open_gates: bool = True
     post_norm: bool = False
     label_embedding_std: float = 0.02
+    allow_blind: bool = False
     init_from: str | None = None
 
     @property
@@ -171,6 +176,11 @@ class ModelConfig:
         *frames, height, width = self.latent_size
         patch = self.shape[3]
         return *frames, height // patch, width // patch
+
+    @property
+    def resolved_mixer(self) -> MixerSpec:
+        """The token mixer, with what ``auto`` comes to here."""
+        return resolve(self.mixer, self.grid, self.position_embedding)
 
 
 @dataclass(frozen=True)

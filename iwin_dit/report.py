@@ -29,7 +29,7 @@ def describe_run(config: Config) -> str:
         model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     grid = model.grid(*model.latent_size)
-    mixer = config.model.mixer
+    mixer = config.model.resolved_mixer
     window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.has_windows else ""
     ignored = None
     try:

@@ -149,7 +149,9 @@ def test_what_is_not_finite_is_no_image():
     torch.nn.init.constant_(pipeline.transformer.label_embedding.weight[1], torch.nan)
     assert images_of(pipeline, [1], output_type="latent").isnan().any()
     for output_type in ("pil", "np", "pt"):
-        with pytest.raises(DataError, match="draws images that are not finite; its weights are not usable"):
+        with pytest.raises(
+            DataError, match="transformer's latents are not finite; its weights are not usable in float32"
+        ):
             images_of(pipeline, [0, 1], output_type=output_type)
     assert images_of(pipeline, [0]).isfinite().all()
 

@@ -133,6 +133,20 @@ def load_vae(name_or_path: str) -> Any:
     return vae.eval().requires_grad_(False)
 
 
+def usable_dtype(vae: Any, dtype: torch.dtype) -> torch.dtype:
+    """What the autoencoder may compute in: float32 instead of float16 if its config says ``force_upcast``.
+
+    The activations of such autoencoders (SDXL's, to begin with) are beyond the largest number of float16.
+    """
+    return torch.float32 if dtype == torch.float16 and vae.config.get("force_upcast") else dtype
+
+
+def _upcast(vae: Any) -> None:
+    """Brings an autoencoder that may not compute in its dtype to one in which it may, and leaves it there."""
+    if (dtype := usable_dtype(vae, vae.dtype)) != vae.dtype:
+        vae.to(dtype=dtype)
+
+
 def weights_sha256(vae: Any) -> str:
     """A fingerprint of the autoencoder's weights, whatever its name or folder."""
     digest = hashlib.sha256()
@@ -197,6 +211,7 @@ def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    _upcast(vae)
     encoded = vae.encode(pixels.to(vae.dtype))
     if not hasattr(encoded, "latent_dist"):
         return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
@@ -213,6 +228,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _decode(vae: Any, latents: Tensor) -> Tensor:
+    _upcast(vae)
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 

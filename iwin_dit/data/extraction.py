@@ -20,7 +20,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iwin_dit.data.codec import encode_posterior, is_of_videos, latent_frames, spatial_factor
+from iwin_dit.data.codec import (
+    encode_posterior,
+    is_of_videos,
+    latent_frames,
+    spatial_factor,
+    usable_dtype,
+)
 from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import SHARD_NAME, Shard, write_index, write_shard
 from iwin_dit.data.reading import Reader
@@ -139,7 +145,7 @@ def extract(
     hashes = {number: _images_sha256(reader, settings, number) for number in mine}  # before they are read
     if not is_of_videos(vae):
         vae.to(memory_format=torch.channels_last)
-    if vae.dtype != (dtype := getattr(torch, settings.precision)):
+    if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, settings.precision))):
         vae.to(dtype=dtype)
     workers = min(4, cores()) if num_workers is None else num_workers
     for number, shard, bad in _encode_shards(reader, vae, settings, mine, workers, main=process == 0):

@@ -81,13 +81,20 @@ class DDPM:
         mse = (eps - noise).square().flatten(1).mean(1)
         return mse + variational_bits(at, x0, xt, eps.detach(), v, t)
 
-    def scheduler(self, sampler: str | None = None) -> SchedulerMixin:
-        """The diffusers scheduler of this name in :attr:`samplers`, with the betas of the training."""
+    def scheduler(self, sampler: str | None = None, spacing: str = "trailing") -> SchedulerMixin:
+        """The diffusers scheduler of this name in :attr:`samplers`, with the betas of the training.
+
+        Args:
+            spacing: of DDPM's and DDIM's timesteps. ``trailing`` begins at pure noise, which is what sampling
+                begins from (Lin et al. 2024, section 3.3); ``leading``, at 1000 - 1000 / N, is the setting of
+                published pipelines of DiT, and of those that version 0.1 saved.
+        """
+        options = BETAS | dict(clip_sample=False, timestep_spacing=spacing)
         match sampler or self.default_sampler:
             case "ddim":
-                return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True)
+                return DDIMScheduler(**options, set_alpha_to_one=True)
             case "ddpm":
-                return DDPMScheduler(**BETAS, clip_sample=False, variance_type="learned_range")
+                return DDPMScheduler(**options, variance_type="learned_range")
             case "dpm++":
                 return DPMSolverMultistepScheduler(**BETAS)
         raise ValueError(f"DDPM has no sampler {sampler!r}; it has {', '.join(self.samplers)}")

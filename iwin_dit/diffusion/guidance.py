@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Times this close to an end of the interval are at it. Schedulers keep times in float32, whose 0.8 is more
+# than 0.8, and UniPC begins at 1 - 1e-6; steps are a hundred times as far apart.
+RESOLUTION = 1e-5
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -25,7 +29,8 @@ class Guidance:
             from the worse one.
         channels: guide the first so many latent channels only; 3 reproduces the published figures of DiT, SiT
             and LightningDiT. Default: all.
-        interval: (low, high) of t in [0, 1], with t = 1 noise; outside, the model runs unguided in one pass.
+        interval: (low, high) of t in [0, 1], with t = 1 noise, both ends included; outside, the model runs
+            unguided in one pass.
     """
 
     scale: float = 1.0
@@ -49,7 +54,8 @@ class Guidance:
 
     def active(self, t: float) -> bool:
         """Whether a step at time t needs the worse prediction."""
-        return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+        low, high = self.interval
+        return self.scale != 1 and low - RESOLUTION <= t <= high + RESOLUTION
 
     def predict(
         self,
@@ -69,7 +75,7 @@ class Guidance:
             timestep: of the model, a scalar.
             labels: ``(B,)``.
             null_label: that of no class; of no account with a guide.
-            t: the time in [0, 1].
+            t: the time in [0, 1] at which the step begins: both calls of a step of Heun share it.
             guide: a smaller or less trained model, whose prediction for the same labels is the worse one.
                 Without it, that is the model's own for the null label, in one pass with the other.
 

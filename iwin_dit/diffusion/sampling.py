@@ -6,10 +6,25 @@ import inspect
 from typing import Any
 
 import numpy as np
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+DDIM_AND_DDPM = (DDIMScheduler, DDPMScheduler)
+# Settings of a noise schedule: those that every scheduler of noise prediction has, those of which steps are
+# taken, which two have alike, and those that not every scheduler has.
+BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+SPACING = ("timestep_spacing", "steps_offset")
+OF_ONE_SCHEDULER = (
+    *("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "use_karras_sigmas"),
+    *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max"),
+)
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
@@ -29,6 +44,34 @@ def check_scheduler(scheduler: SchedulerMixin, trained_for: str | None) -> None:
         )
 
 
+def with_schedule_of(scheduler: SchedulerMixin, before: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler with the noise schedule of another one, which it replaces.
+
+    Carried over are the shift of flow matching, or the betas; between DDPM and DDIM also which timesteps are
+    taken. A scheduler of the same class is left as it is.
+
+    Raises:
+        ValueError: where the other one's schedule has a setting that this one does not have.
+    """
+    if type(scheduler) is type(before):
+        return before
+    old, name = before.config, type(before).__name__
+    odd = [key for key in OF_ONE_SCHEDULER if old.get(key)]
+    if odd:
+        raise ValueError(
+            f"the pipeline's {name} has {odd[0]} {old[odd[0]]}, which {type(scheduler).__name__} cannot take "
+            "over; keep the pipeline's own sampler"
+        )
+    kept = {"num_train_timesteps": old["num_train_timesteps"]}
+    if prediction_type(before) == "flow_prediction":
+        shift = old.get("flow_shift", old.get("shift", 1.0))
+        kept["flow_shift" if "flow_shift" in scheduler.config else "shift"] = shift
+    else:
+        alike = isinstance(scheduler, DDIM_AND_DDPM) and isinstance(before, DDIM_AND_DDPM)
+        kept |= {key: old[key] for key in (*BETAS, *(SPACING if alike else ())) if key in old}
+    return type(scheduler).from_config(scheduler.config, **kept)
+
+
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: Any) -> Tensor:
     """Prepares the scheduler; the timesteps, descending.
 
@@ -41,6 +84,32 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: A
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
     return scheduler.timesteps
+
+
+def model_timesteps(scheduler: SchedulerMixin) -> Tensor:
+    """The timesteps that the model is asked about: ``1000 t`` in flow matching, integers of DDPM.
+
+    On flows DPM++ and UniPC round the timesteps by which they count their steps to integers, but compute with
+    the exact times, their sigmas.
+    """
+    if scheduler.config.get("use_flow_sigmas"):
+        return scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
+    return scheduler.timesteps
+
+
+def times(scheduler: SchedulerMixin) -> list[float]:
+    """The times t in [0, 1] of the steps, with t = 1 noise.
+
+    Where DDPM's integers end each stride, as with ``trailing`` spacing, 999 is pure noise and so t = 1.
+    """
+    discrete = prediction_type(scheduler) != "flow_prediction"
+    first = 1 if discrete and scheduler.config.get("timestep_spacing") == "trailing" else 0
+    return ((model_timesteps(scheduler).double() + first) / scheduler.config.num_train_timesteps).tolist()
+
+
+def begins_step(scheduler: SchedulerMixin) -> bool:
+    """Whether the next call of the model begins a step, rather than correct the one before (Heun)."""
+    return getattr(scheduler, "state_in_first_order", True)
 
 
 def model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Imports no torch, so that a config can use it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # depth, width, heads. XL is DiT's (Peebles & Xie 2023, table 1), 1p0B and 1p6B are LightningDiT's.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -18,6 +19,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "1p6B": (28, 1792, 28),
 }
 
+
+WindowWord = Literal["auto", "all", "divisor"]
 
 # Which fields of a MixerSpec each mixer reads.
 MIXER_FIELDS: dict[str, tuple[str, ...]] = {
@@ -42,11 +45,14 @@ class MixerSpec:
         window_size: tokens per axis of one window: a number, or ``auto``, the smallest divisor M of the side
             with ``kernel_size * M >= side``, or ``all``, the whole side. One for all axes, or one per axis,
             such as ``[all, 8, 8]`` for clips, whose first axis is time. A neighbourhood is odd, the largest
-            odd number up to this but at least 3, or the whole of a shorter side.
+            odd number up to this but at least 3, or the whole of a shorter side. In a generator ``auto``
+            without a convolution is ``all``; ``divisor`` is that smallest divisor with or without one, as
+            generators of version 0.1 had it.
         kernel_size: side of the depthwise convolution, odd: one for all axes, or one per axis; clips whose
             frames are convolved each by itself have ``[1, 3, 3]``. Only ``iwin`` uses it.
         convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid,
-            since attention connects everything there. Only ``iwin`` uses it.
+            since attention connects everything there. A generator keeps it even so where nothing else tells
+            it positions (:func:`iwin_dit.layers.blindness.resolve`). Only ``iwin`` uses it.
         convolution_on: what it reads: ``input``, beside attention as in the paper; ``values``, whose
             convolution is added to what attention makes of them (locally enhanced, Dong et al. 2022); or
             ``attention``, one after the other, so that one block connects more. Only ``iwin`` uses it.
@@ -55,7 +61,7 @@ class MixerSpec:
     """
 
     name: Literal["iwin", "global", "swin", "swin_v2", "neighborhood", "factorised"] = "iwin"
-    window_size: int | list[int | Literal["auto", "all"]] | Literal["auto", "all"] = "auto"
+    window_size: int | list[int | WindowWord] | WindowWord = "auto"
     kernel_size: int | list[int] = 3
     convolution: bool | Literal["auto"] = "auto"
     convolution_on: Literal["input", "values", "attention"] = "input"
@@ -86,7 +92,7 @@ class MixerSpec:
                 f"mixer.convolution_on is {self.convolution_on!r} beside {given}: remove one of them"
             )
         for side in _as_list(self.window_size):
-            if side not in ("auto", "all") and not (isinstance(side, int) and side >= 1):
+            if side not in get_args(WindowWord) and not (isinstance(side, int) and side >= 1):
                 raise ValueError(
                     f"mixer.window_size is {self.window_size!r}, expected positive integers, 'auto' or 'all'"
                 )
@@ -100,7 +106,7 @@ class MixerSpec:
         least = 1 if self.name == "iwin" else 2  # without a convolution a window of 1 joins nothing
         window = tuple(
             _smallest_connecting_divisor(side, kernel, least)
-            if size == "auto"
+            if size in ("auto", "divisor")
             else side
             if size == "all"
             else min(size, side)
@@ -136,9 +142,12 @@ def _per_axis(name: str, value: Any, grid: tuple[int, ...]) -> list[Any]:
 
 
 def _smallest_connecting_divisor(side: int, kernel_size: int, least: int) -> int:
-    """The smallest divisor M of ``side`` with K M >= side (arXiv 2507.18405, section 3.3)."""
-    divisors = (m for m in range(least, side + 1) if side % m == 0 and kernel_size * m >= side)
-    return next(divisors, side)
+    """The smallest divisor M of ``side`` with K M >= side (arXiv 2507.18405, section 3.3).
+
+    That is the most groups G = side / M that are at most K, so that few numbers are tried for any side.
+    """
+    groups = range(min(kernel_size, side // least), 0, -1)
+    return next((side // g for g in groups if side % g == 0), side)
 
 
 @dataclass(frozen=True)
@@ -188,5 +197,6 @@ class BlockSpec:
 
 
 def _nearest_divisors(number: int, target: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = {*small, *(number // d for d in small)}
     return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - target))[:3])))

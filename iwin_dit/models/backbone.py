@@ -5,6 +5,7 @@ size, halved from stage to stage. Tokens have their channels last: ``(B, *grid, 
 """
 
 # No postponed annotations here: torch.fx would write their text into code that TorchScript compiles.
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from timm.models import register_notrace_function
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
+from iwin_dit.layers.blindness import AXES, BlindSpots, blind_spots
 from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.official_names import checkpoint_filter_fn, is_official, serves_later_stages, unwrap
@@ -111,7 +113,7 @@ class IwinTransformer(nn.Module):
             self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch, patch_norm)
             positions = torch.empty(1, *self.position_axes(grid), embed_dim)
             self.pos_embed = nn.Parameter(positions) if pos_embed else None
-            layers = []
+            layers, spots = [], []
             for i, width in enumerate(widths):
                 spec = BlockSpec(
                     width=width,
@@ -131,6 +133,7 @@ class IwinTransformer(nn.Module):
                     for rate in rates[i].tolist()
                 ]
                 layers.append(IwinStage(downsample, blocks))
+                spots += [blind_spots(getattr(b.mixer, "spec", spec.mixer), grid, "none") for b in blocks]
             self.layers = nn.Sequential(*layers)
             self.norm = nn.LayerNorm(self.num_features)
             self.feature_norms = nn.ModuleList(
@@ -138,8 +141,21 @@ class IwinTransformer(nn.Module):
             )
             self.head = self._make_head()
             self.init_weights()
+        self._warn_where_blind(spots)
         if dtype is not None:
             self.to(dtype)
+
+    def _warn_where_blind(self, blocks: list[BlindSpots]) -> None:
+        """Warns of axes along which no block, no downsampling and no embedding tells tokens apart."""
+        downsampled = AXES[2] if len(self.layers) > 1 else ()
+        embedded = () if self.pos_embed is None else AXES[self.rank] if self.rank == 2 else ("frames",)
+        left = [axis for axis in AXES[self.rank] if axis not in downsampled]
+        spots = BlindSpots(
+            [axis for axis in left if all(axis in block.apart for block in blocks)],
+            [axis for axis in left if axis not in embedded and all(axis in b.unordered for b in blocks)],
+        )
+        if spots and blocks:
+            warnings.warn(f"this model is blind: {spots}; give it a convolution or pos_embed", stacklevel=3)
 
     def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
         """The token mixer of a block on this grid."""

@@ -6,7 +6,8 @@ Legend: B batch, C latent channels, D width, p patch size; a grid is (H/p, W/p),
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from iwin_dit.layers.blindness import blind_spots, of_earlier_version, resolve
 from iwin_dit.layers.block import Block, Modulation
 from iwin_dit.layers.embeddings import (
     PatchEmbed,
@@ -47,7 +49,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         num_classes: classes; the label ``num_classes`` itself is the null label of classifier-free guidance.
         class_dropout_prob: share of labels that training replaces by the null label, which 0 leaves out.
         mixer: fields of :class:`~iwin_dit.layers.specs.MixerSpec`, such as
-            ``{"name": "iwin", "window_size": 8}``.
+            ``{"name": "iwin", "window_size": 8}``. The config of the model, and what it saves, holds the
+            convolution that ``auto`` came to.
         position_embedding: ``none``, ``sincos`` (adds to tokens), ``rope`` (turns queries and keys), or both.
         norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates, post_norm: see
             :class:`~iwin_dit.layers.specs.BlockSpec`.
@@ -61,6 +64,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     Raises:
         ValueError: where heads, patch size or window cannot be combined; the message says what would fit.
+
+    A model that cannot tell where its tokens stand, or some of whose tokens never meet, warns.
     """
 
     rank = 2  # axes of the grid
@@ -122,7 +127,6 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             open_gates=open_gates,
             post_norm=post_norm,
         )
-        self.register_to_config(mixer=asdict(spec.mixer))
         self.patch_size = patch_size
         self.out_channels = in_channels if out_channels is None else out_channels
         self.use_sincos, self.use_time = "sincos" in position_embedding, position_embedding == "time"
@@ -130,6 +134,14 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.checkpoint_every = 1  # of so many blocks one is computed twice
         grid = self.grid(*self.latent_size)
+        spec = replace(spec, mixer=resolve(spec.mixer, grid, position_embedding))
+        self.register_to_config(mixer=asdict(spec.mixer))
+        if spots := blind_spots(spec.mixer, grid, position_embedding, num_layers):
+            warnings.warn(
+                f"on {' x '.join(map(str, grid))} tokens this model is blind: {spots}; give it a convolution "
+                "or a position_embedding, and windows that connect",
+                stacklevel=2,
+            )
 
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
         self.timestep_embedding = TimestepEmbedder(width, timestep_scale, timestep_shift)
@@ -156,6 +168,22 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             patch_size=int(patch_size),
             **kwargs,
         )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        """As diffusers, which loads saved models by it: in theirs ``auto`` means what it did back then.
+
+        Of the mixers that this version saves, none has an ``auto`` that could mean two things.
+        """
+        arguments, *others = super().extract_init_dict(config_dict, **kwargs)
+        mixer = arguments.get("mixer")
+        if mixer and {"convolution", "window_size"} <= set(mixer) and "sample_size" in arguments:
+            size, patch = arguments["sample_size"], arguments.get("patch_size", 1)
+            frames = arguments.get("sample_frames")
+            grid = tuple(side // patch for side in ([size] * 2 if isinstance(size, int) else size))
+            grid = grid if frames is None else (frames, *grid)
+            arguments["mixer"] = asdict(of_earlier_version(MixerSpec(**mixer), grid))
+        return arguments, *others
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: Xavier for every projection, zeros for all that modulates and the output."""
@@ -268,7 +296,8 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
     ) -> IwinDiTTransformer3DModel:
         """A model of clips that does to each frame what a model of images does.
 
-        Kernels get an axis of time, zero but in the middle; windows take the automatic number of frames.
+        Kernels get an axis of time, zero but in the middle; windows take the automatic number of frames,
+        which is all of them where there is no convolution.
 
         Args:
             model: of images; its weights are copied.
@@ -287,9 +316,6 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
             grid = model.grid(*model.latent_size)
             kernel = spec.kernel(grid)
             mixer["kernel_size"] = [kernel[0], *kernel]
-            mixer["convolution"] = spec.has_convolution(grid)
-            if not mixer["convolution"]:  # what it would read
-                mixer["convolution_on"] = "input"
         names = inspect.signature(IwinDiTTransformer2DModel).parameters
         config = {name: value for name, value in model.config.items() if name in names}
         config |= {"sample_frames": sample_frames, "mixer": mixer | changes.pop("mixer", {})} | changes

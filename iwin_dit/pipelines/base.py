@@ -16,14 +16,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import iwin_dit
-from iwin_dit.data.codec import VAES, decode, denormalize, spatial_factor, vae_statistics
+from iwin_dit.data.codec import (
+    VAES,
+    decode,
+    denormalize,
+    spatial_factor,
+    usable_dtype,
+    vae_statistics,
+)
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.diffusion.sampling import (
+    begins_step,
     check_scheduler,
     model_input,
+    model_timesteps,
     set_timesteps,
     split_sigma,
     step_arguments,
+    times,
 )
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.labels import ClassNames
@@ -113,6 +123,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
             files.follow_umask(folder / component)
 
     @property
+    def components(self) -> dict[str, Any]:
+        """What the constructor takes: beside the models, the names of the classes and the normalisation.
+
+        diffusers has the models alone; a pipeline made of these would draw other images.
+        """
+        state = {key: self.config[key] for key in ("id2label", "latents_mean", "latents_std")}
+        return super().components | state
+
+    def to(self, *arguments: Any, **options: Any) -> "ClassConditionalPipeline":
+        """As diffusers; an autoencoder that may not compute in float16 stays in float32."""
+        dtypes = [value for value in (*arguments, *options.values()) if isinstance(value, torch.dtype)]
+        if not dtypes or usable_dtype(self.vae, dtypes[0]) == dtypes[0]:
+            return super().to(*arguments, **options)
+        vae = self.vae
+        self.__dict__["vae"] = None  # past diffusers, which would take it out of the config
+        try:
+            super().to(*arguments, **options)
+        finally:
+            self.__dict__["vae"] = vae
+        device = options.get("device", next((a for a in arguments if a not in dtypes), None))
+        vae.to(device, usable_dtype(vae, dtypes[0]))
+        return self
+
+    @property
     def guidance_scale(self) -> float:
         """The scale of the call in progress; a callback may set ``_guidance_scale``."""
         return self._guidance_scale
@@ -163,23 +197,27 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
             )
         self._check(guidance_scale, guidance_interval, guidance_channels, num_inference_steps, output_type)
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(sorted(unknown))}, expected only "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
         labels = torch.tensor(ids, device=device)
         latents = self._initial_latents(len(ids), size, generator, latents)
 
         # The schedule stays on the CPU: schedulers look their numbers up there, and no step waits for a GPU.
         timesteps = set_timesteps(self.scheduler, num_inference_steps, "cpu")
-        model_timesteps = timesteps.to(device)
+        asked, when = model_timesteps(self.scheduler).to(device), times(self.scheduler)
         self._num_timesteps = len(timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
-        times = (timesteps.float() / self.scheduler.config.num_train_timesteps).tolist()
+        begin = when[0]  # of the step, whose calls are all guided or none
         with self.progress_bar(total=len(timesteps)) as bar:
-            for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
+            for i, timestep in enumerate(timesteps):
+                begin = when[i] if begins_step(self.scheduler) else begin
                 guidance = Guidance(self.guidance_scale, guidance_channels, tuple(guidance_interval))
                 noisy = model_input(self.scheduler, latents, timestep).to(model.dtype)
-                prediction = guidance.predict(
-                    model, noisy, model_timesteps[i], labels, model.null_label, t, guide
-                )
+                prediction = guidance.predict(model, noisy, asked[i], labels, model.null_label, begin, guide)
                 prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
                 latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
                 if callback_on_step_end is not None:
@@ -207,8 +245,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for name, (found, expected) in pairs.items():
             if found != expected:
                 raise ValueError(f"the guide's {name} is {found}, expected {expected}, as of the model")
-        found, expected = ((m.dtype, m.device.type) for m in (guide, model))
-        if found != expected:
+        found, expected = (guide.dtype, _where_it_runs(guide)), (model.dtype, self._execution_device)
+        places = [(device.type, device.index or 0) for _, device in (found, expected)]
+        if found[0] != expected[0] or places[0] != places[1]:
             raise ValueError(
                 f"the guide is {found[0]} on {found[1]}, the model {expected[0]} on {expected[1]}: "
                 "move it there with guide.to(device, dtype)"
@@ -248,16 +287,34 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Normalised latents to float32 pixels, about [-1, 1].
 
         Raises:
-            DataError: where they are not finite: image files would show them black.
+            DataError: where they are not finite, since image files would show them black; it says whose
+                computation was not.
         """
+        if not torch.isfinite(latents).all():
+            raise DataError(
+                "the transformer's latents are not finite; its weights are not usable in "
+                f"{_name(self.transformer.dtype)}"
+            )
         mean, std = self.config.latents_mean, self.config.latents_std
         if mean is None or std is None:
             mean, std = vae_statistics(self.vae)
         parts = denormalize(latents, mean, std).split(DECODED_AT_ONCE if latents.ndim == 4 else 1)
         pixels = torch.cat([decode(self.vae, part).float() for part in parts])
         if not torch.isfinite(pixels).all():
-            dtype = str(self.transformer.dtype).removeprefix("torch.")
+            hint = "; take bfloat16 or float32" if self.vae.dtype == torch.float16 else ""
             raise DataError(
-                f"the model draws images that are not finite; its weights are not usable in {dtype}"
+                f"the autoencoder's pixels are not finite in {_name(self.vae.dtype)}, though the latents of "
+                f"the transformer are{hint}"
             )
         return pixels
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _where_it_runs(model: IwinDiTTransformer2DModel) -> torch.device:
+    """The model's device, or where the hooks of offloading bring it."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), model.device))

@@ -186,7 +186,7 @@ def _check_size(path: Path, key: str, value: Any, most: int) -> None:
     values = value if isinstance(value, list) and key in axes else [value]
     length = len(values)
     if key == "window_size":
-        values = [number for number in values if number not in ("auto", "all")]
+        values = [number for number in values if number not in ("auto", "all", "divisor")]
     kinds, least = ((int, float), 0) if key == "mlp_ratio" else ((int,), 1)
     if not (
         1 <= length <= axes.get(key, 1)

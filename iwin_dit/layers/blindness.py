@@ -1,0 +1,107 @@
+"""What a model cannot see: places that it cannot tell apart, and tokens that never meet.
+
+Attention treats its keys as a set. Where they stand enters by position embeddings, by the zeros beyond the
+border that a convolution reads, by learned biases of relative positions, or by neighbourhoods. A model
+without any of these answers shuffled tokens with its shuffled answer: it draws patches in no order.
+
+Imports no torch, so that a config can use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from iwin_dit.layers.specs import MixerSpec
+
+AXES = {2: ("rows", "columns"), 3: ("frames", "rows", "columns")}  # by the rank of the grid
+
+
+class BlindSpots(NamedTuple):
+    """Names of the axes whose tokens never meet, and of those whose order the model cannot tell."""
+
+    apart: list[str]
+    unordered: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.apart or self.unordered)
+
+    def __str__(self) -> str:
+        parts = [(self.apart, "its {} never meet"), (self.unordered, "it cannot tell the order of {}")]
+        return ", and ".join(words.format(" and ".join(axes)) for axes, words in parts if axes)
+
+
+def blind_spots(mixer: MixerSpec, grid: tuple[int, ...], positions: str, depth: int = 2) -> BlindSpots:
+    """What a model of blocks of this mixer cannot see on this grid; false for one that sees all.
+
+    It is read off the structure, axis by axis: a grid is connected exactly where each of its axes is, since
+    every mixer has paths along one axis alone.
+
+    Args:
+        mixer: of every block.
+        grid: tokens per axis.
+        positions: the ``position_embedding`` of the model.
+        depth: number of blocks; a single one of Swin has no shift.
+    """
+    window = mixer.window(grid) if mixer.has_windows else grid
+    kernel = mixer.kernel(grid) if mixer.name == "iwin" and mixer.has_convolution(grid) else [1] * len(grid)
+    found = BlindSpots([], [])
+    for axis, m, k, side in zip(AXES[len(grid)], window, kernel, grid, strict=True):
+        if side == 1:
+            continue
+        meet, ordered = {
+            "iwin": (m == side or k > 1, k > 1),
+            "global": (True, False),
+            "factorised": (True, False),
+            "swin": (m == side or (m > 1 and depth > 1), m > 1),
+            "swin_v2": (m == side or (m > 1 and depth > 1), m > 1),
+            "neighborhood": (m > 1, m < side),
+        }[mixer.name]
+        embedded = "sincos" in positions or "rope" in positions or (positions == "time" and axis == "frames")
+        found.apart.extend([] if meet else [axis])
+        found.unordered.extend([] if ordered or embedded else [axis])
+    return found
+
+
+def resolve(mixer: MixerSpec, grid: tuple[int, ...], positions: str) -> MixerSpec:
+    """The mixer with what ``auto`` means in a model whose blocks are all alike: it never makes it blind.
+
+    The convolution is left out where one window covers the grid and positions come from elsewhere; without a
+    convolution an automatic window is the whole side.
+    """
+    if mixer.name != "iwin":
+        return mixer
+    without = _without_convolution(mixer, "all")
+    if mixer.convolution is False:
+        return without
+    covers = mixer.window(grid) == tuple(grid)
+    if mixer.convolution == "auto" and covers and not blind_spots(without, grid, positions):
+        return without
+    return replace(mixer, convolution=True)
+
+
+def of_earlier_version(mixer: MixerSpec, grid: tuple[int, ...]) -> MixerSpec:
+    """The mixer with what ``auto`` meant in saved models and runs of version 0.1.
+
+    A window that covered the grid left out the convolution, whether or not the model had positions, and
+    automatic windows did not depend on it.
+    """
+    if mixer.name != "iwin":
+        return mixer
+    return (
+        replace(mixer, convolution=True)
+        if mixer.has_convolution(grid)
+        else _without_convolution(mixer, "divisor")
+    )
+
+
+def _without_convolution(mixer: MixerSpec, window: str) -> MixerSpec:
+    """Without what only a convolution has, and with automatic windows of this kind."""
+    sizes = mixer.window_size
+    sizes = [window if size == "auto" else size for size in (sizes if isinstance(sizes, list) else [sizes])]
+    return replace(
+        mixer,
+        convolution=False,
+        convolution_on="input",
+        window_size=sizes if isinstance(mixer.window_size, list) else sizes[0],
+    )
