@@ -156,7 +156,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="of the project (default: this one)")
     parser.add_argument("--map", type=Path, default=ROOT / "runs" / "mutation" / "map.json")
     args = parser.parse_args()
-    os.environ[mutation_trace.FOLDERS] = " ".join(sorted({*TESTS, *args.folder}))
+    folders = {*TESTS, *args.folder, *(str(Path(path).parent) for path, *_ in NAMED)}
+    os.environ[mutation_trace.FOLDERS] = " ".join(sorted(folders))
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
         tree = Tree(args.root, Path(scratch))
         for folder in args.folder:
@@ -165,9 +166,7 @@ def main() -> None:
             chosen = sorted(random.Random(args.seed).sample(found, count), key=lambda m: (m.path, m.start))
             report(tree, folder, chosen, args)
         if args.named:
-            for folder in TESTS:
-                chosen = [m for m in named(tree.root) if Path(m.path).parent == Path(folder)]
-                report(tree, folder, chosen, args)
+            report(tree, "iwin_dit/evaluation", named(tree.root), args)
 
 
 def report(tree: Tree, folder: str, chosen: list[Mutant], args: argparse.Namespace) -> None:

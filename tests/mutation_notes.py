@@ -15,11 +15,11 @@ TESTS = {  # files of tests/, from which those that execute a line are chosen
 EQUIVALENT = {  # (file, line as changed): why no test can notice it
     (
         "iwin_dit/diffusion/ddpm.py",
-        "upper = torch.where(x >= 0.999, torch.ones_like(upper), upper)",
+        "upper = torch.where((x >= 0.999), torch.ones_like(upper), upper)",
     ): "no number of 8 bits is 0.999",
     (
         "iwin_dit/diffusion/ddpm.py",
-        "lower = torch.where(x <= -0.999, torch.zeros_like(lower), lower)",
+        "lower = torch.where((x <= -0.999), torch.zeros_like(lower), lower)",
     ): "no number of 8 bits is -0.999",
     (
         "iwin_dit/diffusion/ddpm.py",
@@ -27,5 +27,28 @@ EQUIVALENT = {  # (file, line as changed): why no test can notice it
     ): "of two axes, the second is the last",
 }
 
-# (file, text that occurs once, what takes its place)
-NAMED: list[tuple[str, str, str]] = []
+NAMED = [  # (file, text that occurs once, what takes its place)
+    ("iwin_dit/evaluation/extractors.py", "Mixed_6d.branch1x1", "Mixed_6c.branch1x1"),
+    ("iwin_dit/evaluation/extractors.py", "Mixed_6d.branch1x1", "Mixed_6d.branch_pool"),
+    ("iwin_dit/evaluation/extractors.py", "output[:, :SPATIAL_CHANNELS]", "output[:, -SPATIAL_CHANNELS:]"),
+    ("iwin_dit/evaluation/extractors.py", "SPATIAL_CHANNELS = 7", "SPATIAL_CHANNELS = 8"),
+    (
+        "iwin_dit/evaluation/every_sample.py",
+        "KID_SUBSETS, KID_SUBSET = 100, 1000",
+        "KID_SUBSETS, KID_SUBSET = 100, 500",
+    ),
+    (
+        "iwin_dit/evaluation/every_sample.py",
+        "KID_SUBSETS, KID_SUBSET = 100, 1000",
+        "KID_SUBSETS, KID_SUBSET = 50, 1000",
+    ),
+    ("iwin_dit/evaluation/every_sample.py", "rng.choice(len(s), size, replace=False)", "np.arange(size)"),
+    ("iwin_dit/evaluation/every_sample.py", "NEIGHBOURS = 3", "NEIGHBOURS = 4"),
+    (
+        "iwin_dit/evaluation/metrics.py",
+        "precision_and_recall(own, others, device)",
+        "precision_and_recall(others, own, device)",
+    ),
+    ("iwin_dit/evaluation/metrics.py", "kernel_distance(own, others)", "kernel_distance(own, own)"),
+    ("iwin_dit/build_evaluation.py", "(images.float() * 255).round()", "(images.float() * 255)"),
+]

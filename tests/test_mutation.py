@@ -5,6 +5,8 @@ import sys
 
 from conftest import ROOT
 from mutants import mutants
+from mutation import named
+from mutation_notes import EQUIVALENT, NAMED
 
 CODE = '''
 """A docstring with 1 < 2."""
@@ -54,6 +56,15 @@ def test_what_is_changed():
         ("1", "(-1)"),
     }
     assert ("-é", "(é)") in made("x = 'ü', -é"), "offsets count bytes"
+
+
+def test_the_notes_are_of_the_code_as_it_is():
+    """A change that was written by hand is made where its text stands; what changes nothing is a change."""
+    assert len(named(ROOT)) == len(NAMED)
+    for path in {path for path, _ in EQUIVALENT}:
+        source = (ROOT / path).read_bytes()
+        lines = {mutant.line_after(source) for mutant in mutants(path, source)}
+        assert {line for found, line in EQUIVALENT if found == path} <= lines, path
 
 
 def test_mutants_that_tests_notice_and_miss(tmp_path):
