@@ -6,7 +6,7 @@ STUDIES = tuple(
 
 TESTS = {  # files of tests/, from which those that execute a line are chosen
     "iwin_dit/diffusion": "diffusion guidance pipeline",
-    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification training levers",
+    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification levers",
     "iwin_dit/data": "data codec digits pixels images folders limits video extraction classification "
     "clip_training",
     "iwin_dit/evaluation": "rules frechet metrics extractors evaluate clips",

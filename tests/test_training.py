@@ -10,10 +10,6 @@ import torch
 import yaml
 from conftest import assert_equal, kill_after, logged_steps, read_checkpoint, refused, run, start
 
-from iwin_dit.config_schema import OptimizerConfig
-from iwin_dit.training.ema import make_ema, update_ema
-from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state, parameter_groups
-
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, run_here, refused_here, tmp_path):
     """kill -9 after step 30 of 60, the same command again: weights, EMA and optimiser are the same bits."""
@@ -127,71 +123,3 @@ def test_dry_run_says_what_a_run_takes(recipe, run_here, tmp_path):
     assert "8 x 8 = 64, windows of 4 x 4" in described["tokens"]
     assert yaml.safe_load(stdout.split("\n\n")[0])["train"]["max_steps"] == 60
     assert not (tmp_path / "run").exists()
-
-
-def test_learning_rate_warms_up_and_stays():
-    options = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
-    assert [learning_rate(step, options, 8) for step in range(8)] == pytest.approx(
-        [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]
-    )
-    assert learning_rate(0, OptimizerConfig(learning_rate=3e-4), 8) == 3e-4
-
-
-def test_a_cosine_ends_at_the_least_rate():
-    """PyTorch's own schedule, after the warm-up."""
-    options = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="cosine", min_learning_rate=0.1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.1)
-    for step in range(3, 14):
-        assert learning_rate(step, options, 13) == pytest.approx(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        theirs.step()
-    assert learning_rate(20, options, 13) == pytest.approx(0.1)
-
-
-def test_ema_is_the_weighted_sum():
-    model = torch.nn.Linear(3, 2)
-    ema, decay = make_ema(model), 0.9
-    expected = model.weight.detach().clone()
-    for _ in range(5):
-        with torch.no_grad():
-            model.weight.add_(torch.randn_like(model.weight))
-        update_ema(ema, model, decay)
-        expected = decay * expected + (1 - decay) * model.weight.detach()
-    torch.testing.assert_close(ema.weight, expected)
-    assert not ema.weight.requires_grad
-
-
-def test_an_average_has_the_statistics_of_its_model():
-    """With those of its beginning a network with BatchNorm answers as if it were not trained."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    ema, x = make_ema(model), 5 + torch.randn(64, 3)
-    for _ in range(50):
-        model(x)
-        update_ema(ema, model, 0.0)  # the average is the model
-    torch.testing.assert_close(ema(x), model.eval()(x))
-
-
-def test_optimiser_state_makes_the_round_trip():
-    """A second optimiser that was given the state of the first takes the same step."""
-    torch.manual_seed(0)
-    models = [torch.nn.Linear(3, 2) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [build_adamw(parameter_groups(m, 0.1), 1e-2, (0.9, 0.95), 1e-8) for m in models]
-    x = torch.randn(4, 3)
-
-    def step(i):
-        models[i](x).square().sum().backward()
-        optimizers[i].step()
-        optimizers[i].zero_grad()
-
-    step(0)
-    models[1].load_state_dict(models[0].state_dict())
-    mine, other = (named_state(o, m) for o, m in zip(optimizers, models, strict=True))
-    for key, value in other.items():
-        value.copy_(mine[key])
-    step(0)
-    step(1)
-    assert torch.equal(models[0].weight, models[1].weight)
-    assert optimizers[0].param_groups[1]["weight_decay"] == 0, "biases do not decay"
