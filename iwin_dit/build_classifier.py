@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from iwin_dit.build import any_attention, leave_group
 from iwin_dit.build_labelled import HeldOutData
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
+from iwin_dit.config_bounds import check_options
 from iwin_dit.convert import load_official
 from iwin_dit.convert.names import find_tensors
 from iwin_dit.data.codec import weights_sha256
@@ -31,8 +31,8 @@ from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.official_names import WRAPPERS, unwrap
 from iwin_dit.models.video_models import VIDEO_MODELS
-from iwin_dit.runtime import checkpoint
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.runtime import checkpoint, files, limits
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.run import RunDirectory, has_begun, read_config
 from iwin_dit.runtime.seeds import derive_seed
@@ -85,8 +85,9 @@ def build_model(config: ClassifierConfig) -> nn.Module:
 
 
 def model_options(config: ClassifierConfig) -> dict[str, Any]:
-    """What the constructor takes beside the number of classes."""
+    """What the constructor takes beside the number of classes; it may be a stranger's, and loads nothing."""
     name, options = config.model.name, dict(config.model.options)
+    check_options(options, "model.options")
     if config.data.frames is not None:
         options = VIDEO_MODELS[name] | {"img_size": list(config.data.shape)} | options
     else:
@@ -363,8 +364,21 @@ def load_classifier(run: str) -> LoadedClassifier:
     data = config.data
     if data.frames is not None:
         raise CheckpointError(f"{run} is the run of a classifier of clips; expected one of images")
-    names = json.loads((Path(run) / "data.json").read_bytes())["classes"]
+    names = _class_names(Path(run) / "data.json", config.model.num_classes)
     return LoadedClassifier(model, data.size, data.mean, data.std, names, weights_sha256(model))
+
+
+def _class_names(path: Path, count: int) -> list[str]:
+    try:
+        content = files.read_json(path, limits.INDEX_BYTES)
+        names = content["classes"]
+        if not (isinstance(names, list) and len(names) == count and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"its classes are not the names of {count}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not say what the classes of its run are: {reason(error)}; restore it"
+        ) from None
+    return names
 
 
 def read_run(run: str) -> tuple[ClassifierConfig, nn.Module]:

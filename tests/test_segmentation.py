@@ -245,6 +245,7 @@ def test_a_classifier_of_smaller_images_is_what_the_encoder_begins_with(encoder,
     ("arguments", "message"),
     [
         (("--encoder", "iwin_huge"), "encoder iwin_huge is not one of timm's; such as iwin_"),
+        (("--encoder_options", "{pretrained_cfg: {file: x}}"), "has pretrained_cfg, which makes timm load"),
         (("--encoder_options", "{embed: 3}"), "do not make a iwin_tiny"),
         (("--init_from", "nowhere"), "init_from nowhere is neither"),
         (("--max_steps", "0"), "max_steps is 0, expected above 0"),

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from mask_rcnn_recipes import RECIPES, Recipe
 
+from iwin_dit.config_bounds import check_options
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, NonFiniteError, run_script
 from iwin_dit.runtime.progress import progress, say
@@ -74,11 +75,14 @@ def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
         raise ConfigError(f"--sizes has {least}, expected at least 32, the stride of the last map")
     if not isinstance(recipe.model_options, dict):
         raise ConfigError(f"--model-options is {recipe.model_options!r}, expected a JSON object")
+    check_options(recipe.model_options, "--model-options")
     if arguments.recipe != "shapes" and arguments.coco is None:
         raise ConfigError(f"--recipe {arguments.recipe} needs --coco FOLDER")
     for path in filter(None, (arguments.weights, arguments.pretrained)):
         if not Path(path).is_file():
             raise ConfigError(f"{path} is no file")
+        if Path(path).suffix != ".safetensors":  # timm takes other files, too, some of which can run code
+            raise ConfigError(f"{path} is no .safetensors file, and no other is read here")
     if not files.can_write_folder(arguments.out):
         raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
 

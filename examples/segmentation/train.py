@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iwin_dit.config import parse_arguments
+from iwin_dit.config_bounds import check_options
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
 
@@ -79,6 +80,7 @@ class Recipe:
             low = 0 if f.name in ZERO_OR_MORE else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and value != low:
                 raise ConfigError(f"{f.name} is {value}, expected {'0 or more' if low == 0 else 'above 0'}")
+        check_options(self.encoder_options, "encoder_options")
         if self.layer_decay > 1:
             raise ConfigError(f"layer_decay is {self.layer_decay}, expected at most 1")
         if self.batch_images < 2:

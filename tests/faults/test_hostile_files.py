@@ -6,14 +6,20 @@ import hashlib
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+import yaml
 from conftest import ROOT, make_pipeline, make_vae
 from safetensors.torch import load_file, save_file
 
-from iwin_dit import IwinDiTPipeline
+from iwin_dit import IwinDiTPipeline, build_classifier
+from iwin_dit.build_classifier import load_classifier
+from iwin_dit.build_evaluation import build_extractor
+from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
 from iwin_dit.convert import load_official
 from iwin_dit.data.codec import load_vae
@@ -32,7 +38,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 SOURCES = [
     *ROOT.glob("*.py"),
-    *(p for d in ("iwin_dit", "benchmarks", "docs") for p in (ROOT / d).rglob("*.py")),
+    *(p for d in ("iwin_dit", "benchmarks", "docs", "examples") for p in (ROOT / d).rglob("*.py")),
 ]
 MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -204,6 +210,44 @@ def test_32_a_pickle_as_official_weights(tmp_path, marker, write, suffix):
     write(tmp_path / f"weights.{suffix}", Malicious(marker))
     with pytest.raises(Exception, match=r"objects that could run code|header"):
         load_official(tmp_path / f"weights.{suffix}")
+
+
+@forms
+@pytest.mark.parametrize(
+    "option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"]
+)
+def test_32_a_strangers_classifier_makes_no_library_load_a_file(tmp_path, marker, write, option, monkeypatch):
+    """Its run is an extractor of features, and weights that training begins from."""
+    bait = tmp_path / "bait.pth"
+    write(bait, Malicious(marker))
+    value = str(bait) if option == "checkpoint_path" else {"file": str(bait)}
+    config = ClassifierConfig()
+    config = replace(config, model=replace(config.model, options={option: value, "pretrained": True}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    model = torch.nn.Linear(2, 2)
+    checkpoint.save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"ema": model.state_dict()}, {}, keep=1)
+    monkeypatch.setattr(timm, "create_model", lambda *arguments, **options: pytest.fail("it reached timm"))
+    for load in (
+        lambda: load_classifier(str(tmp_path / "run")),
+        lambda: build_extractor(f"iwin:{tmp_path / 'run'}", None),
+        lambda: build_classifier.build_model(config),
+        lambda: build_classifier.begin_from(model, str(tmp_path / "run")),
+    ):
+        with pytest.raises(ConfigError, match="which makes timm load a file"):
+            load()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"classes"', "[]", "{}", "\xff", '{"classes": ["a"]}', '{"classes": 3}', None]
+)
+def test_a_classifier_whose_data_are_not_said(tmp_path, text, monkeypatch):
+    config = ClassifierConfig()
+    monkeypatch.setattr(build_classifier, "read_run", lambda run: (config, torch.nn.Linear(2, 2)))
+    if text is not None:
+        (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"data\.json does not say what the classes of its run are: "):
+        load_classifier(str(tmp_path))
 
 
 @forms
