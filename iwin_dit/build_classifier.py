@@ -12,7 +12,6 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -31,6 +30,7 @@ from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.official_names import WRAPPERS, unwrap
 from iwin_dit.models.video_models import VIDEO_MODELS
+from iwin_dit.report import draw_predictions
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
 from iwin_dit.runtime.progress import progress
@@ -335,23 +335,6 @@ def build_preview(
             tracker.log_images({"held-out": np.asarray(picture)[None]}, step=step, **options)
 
     return preview
-
-
-def draw_predictions(
-    images: Sequence[np.ndarray], labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]
-) -> Image.Image:
-    """Images ``(H, W, 3)`` uint8, each over the class that was found: green if right, red if wrong."""
-    columns = 8
-    side, gap, text = 96, 8, 14
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (pixels, label, found) in enumerate(zip(images, labels, predictions, strict=True)):
-        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        words = names[found] if found == label else f"{names[found]}, not {names[label]}"
-        draw.text((x, y + side), words[:16], fill="green" if found == label else "red")
-    return sheet
 
 
 def load_classifier(run: str) -> LoadedClassifier:

@@ -1,12 +1,15 @@
-"""What a run will take, and how it went: text before, a curve after."""
+"""What a run will take, and how it went: text before, a curve and pictures after."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from iwin_dit import budget
 from iwin_dit.build import build_model
@@ -14,6 +17,7 @@ from iwin_dit.build_data import count_images
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import Config
 from iwin_dit.data.folders import ignored_line
+from iwin_dit.pipelines.lettering import font_for
 from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import say
@@ -137,3 +141,26 @@ def _smooth(values: list[float], reach: int = 5) -> list[float]:
     """The mean of each value and up to ``reach`` on both sides."""
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
+
+
+def draw_predictions(
+    images: Sequence[np.ndarray], labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]
+) -> Image.Image:
+    """Images ``(H, W, 3)`` uint8, each over the class that was found: green if right, red if wrong.
+
+    Where no font here has the letters of a name, the class's number stands for it.
+    """
+    columns = 8
+    side, gap, text = 96, 8, 14
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, label, found) in enumerate(zip(images, labels, predictions, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        words = names[found] if found == label else f"{names[found]}, not {names[label]}"
+        font = font_for(words, 10)
+        if font is None:
+            words, font = (str(found) if found == label else f"{found}, not {label}"), font_for("0", 10)
+        draw.text((x, y + side), words[:16], fill="green" if found == label else "red", font=font)
+    return sheet

@@ -254,7 +254,10 @@ def test_training_on_coco(coco, capsys):
         (["--model", "resnet81"], "--model resnet81 is not known to timm; did you mean resnet"),
         (["--model", "vit_tiny_patch16_224"], "has maps of strides .* the pyramid needs"),
         (["--model-options", '{"depth": [1]}'], "unexpected keyword argument 'depth'"),
-        (["--model-options", '{"checkpoint_path": "x"}'], "has checkpoint_path, which makes timm load a file"),
+        (
+            ["--model-options", '{"checkpoint_path": "x"}'],
+            "has checkpoint_path, which makes timm",
+        ),
         (["--pretrained", __file__], "is no .safetensors file, and no other is read here"),
         (["--model-options", "[1]"], r"--model-options is \[1\], expected a JSON object"),
         (["--batch-images", "3", "--accumulate", "2"], "--batch-images is 3, expected a multiple of 2"),

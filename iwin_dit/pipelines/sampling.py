@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iwin_dit.data.video import write_gif, write_mp4
 from iwin_dit.pipelines.base import ClassConditionalPipeline
+from iwin_dit.pipelines.lettering import font_for
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
@@ -104,13 +106,12 @@ def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 1
     width, height = samples[0].image.size
     factor = max(1, -(-SMALLEST_SIDE // min(width, height)))
     width, height, gap = width * factor, height * factor, 2
-    font = ImageFont.load_default(size=14)
     titles = [_row_title(label, names.get(label)) for label, _ in rows]
-    margin = max(int(font.getlength(title)) for title in titles) + 16
+    margin = max(int(font.getlength(title)) for title, font in titles) + 16
     across = max(len(images) for _, images in rows)
     grid = Image.new("RGB", (margin + across * (width + gap), len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (title, (_, images)) in enumerate(zip(titles, rows, strict=True)):
+    for row, ((title, font), (_, images)) in enumerate(zip(titles, rows, strict=True)):
         top = row * (height + gap)
         draw.text((8, top + height // 2), title, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):
@@ -221,6 +222,14 @@ def as_png(image: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def _row_title(label: int | str, name: str | None, limit: int = 28) -> str:
+def _row_title(
+    label: int | str, name: str | None, limit: int = 28, size: int = 14
+) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The class and its name in a font that has its letters; without such a font, the class alone."""
     title = str(label) if name in (None, str(label)) else f"{label}  {name}"
-    return title if len(title) <= limit else title[: limit - 1] + "…"
+    title = title if len(title) <= limit else f"{title[: limit - 3]}..."
+    font = font_for(title, size)
+    if font is None:
+        warnings.warn(f"no font here has the letters of {title!r}: the picture shows less", stacklevel=2)
+        title = "".join(letter for letter in str(label) if letter.isascii()) or "?"
+    return title, font or ImageFont.load_default(size)

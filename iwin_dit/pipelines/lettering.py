@@ -1,0 +1,64 @@
+"""Fonts for names of classes in pictures: Pillow's own has little beyond ASCII, and boxes for the rest."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import ImageFont
+
+# looked for where systems keep fonts, in this order; together they have most scripts
+FONTS = (
+    *(
+        "DejaVuSans.ttf",
+        "NotoSans-Regular.ttf",
+        "LiberationSans-Regular.ttf",
+        "Arial.ttf",
+        "Arial Unicode.ttf",
+    ),
+    *("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "PingFang.ttc", "msyh.ttc", "wqy-microhei.ttc"),
+    *("wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "unifont.ttf"),
+    *("NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansDevanagari-Regular.ttf"),
+    *("NotoSansThai-Regular.ttf", "NotoEmoji-Regular.ttf", "Symbola.ttf"),
+)
+NOBODYS = "\U0010ffff"  # has a glyph in no font, and so is drawn as what is missing
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """The first font here, Pillow's own before others, that has a glyph for each character; else None."""
+    letters = {letter for letter in text if not letter.isspace()}
+    return next((font for font in _fonts(size) if not any(_is_missing(font, x) for x in letters)), None)
+
+
+def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    yield ImageFont.load_default(size)
+    for name in (*FONTS, *_matplotlibs()):
+        if (font := _load(name, size)) is not None:
+            yield font
+
+
+@functools.cache
+def _load(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+def _matplotlibs() -> list[str]:
+    """DejaVu Sans comes with matplotlib."""
+    package = importlib.util.find_spec("matplotlib")
+    if package is None or package.origin is None:
+        return []
+    return [str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")]
+
+
+def _is_missing(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    return _drawn(font, letter) == _drawn(font, NOBODYS)
+
+
+def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
