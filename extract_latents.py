@@ -16,9 +16,13 @@ from iwin_dit.runtime.errors import ConfigError, run_script
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--images", help="class folders, a flat folder with --labels, .tar files, or hf:NAME")
+    add("--images", help="class folders, a flat folder with --labels, .tar or .parquet files, or hf:NAME")
     add("--labels", help="CSV with columns file,label for a flat folder")
     add("--follow-links", action="store_true", help="links in --images may lead out of it (refused)")
+    add("--split", help="of Hugging Face data (train)")
+    add("--image-column", help="of Hugging Face data with several columns of images")
+    add("--label-column", help="of Hugging Face data: class labels, integers or texts")
+    add("--allow-odd-classes", action="store_true", help="take classes without images, one class, or splits")
     add("--vae", help="a preset, a folder, a hub id, or an original .pt, .ckpt or .safetensors file")
     add("--vae-config", type=Path, help="YAML of an original file's ddconfig (that of VA-VAE f16d32)")
     add("--out", help="folder for the shards and index.json")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from iwin_dit.build_sources import classes_begun, open_images
 from iwin_dit.config import Config, load_yaml
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
@@ -33,7 +34,7 @@ from iwin_dit.data.folders import ignored_line
 from iwin_dit.data.latents import LatentDataset, published_index
 from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.data.reading import Reader
-from iwin_dit.data.sources import Source, open_source
+from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError, reason
@@ -131,9 +132,8 @@ def count_images(config: Config) -> tuple[int, str | None]:
 
 
 def _source(config: Config) -> Source | ClipFolderSource:
-    if config.model.sample_frames is not None:
-        return ClipFolderSource(config.data.path, config.data.follow_links)
-    return open_source(config.data.path, config.data.labels, config.data.follow_links)
+    begun = classes_begun(Path(config.output_dir) / "data.json", "classes")
+    return open_images(config.data.path, config.data, config.model.sample_frames is not None, begun)
 
 
 def _pixels(config: Config) -> PixelDataset:
@@ -226,10 +226,8 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         keep_freed_memory()
     size = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
     clip = None if arguments.frames is None else ClipSpec(arguments.frames, arguments.frame_stride)
-    if clip is None:
-        source = open_source(arguments.images, arguments.labels, arguments.follow_links)
-    else:
-        source = ClipFolderSource(arguments.images, arguments.follow_links)
+    begun = classes_begun(arguments.out / ".entries" / "settings.json", "class_names")
+    source = open_images(arguments.images, arguments, clip is not None, begun)
     what = "images" if clip is None else "clips"
     if accelerator.is_main_process and (line := ignored_line(arguments.images, what, source.ignored)):
         say(line)

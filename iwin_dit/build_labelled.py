@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from accelerate import Accelerator
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
+from iwin_dit.build_sources import classes_begun, open_images
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.labelled import LabelledExamples, LabelledImages
 from iwin_dit.data.labelled_clips import HeldOutClips, LabelledClips
-from iwin_dit.data.sources import Source, open_source
+from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.errors import ConfigError, DataError
 
@@ -37,7 +39,8 @@ def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[Tr
         PREPARE[data.prepare](Path(data.held_out).parent)
     accelerator.wait_for_everyone()
     varied, plain = _transforms(config)
-    train, held_out = open_training(config), _open(config, data.held_out, data.held_out_labels)
+    train = open_training(config)
+    held_out = _open_held_out(config, train.class_names)
     _check_classes(config, train.class_names, held_out.class_names)
     if data.frames is None:
         return LabelledImages(train, varied), LabelledImages(held_out, plain)
@@ -51,7 +54,8 @@ def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:
     Raises:
         DataError: where they are missing.
     """
-    return _open(config, config.data.path, config.data.labels)
+    begun = classes_begun(Path(config.output_dir) / "data.json", "classes")
+    return open_images(config.data.path, config.data, config.data.frames is not None, begun)
 
 
 def build_examples(config: ClassifierConfig, images: TrainingData, micro_batch: int) -> LabelledExamples:
@@ -86,11 +90,11 @@ def _transforms(config: ClassifierConfig) -> tuple[Compose, Compose]:
     return varied, create_transform(**common, crop_pct=data.crop_share)
 
 
-def _open(config: ClassifierConfig, location: str, labels: str | None) -> Source | ClipFolderSource:
-    follow_links = config.data.follow_links
-    if config.data.frames is not None:
-        return ClipFolderSource(location, follow_links)
-    return open_source(location, labels, follow_links)
+def _open_held_out(config: ClassifierConfig, class_names: list[str]) -> Source | ClipFolderSource:
+    """Held-out data may lack a class; its class folders are in the order of those to train on."""
+    data = config.data
+    options = replace(data, labels=data.held_out_labels, split=data.held_out_split, allow_odd_classes=True)
+    return open_images(data.held_out, options, data.frames is not None, class_names)
 
 
 def _check_classes(config: ClassifierConfig, names: list[str], others: list[str]) -> None:

@@ -27,7 +27,7 @@ from iwin_dit.pipelines.trust import check_index, check_model_folder, check_pipe
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, reason
-from iwin_dit.runtime.run import number_of, read_config
+from iwin_dit.runtime.run import TIMES, changed_data, number_of, read_config
 from iwin_dit.training.ema import decay_rules
 from iwin_dit.training.posthoc import reconstruct
 
@@ -285,19 +285,20 @@ def _data_of(run: Path, config: Config) -> Data:
         CheckpointError: where it has changed since.
         DataError: where it is missing.
     """
-    dataset = build_dataset(replace(config, data=replace(config.data, prepare=None)))
+    # the run may have moved since, and names the order of its classes
+    dataset = build_dataset(replace(config, data=replace(config.data, prepare=None), output_dir=str(run)))
     path = run / "data.json"
     try:
-        before = files.read_json(path, limits.INDEX_BYTES) if path.exists() else dataset.identity
         now = json.loads(files.to_json(dataset.identity))
-        changed = [key for key in now if before.get(key) != now[key]]
-    except (OSError, ValueError, AttributeError) as error:
+        before = files.read_json(path, limits.INDEX_BYTES) if path.exists() else now
+        changed = [key for key in changed_data(before, now) if key != TIMES]
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} does not say what {run} was trained on: {error!r}") from error
     if changed:
         key = changed[0]
         raise CheckpointError(
             f"{run} was trained on other data than {config.data.path} is now "
-            f"({key}: {before.get(key)!r:.200} -> {now[key]!r:.200}); "
+            f"({key}: {before[key]!r:.200} -> {now[key]!r:.200}); "
             "restore it, or sample an exported pipeline"
         )
     return dataset

@@ -35,6 +35,11 @@ class ClassifierDataConfig:
         held_out: as ``path``, of the same classes; what accuracy is measured on.
         held_out_labels: as ``labels``.
         follow_links: links in a folder of images, or clips, may lead out of it.
+        split: of Hugging Face data; by default train.
+        held_out_split: of the held-out images, if they are Hugging Face data; by default train.
+        image_column: of Hugging Face data with several columns of images.
+        label_column: of Hugging Face data with several columns of labels, or none of class labels.
+        allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
         prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits,
             ``moving_digits`` clips of them.
         frames: of a clip, which makes the data videos; without, they are images.
@@ -52,6 +57,11 @@ class ClassifierDataConfig:
     held_out: str = "data/digits/test"
     held_out_labels: str | None = None
     follow_links: bool = False
+    split: str | None = None
+    held_out_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    allow_odd_classes: bool = False
     prepare: Literal["digits", "moving_digits"] | None = None
     frames: int | None = None
     frame_stride: int = 1

@@ -123,9 +123,15 @@ def check_train(config: Any) -> None:
         )
 
 
+OF_IMAGES = (
+    *((key, None) for key in ("labels", "split", "image_column", "label_column")),
+    *(("follow_links", False), ("allow_odd_classes", False), ("crop", "center")),
+)
+
+
 def _check_data(data: DataConfig) -> None:
     if data.kind == "latents":
-        for key, default in (("labels", None), ("follow_links", False), ("crop", "center")):
+        for key, default in OF_IMAGES:
             if getattr(data, key) != default:
                 raise ConfigError(f"data.{key} is for images; set data.kind images, or remove it")
         return

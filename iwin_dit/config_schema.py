@@ -16,46 +16,20 @@ from iwin_dit.layers.specs import SIZES, MixerSpec
 MAY_CHANGE = frozenset(
     (
         "output_dir",
-        "data.path",
-        "data.images",
-        "data.follow_links",
-        "data.held_out",
-        "data.held_out_labels",
-        "model.allow_blind",
-        "model.init_from",
-        "train.max_steps",
-        "train.micro_batch",
-        "train.sharding",
-        "train.gradient_checkpointing",
-        "train.compile",
-        "train.attention_backend",
-        "train.kernels",
-        "train.num_workers",
-        "train.worker_timeout_seconds",
-        "train.on_nonfinite",
-        "train.max_skipped_steps",
-        "train.spike_factor",
-        "train.health_every_steps",
-        "train.trackers",
-        "ema.on_cpu",
-        "ema.snapshot_every_steps",
-        "train.keep_checkpoints",
-        "train.log_every_steps",
-        "train.sample_every_steps",
-        "train.evaluate_every_steps",
+        *("data.path", "data.images", "data.follow_links", "data.allow_odd_classes", "data.held_out"),
+        *("data.held_out_labels", "data.held_out_split"),
+        *("model.allow_blind", "model.init_from"),
+        *("train.max_steps", "train.micro_batch", "train.sharding", "train.gradient_checkpointing"),
+        *("train.compile", "train.attention_backend", "train.kernels", "train.num_workers"),
+        *("train.worker_timeout_seconds", "train.on_nonfinite", "train.max_skipped_steps"),
+        *("train.spike_factor", "train.health_every_steps", "train.trackers", "train.keep_checkpoints"),
+        *("train.log_every_steps", "train.sample_every_steps", "train.evaluate_every_steps"),
         "train.save_every_steps",
-        "sample.sampler",
-        "sample.num_inference_steps",
-        "sample.guidance_scale",
-        "sample.guidance_interval",
-        "sample.guidance_channels",
-        "sample.num_per_class",
-        "evaluation.reference",
-        "evaluation.metrics",
-        "evaluation.extractor",
-        "evaluation.inception_weights",
-        "evaluation.num_images",
-        "evaluation.batch_images",
+        *("ema.on_cpu", "ema.snapshot_every_steps"),
+        *("sample.sampler", "sample.num_inference_steps", "sample.guidance_scale"),
+        *("sample.guidance_interval", "sample.guidance_channels", "sample.num_per_class"),
+        *("evaluation.reference", "evaluation.metrics", "evaluation.extractor"),
+        *("evaluation.inception_weights", "evaluation.num_images", "evaluation.batch_images"),
         "evaluation.seed",
     )
 )
@@ -73,6 +47,10 @@ class DataConfig:
             hub id.
         labels: for a flat folder of images, a CSV with the columns file and label.
         follow_links: links in the folder of images, or clips, may lead out of it.
+        split: of Hugging Face data; by default train.
+        image_column: of Hugging Face data with several columns of images.
+        label_column: of Hugging Face data with several columns of labels, or none of class labels.
+        allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
         prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits,
             which ``moving_digits`` move.
@@ -90,6 +68,10 @@ class DataConfig:
     vae: str | None = None
     labels: str | None = None
     follow_links: bool = False
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    allow_odd_classes: bool = False
     crop: Literal["center", "random"] = "center"
     prepare: Literal["digits", "moving_digits"] | None = None
     frame_stride: int = 1

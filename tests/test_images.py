@@ -477,7 +477,7 @@ def test_csv_of_names_and_of_integers(tmp_path):
     assert source.class_names == [str(i) for i in range(11)]
     assert [source.read(i)[1] for i in range(2)] == [10, 9]
     assert_readable(source)
-    source = CsvSource(images, write_csv(tmp_path, "file,label\n1.png,10\n1.png,x\n"))
+    source = CsvSource(images, write_csv(tmp_path, "file,label\n1.png,10\nsub/3.png,x\n1.png,10\n"))
     assert source.class_names == ["10", "x"]
 
 
@@ -494,12 +494,12 @@ def test_csv_of_names_and_of_integers(tmp_path):
         ("file,label\nloop.png,0\n", r"line 2: loop\.png is not in .* symbolic links"),
         ("file,label\nfolder,0\n", "line 2: folder in .* is not a file"),
         ("file,label\n1.png\n", "line 2: found"),
-        ("file,label\n1.png,\n", "line 2: found"),
+        ("file,label\n1.png,\n", "labels are missing .line 2: ''"),
         ("file,label\n1.png,0,0\n", "line 2: found"),
         ("file,label\n1.png,-1\n", "line 2: found label '-1'"),
         (
-            "file,label\n1.png,0\n1.png,4000000000\n",
-            "line 3: found label '4000000000', expected an integer from 0",
+            "file,label\n1.png,4000000000\n",
+            "line 2: found label '4000000000', expected an integer from 0",
         ),
         ("file,label\n1\0.png,0\n", "line 2|cannot be read"),
         (b"file,label\n\xff.png,0\n", "cannot be read as CSV in UTF-8"),
@@ -710,8 +710,8 @@ def test_bad_parquet_is_refused(tmp_path, monkeypatch):
     import datasets
 
     integer = datasets.Value("int64")
-    write_parquet(tmp_path / "a/0.parquet", monkeypatch, ["x"], datasets.Value("string"))
-    with pytest.raises(DataError, match="expected a column of images and one of class labels"):
+    write_parquet(tmp_path / "a/0.parquet", monkeypatch, [0.5], datasets.Value("float64"))
+    with pytest.raises(DataError, match=r"has 0 columns of class labels, or .*; choose by --label-column"):
         HuggingFaceSource(tmp_path / "a")
     for folder, label in (("b", -1), ("c", None), ("d", 10**9)):
         write_parquet(tmp_path / folder / "0.parquet", monkeypatch, [0, label], integer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from iwin_dit.data.folders import Folder, printable
-from iwin_dit.data.packed_sources import sized
+from iwin_dit.data.packed_sources import stamped
 from iwin_dit.data.sources import by_class
 from iwin_dit.data.video import (
     CLIPS,
@@ -39,16 +40,17 @@ class ClipFolderSource:
     """
 
     class_names: list[str]
+    labels: list[int]
     ignored: list[str]
 
-    def __init__(self, root: str | Path, follow_links: bool = False):
+    def __init__(self, root: str | Path, follow_links: bool = False, order: Sequence[str] | None = None):
         expected = (
             f"CLIP with {' '.join(EXTENSIONS)}, or frames CLASS/CLIP/FRAME with "
             f"{' '.join(sorted(FRAMES.endings))}"
         )
         with Folder(root, CLIPS, follow_links) as folder:
             below = partial(_clips_below, folder)
-            self.class_names, self._clips, self._labels = by_class(folder, below, "clips", expected)
+            self.class_names, self._clips, self.labels = by_class(folder, below, "clips", expected, order)
         self.root, self.ignored = folder.root, folder.ignored
 
     def __len__(self) -> int:
@@ -58,11 +60,16 @@ class ClipFolderSource:
         """What to call clip i in an error."""
         return printable(self.path(i))
 
-    def fingerprint(self, i: int) -> str:
-        """Label, sizes and names of clip i's files, without reading them."""
+    def stamp(self, i: int) -> tuple[str, int]:
+        """Label, sizes and names of clip i's files, without reading them; and when the last was modified."""
         clip, path = self._clips[i], self.path(i)
         files = [os.path.join(clip, name) for name in frame_names(path)] if os.path.isdir(path) else [clip]
-        return f"{self._labels[i]} {' '.join(sized(self.root, file) for file in files)}"
+        stamps = [stamped(self.root, file) for file in files]
+        return f"{self.labels[i]} {' '.join(found for found, _ in stamps)}", max(time for _, time in stamps)
+
+    def fingerprint(self, i: int) -> str:
+        """Label, sizes and names of clip i's files, without reading them."""
+        return self.stamp(i)[0]
 
     def path(self, i: int) -> str:
         """The video file or the folder of frames."""
@@ -70,7 +77,7 @@ class ClipFolderSource:
 
     def label(self, i: int) -> int:
         """The number of its class."""
-        return self._labels[i]
+        return self.labels[i]
 
     def read(self, i: int, spec: ClipSpec, rng: torch.Generator | None) -> tuple[list[Image.Image], int]:
         """Frames, from a place drawn from ``rng`` or without one from the middle, and the label.
@@ -78,7 +85,7 @@ class ClipFolderSource:
         Raises:
             DataError: as of :func:`iwin_dit.data.video.choose_clip`.
         """
-        return choose_clip(self.path(i), spec, rng), self._labels[i]
+        return choose_clip(self.path(i), spec, rng), self.labels[i]
 
     def views(self, i: int, spec: ClipSpec, number: int) -> tuple[list[list[Image.Image]], int]:
         """``number`` clips that are evenly spread over the video, and the label.
@@ -86,7 +93,7 @@ class ClipFolderSource:
         Raises:
             DataError: as of :func:`iwin_dit.data.video.spread_clips`.
         """
-        return spread_clips(self.path(i), spec, number), self._labels[i]
+        return spread_clips(self.path(i), spec, number), self.labels[i]
 
 
 def _clips_below(root: Folder, class_folder: str) -> list[str]:

@@ -114,7 +114,7 @@ class Folder:
             folders, names = self._entries(folder)
             found.append((folder, sorted(names)))
             waiting += [os.path.join(folder, name) for name in folders]
-        return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]
+        return [f"{folder}/{name}" if folder else name for folder, names in sorted(found) for name in names]
 
     def check_link(self, path: str) -> None:
         """Raises DataError where a link leads nowhere, or out of the folder and may not."""

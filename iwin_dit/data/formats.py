@@ -5,7 +5,6 @@ Imports no torch, so that a folder is listed at once.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 
@@ -70,7 +69,7 @@ class Wanted(NamedTuple):
 
     def by_ending(self, name: str) -> bool | None:
         """Whether a file of this name is taken; None where only its content can tell."""
-        ending = os.path.splitext(name)[1].lower()
+        ending = f".{name.rpartition('.')[2]}".lower()
         if ending in self.endings:
             return True
         return False if ending in BESIDE or not self.formats else None

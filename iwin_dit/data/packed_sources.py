@@ -1,6 +1,4 @@
-"""Sources that keep many images in a file: tar shards and Hugging Face data; see
-:mod:`iwin_dit.data.sources`.
-"""
+"""Images in tar shards, which are read in place; see :mod:`iwin_dit.data.sources`."""
 
 from __future__ import annotations
 
@@ -10,16 +8,17 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from iwin_dit.data.classes import label_of
 from iwin_dit.data.folders import listed, printable
-from iwin_dit.data.formats import ENDINGS
+from iwin_dit.data.formats import HEAD_BYTES, IMAGES
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
+RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")  # of a shell and of WebDataset: shard-{000..123}.tar
+MAX_SHARDS = 1_000_000
 
 
 class WebDatasetSource:
@@ -30,7 +29,8 @@ class WebDatasetSource:
     otherwise the numbers. Nothing is extracted: the offsets are indexed once.
 
     Args:
-        pattern_or_folder: a .tar file, a folder of them or a glob; they are read in sorted order.
+        pattern_or_folder: a .tar file, a folder of them, a glob, or names with a range such as
+            ``shard-{000..123}.tar``; they are read in sorted order.
 
     Raises:
         DataError: where there are no samples, a shard is damaged or a label is missing or makes no sense.
@@ -38,13 +38,10 @@ class WebDatasetSource:
 
     def __init__(self, pattern_or_folder: str | Path):
         location = str(pattern_or_folder)
-        if os.path.isdir(location):
-            found = glob.glob(os.path.join(glob.escape(location), "*.tar"))
-        else:
-            found = [location] if os.path.isfile(location) else glob.glob(location)
-        self._tars = sorted(os.path.abspath(path) for path in found)
-        rows, self._names, self.ignored = [], [], []
+        self._tars = sorted(os.path.abspath(path) for path in _tars_of(location))
+        rows, self._names, self.ignored, self._stamps = [], [], [], []
         for number, tar in enumerate(self._tars):
+            self._stamps.append(stamped("", tar)[1])
             samples, ignored = _index_tar(tar)
             self.ignored += ignored
             for key, offset, size, label in samples:
@@ -57,9 +54,10 @@ class WebDatasetSource:
             )
         self._index = np.array(rows, dtype=np.int64)  # shard, offset, size, label: small to send to a worker
         named = _class_names_beside(Path(self._tars[0]).parent)
-        top = int(self._index[:, 3].max())
+        self.labels = self._index[:, 3]
+        top = int(self.labels.max())
         if named is not None and top >= len(named):
-            i = int(self._index[:, 3].argmax())
+            i = int(self.labels.argmax())
             raise DataError(
                 f"{self.name(i)} has label {top}, but beside it only {len(named)} classes are named"
             )
@@ -70,10 +68,14 @@ class WebDatasetSource:
 
     def read(self, i: int) -> tuple[bytes, int]:
         number, offset, size, label = self._index[i].tolist()
-        try:
+
+        def read() -> bytes:
             with open(self._tars[number], "rb") as file:
                 file.seek(offset)
-                data = file.read(size)
+                return file.read(size)
+
+        try:
+            data = files.retry(read)
         except OSError as error:
             raise DataError(f"{self.name(i)} cannot be read: {error}") from error
         if len(data) != size:
@@ -83,77 +85,35 @@ class WebDatasetSource:
     def name(self, i: int) -> str:
         return printable(f"{self._tars[self._index[i, 0]]}:{self._names[i]}")
 
-    def fingerprint(self, i: int) -> str:
+    def stamp(self, i: int) -> tuple[str, int]:
         number, _, size, label = self._index[i].tolist()
-        return f"{size} {label} {os.path.basename(self._tars[number])}:{self._names[i]}"
-
-
-class HuggingFaceSource:
-    """A dataset of the Hugging Face hub or a folder of parquet files, by the package ``datasets``.
-
-    The image is the first column of images, the label the first of class labels, or integers named label.
-
-    Raises:
-        DataError: where the package, the data or one of the columns is missing.
-    """
-
-    def __init__(self, name_or_path: str | Path, split: str = "train"):
-        try:
-            import datasets
-        except ImportError:
-            raise DataError(f"{name_or_path} needs a package: pip install 'iwin-dit[datasets]'") from None
-        self.location = str(name_or_path)
-        self._is_local = os.path.isdir(self.location)
-        try:
-            if self._is_local:
-                parquet = _parquet_files(self.location, split)
-                paths = [os.path.relpath(file, self.location) for file in parquet]
-                self._version = " ".join(sized(self.location, path) for path in paths)
-                data = datasets.load_dataset("parquet", data_files={split: parquet}, split=split)
-            else:
-                data = datasets.load_dataset(self.location, split=split)
-                self._version = f"{data.info.version} {data.info.dataset_size}"
-        except DataError:
-            raise
-        except Exception as error:  # the package raises its own, the hub's, pyarrow's and Python's
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"the split {split} of {self.location} cannot be loaded ({reason})") from error
-        features = data.features
-        image = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-        label = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        if not label and "int" in getattr(features.get("label"), "dtype", ""):
-            label = ["label"]
-        if not image or not label or not len(data):
-            raise DataError(
-                f"{self.location} has {len(data)} rows of {dict(features)}; expected a column of images and "
-                "one of class labels or integers named label"
-            )
-        column = data.select_columns(label[:1]).with_format("arrow")[:][label[0]]
-        self._labels = [
-            label_of(value, f"{self.location}, row {i}") for i, value in enumerate(column.to_pylist())
-        ]
-        self.class_names = list(getattr(features[label[0]], "names", None) or ())
-        if not self.class_names:
-            self.class_names = [str(i) for i in range(max(self._labels) + 1)]
-        self._column, self.ignored = image[0], []
-        self._images = data.select_columns(image[:1]).cast_column(image[0], datasets.Image(decode=False))
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, i: int) -> tuple[bytes, int]:
-        image: dict[str, Any] | None = self._images[i][self._column]
-        if image is None or (image["bytes"] is None and (self._is_local or not image["path"])):
-            # a path in a stranger's parquet could point anywhere
-            raise DataError(f"{self.name(i)} holds no image; remove the row or store the bytes in the file")
-        data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
-        return data, self._labels[i]
-
-    def name(self, i: int) -> str:
-        return f"{self.location}, row {i}"
+        name = f"{os.path.basename(self._tars[number])}:{self._names[i]}"
+        return f"{size} {label} {name}", self._stamps[number]
 
     def fingerprint(self, i: int) -> str:
-        return f"{self._labels[i]} {i} {self._version}"  # of all rows together: none has a size of its own
+        return self.stamp(i)[0]
+
+
+def _tars_of(location: str) -> list[str]:
+    if os.path.isdir(location):
+        return glob.glob(os.path.join(glob.escape(location), "*.tar"))
+    if os.path.isfile(location):
+        return [location]
+    if not RANGE.search(location):
+        return glob.glob(location)
+    paths = [location]
+    while found := RANGE.search(paths[0]):
+        first, last = found.groups()
+        count = int(last) - int(first) + 1
+        if not 0 < count * len(paths) <= MAX_SHARDS:
+            raise DataError(f"{location} names {count * len(paths):,} shards, expected 1 to {MAX_SHARDS:,}")
+        numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        paths = [RANGE.sub(number, path, count=1) for path in paths for number in numbers]
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} shards of {location} are missing: {listed(missing, 5)}"
+        )
+    return paths
 
 
 def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
@@ -161,17 +121,22 @@ def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
     ignored: list[str] = []
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    refuse_pointer(path)
+    size = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, extension = os.path.splitext(member.name)
-                extension = extension.lower()
-                is_image = extension in ENDINGS
+                extension, where = extension.lower(), f"{path}:{member.name}"
+                if member.isreg() and not 0 <= member.size <= size - member.offset_data:
+                    raise DataError(
+                        f"{where} would end behind the end of the shard; it is cut off or damaged"
+                    )
+                is_image = _is_image(tar, member)
                 if os.path.basename(key).startswith(".") or not (is_image or extension in (".cls", ".json")):
                     if not member.isdir():
                         ignored.append(f"{os.path.basename(path)}:{member.name}")
                     continue
-                where = f"{path}:{member.name}"
                 if not member.isreg() or member.issparse():
                     raise DataError(f"{where} is a link or not a plain file; pack the shard without links")
                 if is_image:
@@ -188,7 +153,8 @@ def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
         with open(path, "rb") as file:
             file.seek(end)
             is_whole = file.read(512) == bytes(512)
-    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # sizes of more than 64 bits
+    except (OSError, tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
+        # tarfile answers some headers with these: sizes of 64 bits, names of names of names
         raise DataError(f"{path} is not a whole, uncompressed tar file: {error}") from error
     if not is_whole:  # tarfile takes damage and a cut between members for the end
         raise DataError(f"{path} is damaged or cut off after {end} bytes; restore it")
@@ -198,6 +164,14 @@ def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
                 f"{path}:{name} has no label; expected {key}.cls or {key}.json with label beside it"
             )
     return [(*images[key], labels[key]) for key in images], ignored
+
+
+def _is_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """By its ending, or by its content where nobody knows the ending."""
+    by_ending = IMAGES.by_ending(member.name)
+    if by_ending is not None or not member.isreg():
+        return bool(by_ending)
+    return IMAGES.by_content(tar.extractfile(member).read(HEAD_BYTES))
 
 
 def _label_in(data: bytes, extension: str, where: str) -> int | None:
@@ -213,43 +187,21 @@ def _label_in(data: bytes, extension: str, where: str) -> int | None:
     return label_of(content["label"], where)
 
 
-def label_of(value: object, where: str) -> int:
-    """A label from an integer or its text."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limits.CLASSES:
-        raise DataError(
-            f"{where}: found label {str(value)[:40]!r}, expected an integer from 0 to {limits.CLASSES - 1}"
-        )
-    return value
-
-
 def _class_names_beside(folder: Path) -> list[str] | None:
     lines, array = folder / "classes.txt", folder / "class_names.json"
     try:
         if lines.is_file():
+            if (size := lines.stat().st_size) > limits.INDEX_BYTES:
+                raise ValueError(f"it has {size:,} bytes")
             return lines.read_text(encoding="utf-8-sig").strip().splitlines()
         if not array.is_file():
             return None
-        names = json.loads(array.read_bytes())
+        names = files.read_json(array, limits.INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"the class names in {folder} cannot be read: {error}") from error
     if not isinstance(names, list) or not all(isinstance(n, str) and n == printable(n) for n in names):
         raise DataError(f"{array} is not a list of class names")
     return names
-
-
-def _parquet_files(folder: str, split: str) -> list[str]:
-    """The parquet files of a split: those whose path names it, or all where no path names any split."""
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
-    words = [set(re.split(r"[/_.-]+", os.path.relpath(path, folder).lower())) for path in found]
-    chosen = [path for path, of_path in zip(found, words, strict=True) if split in of_path]
-    if not chosen and not any(of_path & set(SPLITS) for of_path in words):
-        chosen = found
-    if not chosen:
-        names = [os.path.relpath(path, folder) for path in found]
-        raise DataError(f"there are no parquet files of the split {split} in {folder}; found {listed(names)}")
-    return chosen
 
 
 def read_file(path: str) -> bytes:
@@ -259,10 +211,25 @@ def read_file(path: str) -> bytes:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
 
 
-def sized(root: str, file: str) -> str:
-    """The size of a file and its path below ``root``, for fingerprints: a copy elsewhere has the same."""
+def stamped(root: str, file: str) -> tuple[str, int]:
+    """Size and path below ``root``, as in a copy elsewhere, and when it was modified, in nanoseconds."""
     path = os.path.join(root, file)
     try:
-        return f"{os.path.getsize(path)} {file}"
+        found = files.retry(lambda: os.stat(path))
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+    return f"{found.st_size} {file}", found.st_mtime_ns
+
+
+def refuse_pointer(path: str) -> None:
+    """Raises DataError where a file is a pointer of Git LFS, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = files.retry(lambda: file.read(HEAD_BYTES))
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+    if files.is_lfs_pointer(head):
+        raise DataError(
+            f"{printable(path)} is a pointer of Git LFS, which stands for the file; fetch the files "
+            "themselves with `git lfs pull`"
+        )

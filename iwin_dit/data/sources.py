@@ -11,17 +11,20 @@ import csv
 import glob
 import hashlib
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET_NAMES
 
+from iwin_dit.data.classes import classes_of, in_order
 from iwin_dit.data.folders import Folder, listed, printable
 from iwin_dit.data.formats import ENDINGS, IMAGES
-from iwin_dit.data.packed_sources import HuggingFaceSource, WebDatasetSource, label_of, read_file, sized
+from iwin_dit.data.hugging_face import HuggingFaceSource, has_parquet, is_saved
+from iwin_dit.data.packed_sources import RANGE, WebDatasetSource, read_file, stamped
 from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.run import TIMES
 
 # of ImageNet's 1000 synset ids, sorted, a line each: any other thousand must not get ImageNet's names
 SYNSETS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
@@ -30,10 +33,12 @@ SYNSETS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6e
 class Source(Protocol):
     """Encoded images and their labels.
 
+    labels: the class of each image.
     ignored: files or members that are not taken, since they are no images or are hidden.
     """
 
     class_names: list[str]
+    labels: Sequence[int]
     ignored: list[str]
 
     def __len__(self) -> int: ...
@@ -44,49 +49,92 @@ class Source(Protocol):
     def name(self, i: int) -> str:
         """What to call image i in an error."""
 
+    def stamp(self, i: int) -> tuple[str, int]:
+        """The fingerprint, and when the file of image i was modified, in nanoseconds."""
+
     def fingerprint(self, i: int) -> str:
         """Size, label and name below the root: what tells image i from another without reading it."""
 
 
-def open_source(location: str, labels: str | None = None, follow_links: bool = False) -> Source:
+def open_source(
+    location: str,
+    labels: str | None = None,
+    follow_links: bool = False,
+    order: Sequence[str] | None = None,
+    **columns: str | None,
+) -> Source:
     """The source that fits a location.
 
     Args:
-        location: a folder of class folders, of .tar or of .parquet files, a .tar file or glob, or
-            ``hf:NAME``; with ``labels`` a folder of images.
+        location: a folder of class folders, of .tar or of .parquet files, or of ``save_to_disk``; a .tar
+            file, glob or range; or ``hf:NAME``; with ``labels`` a folder of images.
         labels: a CSV file with the columns file and label.
         follow_links: links may lead out of the folder.
+        order: of class folders, which a run was begun with.
+        columns: ``split``, ``image_column`` and ``label_column`` of Hugging Face data.
 
     Raises:
         DataError: where nothing is there, or not what was expected.
     """
-    if location.startswith("hf:"):
+    is_folder = os.path.isdir(location)
+    name = location.removeprefix("hf:")
+    if name != location or (labels is None and is_folder and (is_saved(name) or has_parquet(name))):
         if labels is not None:
             raise DataError(f"{location} has labels of its own; leave out the labels in {labels}")
-        return HuggingFaceSource(location.removeprefix("hf:"))
+        return HuggingFaceSource(name, **columns)
+    if given := [key for key, value in columns.items() if value is not None]:
+        raise DataError(f"{given[0]} is for Hugging Face data, which {location} is not; leave it out")
     if labels is not None:
         return CsvSource(location, labels, follow_links)
-    if os.path.isdir(location):
-        folder = Path(glob.escape(location))
-        if glob.glob(str(folder / "*.tar")):
+    if is_folder:
+        if glob.glob(os.path.join(glob.escape(location), "*.tar")):
             return WebDatasetSource(location)
-        if glob.glob(str(folder / "*.parquet")) or glob.glob(str(folder / "data" / "*.parquet")):
-            return HuggingFaceSource(location)
-        return FolderSource(location, follow_links)
-    if (os.path.isfile(location) and location.endswith(".tar")) or glob.has_magic(location):
+        return FolderSource(location, follow_links, order)
+    if (
+        (os.path.isfile(location) and location.endswith(".tar"))
+        or glob.has_magic(location)
+        or RANGE.search(location)
+    ):
         return WebDatasetSource(location)
     if os.path.exists(location):
         raise DataError(f"{location} is neither a folder nor a .tar file; give the folder of the images")
     raise DataError(f"{location} does not exist; give a folder of images, .tar files or hf:NAME")
 
 
-def identity_of(source: Any) -> dict[str, Any]:
-    """Number, classes and names of what a source has: what makes it the same to a run that is resumed."""
-    names = "\n".join(source.name(i).rpartition("/")[2] for i in range(len(source)))
+STAMPS_AT_ONCE = 1000
+
+
+def identity_of(source: Any, chosen: Sequence[int] | None = None) -> dict[str, Any]:
+    """What makes the images of a source the same to a run that is resumed, without reading them.
+
+    That is their number, their classes, and hashes of their names, of names with labels and sizes, and of
+    the times when they were modified. Times alone differ in a copy elsewhere too.
+
+    Args:
+        source: of images or clips.
+        chosen: the numbers of some images. Default: all.
+
+    Raises:
+        DataError: where a file is not there any more.
+    """
+    chosen = range(len(source)) if chosen is None else chosen
+    names, content, times = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    parts = [chosen[start : start + STAMPS_AT_ONCE] for start in range(0, len(chosen), STAMPS_AT_ONCE)]
+    with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once
+        for part, stamps in zip(
+            parts, pool.map(lambda part: [source.stamp(i) for i in part], parts), strict=True
+        ):
+            for i, (fingerprint, modified) in zip(part, stamps, strict=True):
+                separator = "\n" if i != chosen[0] else ""
+                names.update((separator + source.name(i).rpartition("/")[2]).encode(errors="replace"))
+                content.update((fingerprint + "\0").encode(errors="surrogateescape"))
+                times.update(f"{modified}\0".encode())
     return {
-        "images": len(source),
+        "images": len(chosen),
         "classes": source.class_names,
-        "names_sha256": hashlib.sha256(names.encode(errors="replace")).hexdigest(),
+        "names_sha256": names.hexdigest(),
+        "files_sha256": content.hexdigest(),
+        TIMES: times.hexdigest(),
     }
 
 
@@ -96,35 +144,41 @@ class _FilesSource:
     root: str
     ignored: list[str]
     _files: list[str]
-    _labels: list[int]
+    labels: list[int]
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, i: int) -> tuple[bytes, int]:
-        return read_file(os.path.join(self.root, self._files[i])), self._labels[i]
+        return read_file(os.path.join(self.root, self._files[i])), self.labels[i]
 
     def name(self, i: int) -> str:
         return printable(os.path.join(self.root, self._files[i]))
 
+    def stamp(self, i: int) -> tuple[str, int]:
+        found, modified = stamped(self.root, self._files[i])
+        return f"{self.labels[i]} {found}", modified
+
     def fingerprint(self, i: int) -> str:
-        return f"{self._labels[i]} {sized(self.root, self._files[i])}"
+        return self.stamp(i)[0]
 
 
 class FolderSource(_FilesSource):
     """A folder per class, with images at any depth, by the rule of :mod:`iwin_dit.data.folders`.
 
-    They are in the order of torchvision's ``ImageFolder``. The 1000 synset ids of ImageNet become its class
-    names.
+    They are in the order of torchvision's ``ImageFolder``, but class folders whose names are all numbers are
+    classes in the order of the numbers. The 1000 synset ids of ImageNet become its class names.
 
     Raises:
         DataError: where there are no images, a class has none, or a link may not be followed.
     """
 
-    def __init__(self, root: str | Path, follow_links: bool = False):
+    def __init__(self, root: str | Path, follow_links: bool = False, order: Sequence[str] | None = None):
         expected = f"IMAGE with {' '.join(ENDINGS)}"
         with Folder(root, IMAGES, follow_links) as folder:
-            folders, self._files, self._labels = by_class(folder, folder.files_below, "images", expected)
+            folders, self._files, self.labels = by_class(
+                folder, folder.files_below, "images", expected, order
+            )
         self.root, self.ignored = folder.root, folder.ignored
         ids = hashlib.sha256("\n".join(folders).encode(errors="replace")).hexdigest()
         self.class_names = list(IMAGENET_NAMES) if ids == SYNSETS_SHA256 else folders
@@ -145,7 +199,8 @@ class CsvSource(_FilesSource):
         self.root, self.ignored = folder.root, []
         self._files = []
         labels: list[str] = []
-        lines: list[int] = []
+        places: list[str] = []
+        line_of: dict[str, int] = {}  # of the row that names a file first
         try:
             with open(csv_file, encoding="utf-8-sig", newline="") as file:
                 rows = csv.DictReader(file, strict=True)
@@ -155,38 +210,44 @@ class CsvSource(_FilesSource):
                     )
                 for row in rows:
                     where = f"{csv_file}, line {rows.line_num}"
-                    if not row["file"] or not row["label"] or None in row:
+                    if not row["file"] or row["label"] is None or None in row:
                         raise DataError(f"{where}: found {list(row.values())}, expected a file and a label")
                     try:
                         folder.check_file(row["file"])
                     except DataError as error:
                         raise DataError(f"{where}: {error}, or drop the line") from None
+                    first = line_of.setdefault(os.path.normpath(row["file"]), len(labels))
+                    if first < len(labels) and labels[first] != row["label"]:
+                        raise DataError(
+                            f"{where}: {row['file']} has the label {row['label']!r}, in {places[first]} "
+                            f"it has {labels[first]!r}; keep one of them"
+                        )
                     self._files.append(row["file"])
                     labels.append(row["label"])
-                    lines.append(rows.line_num)
+                    places.append(f"line {rows.line_num}")
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{csv_file} cannot be read as CSV in UTF-8: {error}") from error
         if not labels:
             raise DataError(f"{csv_file} lists no images; expected a line FILE,LABEL for each")
-        if all(re.fullmatch(r"-?[0-9]+", label) for label in labels):
-            numbers = zip(labels, lines, strict=True)
-            self._labels = [label_of(label, f"{csv_file}, line {line}") for label, line in numbers]
-            self.class_names = [str(i) for i in range(max(self._labels) + 1)]
-        else:
-            self.class_names = sorted(set(labels))
-            numbers_of = {name: i for i, name in enumerate(self.class_names)}
-            self._labels = [numbers_of[label] for label in labels]
+        try:
+            self.class_names, self.labels = classes_of(labels, places)
+        except DataError as error:
+            raise DataError(f"{csv_file}, {error}") from None
 
 
 def by_class(
-    root: Folder, below: Callable[[str], list[str]], what: str, expected: str
+    root: Folder,
+    below: Callable[[str], list[str]],
+    what: str,
+    expected: str,
+    order: Sequence[str] | None = None,
 ) -> tuple[list[str], list[str], list[int]]:
-    """Class folders, sorted, then what ``below(folder)`` finds in each, with their labels.
+    """Class folders in order, then what ``below(folder)`` finds in each, with their labels.
 
     Raises:
         DataError: where nothing is found, or in a class nothing, or a class's name is not UTF-8.
     """
-    folders = root.folders()
+    folders = in_order(root.folders(), root.root, order)
     if odd := [folder for folder in folders if printable(folder) != folder]:
         raise DataError(
             f"the class folder {listed(odd)} of {root.root} has a name that is not UTF-8; rename it, since "

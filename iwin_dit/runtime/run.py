@@ -24,6 +24,11 @@ from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.lock import hold
+from iwin_dit.runtime.progress import say
+
+TIMES = (
+    "times_sha256"  # of the identity of data: a copy elsewhere differs in this alone, and is the same data
+)
 
 
 class RunDirectory:
@@ -83,11 +88,17 @@ class RunDirectory:
     def _check_data(self) -> None:
         path = self.path / "data.json"
         before = json.loads(path.read_bytes()) if path.exists() else self.data
-        changed = [key for key in self.data if before.get(key) != self.data[key]]
-        if changed:
+        changed = changed_data(before, self.data)
+        if changed == [TIMES]:
+            say(
+                f"the files of the data were written or copied since {self.path} was begun; their names, "
+                "labels and sizes are the same, so it goes on"
+            )
+        elif changed:
             key = changed[0]
             raise ConfigError(
-                f"{self.path} was begun on other data ({key}: {before.get(key)!r} -> {self.data[key]!r}); "
+                f"{self.path} was begun on other data "
+                f"({key}: {before[key]!r:.200} -> {self.data[key]!r:.200}); "
                 "restore it, or take another output_dir"
             )
 
@@ -131,6 +142,19 @@ def number_of(run: Path) -> int:
 def has_begun(folder: str | Path) -> bool:
     """Whether the run of this directory has a checkpoint, from which it goes on."""
     return bool(step_directories(Path(folder) / "checkpoints"))
+
+
+def changed_data(before: Any, now: dict[str, Any]) -> list[str]:
+    """Keys of an identity of data that differ from those that a run was begun on.
+
+    What an older version did not write down is not compared.
+
+    Raises:
+        ValueError: where ``before`` is no identity.
+    """
+    if not isinstance(before, dict):
+        raise ValueError(f"it holds a {type(before).__name__}, expected keys and values")
+    return [key for key in now if key in before and before[key] != now[key]]
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -20,13 +20,24 @@ COMMON = {
     *(f"optimizer.{f.name}" for f in fields(Config().optimizer)),
 }
 FIXED = COMMON | {
-    *("data.kind", "data.vae", "data.labels", "data.crop", "data.prepare", "data.random_flip"),
+    *(
+        "data.kind",
+        "data.vae",
+        "data.labels",
+        "data.split",
+        "data.image_column",
+        "data.label_column",
+        "data.crop",
+        "data.prepare",
+        "data.random_flip",
+    ),
     *("data.normalization", "data.frame_stride", "data.image_share"),
     *(f"model.{f.name}" for f in fields(Config().model) if f.name not in ("mixer", "init_from")),
     *(f"model.mixer.{f.name}" for f in fields(Config().model.mixer)),
     *(f"objective.{f.name}" for f in fields(Config().objective)),
 }
 FIXED_OF_CLASSIFIERS = COMMON | {
+    *("data.split", "data.image_column", "data.label_column"),
     *("data.labels", "data.prepare", "data.frames", "data.frame_stride", "data.views", "data.image_size"),
     *("data.crop_share", "data.mean", "data.std"),
     *(f"augment.{f.name}" for f in fields(AugmentConfig)),

@@ -1,0 +1,234 @@
+"""Images of Hugging Face data: of the hub, folders of parquet files, and what ``save_to_disk`` wrote."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from iwin_dit.data.classes import SPLITS, classes_of, label_of
+from iwin_dit.data.folders import listed, printable
+from iwin_dit.data.packed_sources import read_file, refuse_pointer, stamped
+from iwin_dit.runtime import limits
+from iwin_dit.runtime.errors import DataError
+
+TINY_IMAGE_BYTES = 32  # fewer than any image takes
+BOMB = "it would fill memory and disk, so it is not opened; store each image once, as a file of its own size"
+
+
+def is_saved(folder: str) -> bool:
+    """Whether ``Dataset.save_to_disk`` wrote this folder, or that of a ``DatasetDict``."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def has_parquet(folder: str) -> bool:
+    """Whether a folder holds parquet files, directly or in ``data``."""
+    return any(glob.glob(os.path.join(glob.escape(folder), *below, "*.parquet")) for below in ((), ("data",)))
+
+
+class HuggingFaceSource:
+    """A dataset of the Hugging Face hub or a folder of parquet or saved files, by the package ``datasets``.
+
+    Args:
+        name_or_path: a name on the hub, or a folder.
+        split: of the dataset. Default: ``train``.
+        image_column: a column of images. Default: the only one.
+        label_column: a column of class labels, integers or texts. Default: the only one of class labels, or
+            one that is named ``label``.
+
+    Raises:
+        DataError: where the package, the data or one of the columns is missing, or a label makes no sense.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path,
+        split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ):
+        self.location, self.ignored = str(name_or_path), []
+        self._is_local = os.path.isdir(self.location)
+        data = self._load(split)
+        features = data.features
+        image = _image_column(self.location, features, image_column)
+        label = _label_column(self.location, features, label_column)
+        if not len(data):
+            raise DataError(f"{self.location} has no rows; give another split")
+        column = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
+        places = [f"{self.location}, row {i}" for i in range(len(column))]
+        if getattr(features[label], "dtype", "") in ("string", "large_string"):
+            self.class_names, self.labels = classes_of(column, places)
+        else:
+            self.labels = [label_of(value, place) for value, place in zip(column, places, strict=True)]
+            named = getattr(features[label], "names", None)
+            self.class_names = list(named or map(str, range(max(self.labels) + 1)))
+        self._column = image
+        self._images = data.select_columns([image]).cast_column(
+            image, _datasets(self.location).Image(decode=False)
+        )
+
+    def _load(self, split: str | None) -> Any:
+        """The rows; sets what tells them from others."""
+        datasets = _datasets(self.location)
+        try:
+            if not self._is_local:
+                data = datasets.load_dataset(self.location, split=split or "train")
+                self._version, self._modified = f"{data.info.version} {data.info.dataset_size}", 0
+                return data
+            if is_saved(self.location):
+                data, paths = _saved(datasets, self.location, split)
+            else:
+                paths = _parquet_files(self.location, split or "train")
+                for path in paths:
+                    _check_parquet(path)
+                data = datasets.load_dataset("parquet", data_files={"train": paths}, split="train")
+        except DataError:
+            raise
+        except Exception as error:  # the package raises its own, the hub's, pyarrow's and Python's
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(
+                f"the split {split or 'train'} of {self.location} cannot be loaded ({reason})"
+            ) from error
+        stamps = [stamped(self.location, os.path.relpath(path, self.location)) for path in paths]
+        self._version = " ".join(stamp for stamp, _ in stamps)
+        self._modified = max((modified for _, modified in stamps), default=0)
+        return data
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> tuple[bytes, int]:
+        image: dict[str, Any] | None = self._images[i][self._column]
+        if image is None or (image["bytes"] is None and (self._is_local or not image["path"])):
+            # a path in a stranger's parquet could point anywhere
+            raise DataError(f"{self.name(i)} holds no image; remove the row or store the bytes in the file")
+        data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
+        return data, self.labels[i]
+
+    def name(self, i: int) -> str:
+        return f"{self.location}, row {i}"
+
+    def stamp(self, i: int) -> tuple[str, int]:
+        """Of all rows together: none has a size or a time of its own."""
+        return f"{self.labels[i]} {i} {self._version}", self._modified
+
+    def fingerprint(self, i: int) -> str:
+        return self.stamp(i)[0]
+
+
+def _datasets(location: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{location} needs a package: pip install 'iwin-dit[datasets]'") from None
+    return datasets
+
+
+def _image_column(location: str, features: Any, wanted: str | None) -> str:
+    """The column of images: the wanted one, or the only one."""
+    found = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+    return _one(location, features, found, wanted, "images", "--image-column")
+
+
+def _label_column(location: str, features: Any, wanted: str | None) -> str:
+    """The column of labels: the wanted one, the only one of class labels, or one named label."""
+    if wanted is not None:
+        scalars = [
+            k for k, f in features.items() if re.match("u?int|string|large_string", getattr(f, "dtype", ""))
+        ]
+        return _one(location, features, scalars, wanted, "class labels, integers or texts", "--label-column")
+    found = [key for key, feature in features.items() if hasattr(feature, "names")]
+    if not found and re.match("u?int|string|large_string", getattr(features.get("label"), "dtype", "")):
+        found = ["label"]
+    return _one(
+        location, features, found, None, "class labels, or integers or texts named label", "--label-column"
+    )
+
+
+def _one(location: str, features: Any, found: list[str], wanted: str | None, what: str, option: str) -> str:
+    columns = ", ".join(f"{key} ({getattr(f, 'dtype', type(f).__name__)})" for key, f in features.items())
+    if wanted is not None:
+        if wanted not in found:
+            raise DataError(f"{location} has no column {wanted} of {what}; found {columns}")
+        return wanted
+    if len(found) != 1:
+        raise DataError(
+            f"{location} has {len(found)} columns of {what}, expected one; choose by {option} (in a recipe, "
+            f"data.{option[2:].replace('-', '_')}) among {columns}"
+        )
+    return found[0]
+
+
+def _saved(datasets: Any, folder: str, split: str | None) -> tuple[Any, list[str]]:
+    """What ``save_to_disk`` wrote, and its files."""
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        splits = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
+        if (split or "train") not in splits:
+            raise DataError(
+                f"{folder} has no split {split or 'train'}; found {listed(splits)}; choose by --split"
+            )
+        folder, split = os.path.join(folder, split or "train"), None
+    data = datasets.load_from_disk(folder)
+    if split is not None and str(data.split) != split:
+        raise DataError(f"{folder} is of the split {data.split}, not of {split}; leave --split out")
+    return data, sorted(glob.glob(os.path.join(glob.escape(folder), "*.arrow")))
+
+
+def _parquet_files(folder: str, split: str) -> list[str]:
+    """The parquet files of a split: those whose path names it, or all where no path names any split."""
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
+    words = [set(re.split(r"[/_.-]+", os.path.relpath(path, folder).lower())) for path in found]
+    chosen = [path for path, of_path in zip(found, words, strict=True) if split.lower() in of_path]
+    if not chosen and not any(of_path & set(SPLITS) for of_path in words):
+        chosen = found
+    if not chosen:
+        names = [os.path.relpath(path, folder) for path in found]
+        raise DataError(f"there are no parquet files of the split {split} in {folder}; found {listed(names)}")
+    return chosen
+
+
+def _check_parquet(path: str) -> None:
+    """That a file does not become far more than it is, which its footer tells.
+
+    Raises:
+        DataError: where it does, or is a pointer of Git LFS.
+    """
+    from pyarrow import parquet
+
+    refuse_pointer(path)
+    size, where = os.path.getsize(path), printable(path)
+    with parquet.ParquetFile(path) as file:
+        if file.metadata.num_rows > size:  # a label that is repeated takes no room at all
+            raise DataError(f"{where} has {file.metadata.num_rows:,} rows in {size:,} bytes; {BOMB}")
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            for chunk in map(group.column, range(group.num_columns)):
+                packed, becomes = chunk.total_compressed_size, chunk.total_uncompressed_size
+                most = limits.inflated(packed)
+                repeats = chunk.has_dictionary_page and packed < TINY_IMAGE_BYTES * chunk.num_values
+                if repeats and becomes <= most < becomes * chunk.num_values:
+                    becomes = _repeated_bytes(file, number, chunk.path_in_schema, becomes, most)
+                if becomes > most:
+                    raise DataError(f"{where} becomes more than {most:,} bytes from {packed:,}; {BOMB}")
+
+
+def _repeated_bytes(file: Any, group: int, column: str, largest: int, most: int) -> int:
+    """Bytes of a column whose rows repeat values of up to ``largest`` bytes; counted until above ``most``."""
+    total = 0
+    for batch in file.iter_batches(max(1, most // max(1, largest)), row_groups=[group], columns=[column]):
+        total += sum(_bytes(values) for values in batch.columns)
+        if total > most:
+            break
+    return total
+
+
+def _bytes(values: Any) -> int:
+    """Of an array of Arrow, each value on its own."""
+    import pyarrow
+
+    if isinstance(values, pyarrow.DictionaryArray):
+        values = values.dictionary_decode()
+    return sum(map(_bytes, values.flatten())) if isinstance(values, pyarrow.StructArray) else values.nbytes
