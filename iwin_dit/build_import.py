@@ -39,7 +39,7 @@ def import_pipeline(
     pipeline = IwinDiTPipeline(
         transformer=model,
         vae=autoencoder,
-        scheduler=OBJECTIVES[model.config.prediction_type].scheduler(),
+        scheduler=OBJECTIVES[model.config.prediction_type].published_scheduler(),
         id2label=dict(enumerate(names)),
         latents_mean=mean,
         latents_std=std,

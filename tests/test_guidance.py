@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from conftest import make_model, make_vae
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,6 +127,20 @@ def test_guides_that_do_not_fit_are_refused(guide, message):
     with pytest.raises(ValueError, match="the guide") as error:
         latents_of(make_pipeline(), guide=guide())
     assert message in str(error.value)
+
+
+def test_a_guide_runs_where_the_offloaded_model_runs(monkeypatch):
+    """Offloaded, a model lies on the CPU until it is called; ``meta`` stands for the accelerator here."""
+    pipeline = make_pipeline()
+    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("meta"))
+    with pytest.raises(
+        ValueError, match=r"the guide is torch.float32 on cpu, the model torch.float32 on meta"
+    ):
+        latents_of(pipeline, guide=make_guide())
+    pipeline._check_guide(make_guide().to("meta"))
+    offloaded, _ = cpu_offload_with_hook(make_guide(), torch.device("meta"))
+    assert offloaded.device.type == "cpu"
+    pipeline._check_guide(offloaded)
 
 
 class Copies(TorchDispatchMode):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel, build_pipeline
 from iwin_dit.build_pipeline import load_pipeline
-from iwin_dit.data.codec import decode
+from iwin_dit.data.codec import decode, encode
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
@@ -154,6 +154,88 @@ def test_what_is_not_finite_is_no_image():
         ):
             images_of(pipeline, [0, 1], output_type=output_type)
     assert images_of(pipeline, [0]).isfinite().all()
+
+
+def overflowing_vae(**config):
+    """Its activations are beyond float16's largest number, as those of SDXL's autoencoder."""
+    vae = make_vae()
+    vae.register_to_config(**config)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= 3e5
+        vae.encoder.conv_in.weight *= 3e5
+    return vae
+
+
+@pytest.mark.parametrize("move", ["to dtype", "to device and dtype", "keyword", "loaded so"])
+def test_an_autoencoder_that_may_not_compute_in_float16_stays_in_float32(move, tmp_path):
+    pipeline = make_pipeline(
+        vae=overflowing_vae(force_upcast=True), latents_mean=[0.1] * 4, latents_std=[1.5] * 4
+    )
+    expected = images_of(pipeline, [1])
+    weights = pipeline.vae.decoder.conv_in.weight.clone()
+    if move == "loaded so":
+        pipeline.save_pretrained(tmp_path)
+        pipeline = IwinDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
+        pipeline.set_progress_bar_config(disable=True)
+    elif move == "to device and dtype":
+        pipeline.to("cpu", torch.float16)
+    elif move == "keyword":
+        pipeline.to(dtype=torch.float16)
+    else:
+        pipeline.to(torch.float16)
+    assert pipeline.transformer.dtype == torch.float16
+    torch.testing.assert_close(images_of(pipeline, [1]), expected, atol=0.05, rtol=0)
+    assert pipeline.vae.dtype == torch.float32
+    if move != "loaded so":
+        assert torch.equal(pipeline.vae.decoder.conv_in.weight, weights), "not rounded on the way"
+    assert pipeline.config.vae == ("diffusers", "AutoencoderKL"), "what save_pretrained writes"
+    assert (
+        make_pipeline(vae=overflowing_vae(force_upcast=True)).to(torch.bfloat16).vae.dtype == torch.bfloat16
+    )
+    assert encode(overflowing_vae(force_upcast=True).half(), torch.rand(1, 3, 16, 16)).isfinite().all()
+
+
+def test_the_message_names_who_was_not_finite():
+    pipeline = make_pipeline(vae=overflowing_vae(force_upcast=False)).to(torch.float16)
+    with pytest.raises(
+        DataError, match=r"autoencoder's pixels are not finite in float16, .* take bfloat16 or"
+    ):
+        images_of(pipeline, [1])
+    assert images_of(pipeline, [1], output_type="latent").isfinite().all()
+    torch.nn.init.constant_(pipeline.transformer.proj_out.bias, torch.inf)
+    with pytest.raises(DataError, match=r"transformer's latents are not finite; .* not usable in float16"):
+        images_of(pipeline, [1])
+
+
+def test_components_make_the_same_pipeline(tmp_path):
+    pipeline = make_pipeline(latents_mean=[0.1] * 4, latents_std=[1.5] * 4)
+    again = IwinDiTPipeline(**pipeline.components)
+    again.set_progress_bar_config(disable=True)
+    assert again.transformer is pipeline.transformer
+    assert again.id2label == NAMES
+    assert torch.equal(images_of(again, ["umbrella"]), images_of(pipeline, ["umbrella"]))
+    again.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index == json.loads(saved_index(pipeline, tmp_path / "other"))
+    loaded = load_pipeline(str(ROOT / "tests" / "data" / "pipeline_0.1"))
+    twice = IwinDiTPipeline(**loaded.components)
+    twice.set_progress_bar_config(disable=True)
+    assert torch.equal(images_of(twice, [1]), images_of(loaded, [1]))
+
+
+def saved_index(pipeline, folder):
+    pipeline.save_pretrained(folder)
+    return (folder / "model_index.json").read_text()
+
+
+def test_tensors_that_a_callback_cannot_have_are_refused_before_the_first_step():
+    pipeline, called = make_pipeline(), []
+    options = dict(callback_on_step_end=lambda *_: called.append(1) or {})
+    with pytest.raises(
+        ValueError, match="callback_on_step_end_tensor_inputs has prompt, expected only latents"
+    ):
+        images_of(pipeline, [1], callback_on_step_end_tensor_inputs=["latents", "prompt"], **options)
+    assert not called
 
 
 @pytest.mark.parametrize("vae", [make_vae, lambda: AutoencoderDC(**SMALL_DC)], ids=["KL", "DC"])

@@ -81,13 +81,16 @@ class DDPM:
         mse = (eps - noise).square().flatten(1).mean(1)
         return mse + variational_bits(at, x0, xt, eps.detach(), v, t)
 
+    def published_scheduler(self) -> SchedulerMixin:
+        """That of published models, and of pipelines that version 0.1 saved: it begins at 1000 - 1000 / N."""
+        return self.scheduler(spacing="leading")
+
     def scheduler(self, sampler: str | None = None, spacing: str = "trailing") -> SchedulerMixin:
         """The diffusers scheduler of this name in :attr:`samplers`, with the betas of the training.
 
         Args:
-            spacing: of DDPM's and DDIM's timesteps. ``trailing`` begins at pure noise, which is what sampling
-                begins from (Lin et al. 2024, section 3.3); ``leading``, at 1000 - 1000 / N, is the setting of
-                published pipelines of DiT, and of those that version 0.1 saved.
+            spacing: of DDPM's and DDIM's timesteps; ``trailing`` begins at pure noise, from which sampling
+                begins (Lin et al. 2024, section 3.3).
         """
         options = BETAS | dict(clip_sample=False, timestep_spacing=spacing)
         match sampler or self.default_sampler:

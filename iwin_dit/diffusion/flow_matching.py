@@ -74,6 +74,10 @@ class FlowMatching:
             loss = loss + self.cosine_weight * (1 - cosine).flatten(1).mean(1)
         return loss
 
+    def published_scheduler(self) -> SchedulerMixin:
+        """That of published models: the same as of new ones."""
+        return self.scheduler()
+
     def scheduler(self, sampler: str | None = None) -> SchedulerMixin:
         """The diffusers scheduler of this name in :attr:`samplers`, set up for velocity prediction."""
         match sampler or self.default_sampler:
