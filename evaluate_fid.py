@@ -39,14 +39,11 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     low_high = dict(nargs=2, type=float, metavar=("LOW", "HIGH"))
     add("--guidance-interval", **low_high, help="times in which guidance acts; 1 is noise (0 1)")
     add("--guidance-channels", type=int, help="guide the first so many latent channels only (all)")
+    add("--ema", help="the average of this decay of a run; none: the weights themselves (the first average)")
+    add("--ema-std", type=float, help="average the weights anew, to this relative standard deviation")
     add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
-    add(
-        "--size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="a side, or height and width: crop folders' images",
-    )
+    side = dict(type=int, nargs="+", metavar="PIXELS")
+    add("--size", **side, help="a side, or height and width: images of folders are cropped, as ADM's")
     add("--background", metavar="COLOUR", help="of transparent pixels: white, black or R,G,B")
     add("--follow-links", action="store_true", help="links may lead out of a folder of images")
     add("--workers", type=int, help="processes that read images (4, or as many as there are cores)")

@@ -208,7 +208,8 @@ def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Acc
             return images
 
         return on_main(accelerator, open_and_look)
-    pipeline = load_pipeline(arguments.generated, accelerator.device)
+    averages = {"ema": arguments.ema, "ema_std": arguments.ema_std}
+    pipeline = load_pipeline(arguments.generated, accelerator.device, **averages)
     draws_clips = pipeline.transformer.rank == 3
     if draws_clips != arguments.extractor.startswith("i3d:"):
         what = "clips, which i3d:FILE alone compares" if draws_clips else "images, i3d compares clips"
@@ -225,16 +226,20 @@ def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Acc
     )
     num_classes = pipeline.transformer.config.num_classes
     settings = {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"}
-    recipe = options | {
-        "model": arguments.generated,
-        "weights_sha256": weights_sha256(pipeline.transformer),
-        "vae_sha256": weights_sha256(pipeline.vae),
-        "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_settings": settings,
-        "latents_mean": pipeline.config.latents_mean,
-        "latents_std": pipeline.config.latents_std,
-        "plan": arguments.plan,
-    }
+    recipe = (
+        options
+        | {
+            "model": arguments.generated,
+            "weights_sha256": weights_sha256(pipeline.transformer),
+            "vae_sha256": weights_sha256(pipeline.vae),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "scheduler_settings": settings,
+            "latents_mean": pipeline.config.latents_mean,
+            "latents_std": pipeline.config.latents_std,
+            "plan": arguments.plan,
+        }
+        | {name: value for name, value in averages.items() if value is not None}
+    )
     if guide is not None:
         recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide)}
         options["guide"] = guide

@@ -53,3 +53,29 @@ def make_sets(root):
             Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
     export_pipeline(make_pipeline(), root / "pipeline", {})
     return root
+
+
+if __name__ == "__main__":
+    # evaluate_fid.py with the stub, a millisecond an image, for each line of arguments that comes in
+    import json
+    import sys
+    import time
+
+    import evaluate_fid
+    from iwin_dit import build_evaluation
+    from iwin_dit.runtime.errors import UserError
+
+    class Slow(Stub):
+        def forward(self, images):
+            time.sleep(0.001 * len(images))
+            return super().forward(images)
+
+    build_evaluation.Inception = Slow
+    build_evaluation.use_all_cores = lambda processes: None
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            evaluate_fid.run(evaluate_fid.parse_arguments(json.loads(line)))
+            print("ended: well", flush=True)
+        except UserError as error:
+            print(f"ended: {error}", flush=True)

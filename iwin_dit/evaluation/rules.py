@@ -29,6 +29,8 @@ DRAWING = {  # options for a model that draws, with what stands in where they ar
     "guidance_scale": 1.0,
     "guidance_interval": [0.0, 1.0],
     "guidance_channels": None,
+    "ema": None,
+    "ema_std": None,
     "guide": None,
     "draw_batch": 32,
     "compile": False,

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
+
+from iwin_dit.pipelines.sampling import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -22,13 +24,13 @@ def draw_in_parts(
     the images are the same but for the rounding that depends on the batch.
 
     Raises:
-        RuntimeError: where not even one fits, as torch raises it.
+        Exception: where not even one fits, as it was raised.
     """
     states = [generator.get_state() for generator in generators]
     try:
         return [draw(labels, generators)]
-    except RuntimeError as error:
-        if len(labels) == 1 or not should_reduce_batch_size(error):
+    except Exception as error:
+        if len(labels) == 1 or not is_out_of_memory(error):
             raise
     clear_device_cache(garbage_collection=True)  # after the error, which held what was drawn so far
     for generator, state in zip(generators, states, strict=True):
