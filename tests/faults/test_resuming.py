@@ -32,7 +32,7 @@ FIXED = COMMON | {
         "data.random_flip",
     ),
     *("data.normalization", "data.frame_stride", "data.image_share"),
-    *(f"model.{f.name}" for f in fields(Config().model) if f.name not in ("mixer", "init_from")),
+    *(f"model.{f.name}" for f in fields(Config().model) if f.name not in ("mixer", "init_from", "allow_blind")),
     *(f"model.mixer.{f.name}" for f in fields(Config().model.mixer)),
     *(f"objective.{f.name}" for f in fields(Config().objective)),
 }
