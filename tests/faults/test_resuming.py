@@ -19,6 +19,7 @@ COMMON = {
     *("seed", "ema.decays", "ema.power_stds", "train.batch_images", "train.precision"),
     *(f"optimizer.{f.name}" for f in fields(Config().optimizer)),
 }
+FREE_OF_MODELS = {"model.mixer", "model.init_from", "model.allow_blind"}
 FIXED = COMMON | {
     *(
         "data.kind",
@@ -32,7 +33,7 @@ FIXED = COMMON | {
         "data.random_flip",
     ),
     *("data.normalization", "data.frame_stride", "data.image_share"),
-    *(f"model.{f.name}" for f in fields(Config().model) if f.name not in ("mixer", "init_from", "allow_blind")),
+    *({f"model.{f.name}" for f in fields(Config().model)} - FREE_OF_MODELS),
     *(f"model.mixer.{f.name}" for f in fields(Config().model.mixer)),
     *(f"objective.{f.name}" for f in fields(Config().objective)),
 }
