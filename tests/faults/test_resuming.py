@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from iwin_dit.build import build_run
 from iwin_dit.classifier_config import AugmentConfig, ClassifierConfig, ClassifierModelConfig
-from iwin_dit.config_schema import MAY_CHANGE, Config
+from iwin_dit.config_schema import MAY_CHANGE, Config, ModelConfig
 from iwin_dit.data.latents import LatentDataset, Shard, write_latents
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, flatten
@@ -46,7 +46,7 @@ FIXED_OF_CLASSIFIERS = COMMON | {
     *("optimizer.layer_decay", "optimizer.backbone_lr_scale"),
 }
 CONFIGS = {
-    "generator": (Config(), FIXED),
+    "generator": (Config(model=ModelConfig(size="S/2")), FIXED),
     "classifier": (
         ClassifierConfig(model=ClassifierModelConfig(options={"embed_dim": 8})),
         FIXED_OF_CLASSIFIERS,
