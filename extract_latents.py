@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from iwin_dit.runtime import files
+from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.errors import ConfigError, run_script
 
 
@@ -38,9 +39,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--frame-stride", type=int, default=1, help="take every n-th frame of a video (1)")
     add("--clips-per-video", type=int, default=1, help="from random places (1)")
     add("--crop", choices=("center", "random"), default="center", help="(center: ADM's)")
+    add(
+        "--background",
+        default="white",
+        help="shows through transparent pixels: white, black or R,G,B (white)",
+    )
     add("--batch-images", type=int, default=32, help="images of one pass through the VAE (32)")
     add("--shard-images", type=int, default=10_000, help="images of a shard (10,000)")
     add("--workers", type=int, help="processes that decode images (4, or as many as there are cores)")
+    add(
+        "--worker-timeout",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="without a batch, after which a worker hangs (600)",
+    )
     add(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
@@ -62,6 +75,9 @@ def parse_arguments() -> argparse.Namespace:
         numbers += [arguments.clips_per_video, 1 if arguments.frames is None else arguments.frames]
         if min(numbers) < 1 or len(arguments.size) > 2:
             raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
+        colour(arguments.background)
+        if not 1 <= arguments.worker_timeout <= 1e6:
+            raise ConfigError(f"--worker-timeout {arguments.worker_timeout} is not 1 to 1,000,000 seconds")
         if min(arguments.workers or 0, arguments.max_bad_images) < 0:
             raise ConfigError("--workers and --max-bad-images are at least 0")
         if arguments.vae_config and not Path(arguments.vae).is_file():

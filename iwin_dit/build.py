@@ -306,9 +306,10 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
     """
     if isinstance(config, Config) and (Path(config.output_dir) / "config.yaml").exists():
         _check_earlier_version(config)
-    run = RunDirectory(
-        config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults=type(config)().to_dict()
-    )
+    defaults = type(config)().to_dict()
+    if getattr(config.data, "kind", "images") == "images":  # earlier versions dropped the transparency
+        defaults["data"]["background"] = None
+    run = RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults)
     if config.optimizer.schedule != "constant" and (run.path / "config.yaml").exists():
         before, now = read_config(run.path)["train"]["max_steps"], config.train.max_steps
         if before != now:

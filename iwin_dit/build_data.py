@@ -36,6 +36,7 @@ from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError, reason
 from iwin_dit.runtime.progress import say
@@ -142,7 +143,8 @@ def _pixels(config: Config) -> PixelDataset:
     if clip is None and is_of_videos(vae):
         raise DataError(f"{config.data.vae} is an autoencoder of videos: set model.sample_frames")
     height, width = (side * spatial_factor(vae) for side in config.model.latent_size[-2:])
-    reader = Reader(_source(config), (height, width), config.data.crop, clip)
+    ground = background(config.data.background)
+    reader = Reader(_source(config), (height, width), config.data.crop, clip, background=ground)
     return PixelDataset(reader, vae, config.data.vae)
 
 
@@ -243,6 +245,7 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         posterior=arguments.posterior,
         clip=clip,
         clips_per_video=None if clip is None else arguments.clips_per_video,
+        background=arguments.background,
     )
     description = {"vae": LOCAL_VAE if local else arguments.vae, "vae_sha256": weights_sha256(vae)}
     bad = extract(
@@ -256,6 +259,7 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         process=accelerator.process_index,
         num_processes=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
+        timeout=arguments.worker_timeout,
     )
     if accelerator.is_main_process:
         for reason in bad:

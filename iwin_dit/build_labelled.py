@@ -18,6 +18,7 @@ from iwin_dit.data.labelled import LabelledExamples, LabelledImages
 from iwin_dit.data.labelled_clips import HeldOutClips, LabelledClips
 from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError, DataError
 
 PREPARE = {
@@ -42,10 +43,11 @@ def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[Tr
     train = open_training(config)
     held_out = _open_held_out(config, train.class_names)
     _check_classes(config, train.class_names, held_out.class_names)
+    ground = background(data.background)
     if data.frames is None:
-        return LabelledImages(train, varied), LabelledImages(held_out, plain)
+        return LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground)
     spec = ClipSpec(data.frames, data.frame_stride)
-    return LabelledClips(train, spec, varied), HeldOutClips(held_out, spec, plain, data.views)
+    return LabelledClips(train, spec, varied, ground), HeldOutClips(held_out, spec, plain, data.views, ground)
 
 
 def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:

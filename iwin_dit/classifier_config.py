@@ -18,6 +18,7 @@ from iwin_dit.config_rules import (
     check_train,
 )
 from iwin_dit.config_schema import EmaConfig, OptimizerConfig, TrainConfig, lists
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,6 +41,8 @@ class ClassifierDataConfig:
         image_column: of Hugging Face data with several columns of images.
         label_column: of Hugging Face data with several columns of labels, or none of class labels.
         allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
+        background: what shows through transparent pixels: white, black or R,G,B; null drops the transparency,
+            as earlier versions did.
         prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits,
             ``moving_digits`` clips of them.
         frames: of a clip, which makes the data videos; without, they are images.
@@ -62,6 +65,7 @@ class ClassifierDataConfig:
     image_column: str | None = None
     label_column: str | None = None
     allow_odd_classes: bool = False
+    background: str | None = "white"
     prepare: Literal["digits", "moving_digits"] | None = None
     frames: int | None = None
     frame_stride: int = 1
@@ -217,6 +221,7 @@ class ClassifierConfig:
 
 def _check_pixels(data: ClassifierDataConfig, augment: AugmentConfig) -> None:
     """Sizes, colours and crops."""
+    background(data.background)
     if isinstance(data.image_size, list) and len(data.image_size) != 2:
         raise ConfigError(f"data.image_size is {data.image_size}, expected a side or [height, width]")
     if min(data.size) < 1:

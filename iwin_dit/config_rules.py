@@ -12,6 +12,7 @@ from iwin_dit.config_bounds import MAX_TOKENS, check_bounds
 from iwin_dit.evaluation.rules import chosen_metrics
 from iwin_dit.layers.blindness import blind_spots
 from iwin_dit.layers.specs import SIZES, BlockSpec
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,11 +126,12 @@ def check_train(config: Any) -> None:
 
 OF_IMAGES = (
     *((key, None) for key in ("labels", "split", "image_column", "label_column")),
-    *(("follow_links", False), ("allow_odd_classes", False), ("crop", "center")),
+    *(("follow_links", False), ("allow_odd_classes", False), ("crop", "center"), ("background", "white")),
 )
 
 
 def _check_data(data: DataConfig) -> None:
+    background(data.background)
     if data.kind == "latents":
         for key, default in OF_IMAGES:
             if getattr(data, key) != default:

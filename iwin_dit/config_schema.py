@@ -51,6 +51,8 @@ class DataConfig:
         image_column: of Hugging Face data with several columns of images.
         label_column: of Hugging Face data with several columns of labels, or none of class labels.
         allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
+        background: of images: what shows through transparent pixels: white, black or R,G,B; null drops
+            the transparency, as earlier versions did.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
         prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits,
             which ``moving_digits`` move.
@@ -72,6 +74,7 @@ class DataConfig:
     image_column: str | None = None
     label_column: str | None = None
     allow_odd_classes: bool = False
+    background: str | None = "white"
     crop: Literal["center", "random"] = "center"
     prepare: Literal["digits", "moving_digits"] | None = None
     frame_stride: int = 1

@@ -302,7 +302,7 @@ def test_a_full_disk_is_said_when_the_vae_is_saved(few):
 def test_there_are_no_more_workers_than_cores_unless_asked_for(few, monkeypatch):
     asked = []
 
-    def loader(*positional, num_workers, **options):
+    def loader(*positional, num_workers, timeout, **options):
         asked.append(num_workers)
         return DataLoader(*positional, **options)
 

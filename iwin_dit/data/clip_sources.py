@@ -24,6 +24,7 @@ from iwin_dit.data.video import (
     frame_names,
     spread_clips,
 )
+from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 
 
@@ -79,21 +80,25 @@ class ClipFolderSource:
         """The number of its class."""
         return self.labels[i]
 
-    def read(self, i: int, spec: ClipSpec, rng: torch.Generator | None) -> tuple[list[Image.Image], int]:
+    def read(
+        self, i: int, spec: ClipSpec, rng: torch.Generator | None, background: Colour | None = None
+    ) -> tuple[list[Image.Image], int]:
         """Frames, from a place drawn from ``rng`` or without one from the middle, and the label.
 
         Raises:
             DataError: as of :func:`iwin_dit.data.video.choose_clip`.
         """
-        return choose_clip(self.path(i), spec, rng), self.labels[i]
+        return choose_clip(self.path(i), spec, rng, background), self.labels[i]
 
-    def views(self, i: int, spec: ClipSpec, number: int) -> tuple[list[list[Image.Image]], int]:
+    def views(
+        self, i: int, spec: ClipSpec, number: int, background: Colour | None = None
+    ) -> tuple[list[list[Image.Image]], int]:
         """``number`` clips that are evenly spread over the video, and the label.
 
         Raises:
             DataError: as of :func:`iwin_dit.data.video.spread_clips`.
         """
-        return spread_clips(self.path(i), spec, number), self.labels[i]
+        return spread_clips(self.path(i), spec, number, background), self.labels[i]
 
 
 def _clips_below(root: Folder, class_folder: str) -> list[str]:

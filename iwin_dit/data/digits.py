@@ -27,6 +27,7 @@ from iwin_dit.data.codec import encode
 from iwin_dit.data.latents import Shard, write_latents
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import derive_seed, generator
 
@@ -37,8 +38,14 @@ VAE_STEPS = 120
 
 def prepare(root: Path, seed: int = 0) -> None:
     """Makes ``root``; what is there already is kept, so that an interrupted call is simply repeated."""
-    if not (root / "test").is_dir():
-        write_images(root, seed)
+    root.mkdir(parents=True, exist_ok=True)
+    with hold(root, wait=True):
+        if not (root / "index.json").is_file():  # made by who held it before
+            _prepare(root, seed)
+
+
+def _prepare(root: Path, seed: int) -> None:
+    _write_images(root, seed)
     images, labels, class_names = read_images(root / "train")
     if not (root / "vae" / "config.json").is_file():
         trained = train_vae(images, seed)
@@ -77,6 +84,12 @@ def scans(seed: int) -> dict[str, list[Scan]]:
 
 def write_images(root: Path, seed: int) -> None:
     """The scans, scaled to 32 x 32, as PNG in a folder per class."""
+    root.mkdir(parents=True, exist_ok=True)
+    with hold(root, wait=True):
+        _write_images(root, seed)
+
+
+def _write_images(root: Path, seed: int) -> None:
     for split, chosen in scans(seed).items():
         if (root / split).is_dir():
             continue

@@ -8,10 +8,11 @@ its images' names, sizes and labels, so that latents of other images are not tak
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +30,19 @@ from iwin_dit.data.codec import (
 )
 from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import SHARD_NAME, Shard, write_index, write_shard
-from iwin_dit.data.reading import Reader
+from iwin_dit.data.reading import Pixels, Reader
 from iwin_dit.data.video import ClipSpec
-from iwin_dit.runtime import files, scratch
+from iwin_dit.runtime import files, limits, scratch
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.errors import DataError, DiskError
-from iwin_dit.runtime.progress import progress
+from iwin_dit.runtime.lock import hold
+from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
+from iwin_dit.runtime.workers import worker_errors
 
 LOCAL_VAE = "vae"  # a VAE from a local folder or file is taken along, beside the latents
+ENTRIES = ".entries"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Settings:
         posterior: keep the posterior's standard deviations too.
         clip: frames and stride of clips; None for images.
         clips_per_video: clips of each video, from random places.
+        background: what shows through transparent pixels; None drops the transparency and writes shards
+            without checksums, as earlier versions did.
     """
 
     size: tuple[int, int]
@@ -65,14 +72,19 @@ class Settings:
     posterior: bool = False
     clip: ClipSpec | None = None
     clips_per_video: int | None = None
+    background: str | None = "white"
 
 
 class Batch(NamedTuple):
-    """Images or clips ``(B, 3, [T,] H, W)`` uint8, labels ``(B,)``, and why others are left out."""
+    """Images or clips ``(B, 3, [T,] H, W)`` uint8, labels ``(B,)``, and why others are left out.
+
+    transparent: how many of them had transparent pixels.
+    """
 
     images: Tensor
     labels: Tensor
     bad: list[str]
+    transparent: int
 
 
 class Examples(Dataset):
@@ -81,19 +93,20 @@ class Examples(Dataset):
     def __init__(self, reader: Reader):
         self.reader = reader
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, i: int) -> Pixels | str:
         try:
             return self.reader.read(i, generator(0, "crop", i))
         except BadImage as error:
             return str(error)
 
 
-def collate(items: list[tuple[Tensor, int] | str]) -> Batch:
+def collate(items: list[Pixels | str]) -> Batch:
     """Joins images of one size to a batch, which may be empty."""
     good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Batch(images, labels, [item for item in items if isinstance(item, str)])
+    images = torch.stack([item.pixels for item in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([item.label for item in good], dtype=torch.int64)
+    bad = [item for item in items if isinstance(item, str)]
+    return Batch(images, labels, bad, sum(item.is_transparent for item in good))
 
 
 def extract(
@@ -107,6 +120,7 @@ def extract(
     process: int = 0,
     num_processes: int = 1,
     wait: Callable[[], None] = lambda: None,
+    timeout: float = 600.0,
 ) -> list[str]:
     """Makes the shards that are missing, then the index. Returns what was wrong with the images left out.
 
@@ -117,11 +131,14 @@ def extract(
         num_workers: processes that decode images. None: 4, or as many as there are cores.
         max_bad_images: more broken images than this are an error.
         wait: a barrier for all processes.
+        timeout: seconds without a batch, after which a process that decodes images hangs.
 
     Raises:
+        ConfigError: where another extraction writes into this folder.
         DataError: for too many bad images, values that are not finite, a folder begun otherwise or by
             something else, or shards that were made of other images.
         DiskError: where the VAE cannot be saved beside the latents.
+        WorkerError: where a process that decodes images dies or hangs.
     """
     factor = spatial_factor(vae)
     if any(side % factor for side in settings.size):
@@ -132,60 +149,123 @@ def extract(
     if settings.clip is not None:
         latent_frames(vae, settings.clip.frames)  # there are such clips
         description = description | {"frames": settings.clip.frames, "frame_stride": settings.clip.stride}
-    reader = Reader(source, settings.size, settings.crop, settings.clip, settings.clips_per_video or 1)
     description = description | {"image_size": list(settings.size), "class_names": source.class_names}
-    numbers = range(-(-len(reader) // settings.shard_images))
-    if process == 0:
-        _begin(out, {**asdict(settings), **description, "images": len(reader)})
-        _check_images(out, reader, settings, numbers)
-        if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
-            _take_along(vae, out)
-    wait()
-    mine = [number for number in numbers[process::num_processes] if _entry(out, number) is None]
-    hashes = {number: _images_sha256(reader, settings, number) for number in mine}  # before they are read
-    if not is_of_videos(vae):
-        vae.to(memory_format=torch.channels_last)
-    if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, settings.precision))):
-        vae.to(dtype=dtype)
-    workers = min(4, cores()) if num_workers is None else num_workers
-    for number, shard, bad in _encode_shards(reader, vae, settings, mine, workers, main=process == 0):
-        _check_bad([*bad, *_bad_so_far(out, numbers[process::num_processes])], max_bad_images, settings)
-        entry = {"count": 0} if shard is None else write_shard(out, number, shard)
-        entry |= {"bad": bad, "images_sha256": hashes[number]}
-        files.replace(_entry_path(out, number), files.to_json(entry))
-    wait()
-    bad = _bad_so_far(out, numbers)
-    _check_bad(bad, max_bad_images, settings)
-    if process == 0:
-        entries = [_entry(out, number) for number in numbers]
-        write_index(out, [entry for entry in entries if entry["count"]], description)
-    wait()
+    with contextlib.ExitStack() as held:
+        if process == 0:
+            _check_is_ours(out)
+            (out / ENTRIES).mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(out / ENTRIES))
+            images = len(source) * (settings.clips_per_video or 1)
+            _begin(out, settings, {**description, "images": images})
+        wait()
+        settings = replace(settings, background=_record(_settings_path(out)).get("background"))
+        ground, clips = background(settings.background), settings.clips_per_video or 1
+        reader = Reader(source, settings.size, settings.crop, settings.clip, clips, ground)
+        numbers = range(-(-len(reader) // settings.shard_images))
+        if process == 0:
+            _check_images(out, reader, settings, numbers)
+            if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
+                _take_along(vae, out)
+        wait()
+        if not is_of_videos(vae):
+            vae.to(memory_format=torch.channels_last)
+        if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, settings.precision))):
+            vae.to(dtype=dtype)
+        workers = min(4, cores()) if num_workers is None else num_workers
+        mine = numbers[process::num_processes]
+        with worker_errors("lower --workers", ", or raise --worker-timeout"):
+            _make_shards(out, reader, vae, settings, mine, workers, max_bad_images, process == 0, timeout)
+        wait()
+        bad = _bad_so_far(out, numbers)
+        _check_bad(bad, max_bad_images, settings)
+        if process == 0:
+            entries = [_entry(out, number) for number in numbers]
+            _say_transparent(entries, settings)
+            if settings.background is not None:
+                description["background"] = settings.background
+            write_index(out, [entry for entry in entries if entry["count"]], description)
+        wait()
     return bad
 
 
-def _begin(out: Path, begun: dict[str, Any]) -> None:
+def _make_shards(
+    out: Path,
+    reader: Reader,
+    vae: Any,
+    settings: Settings,
+    mine: range,
+    workers: int,
+    max_bad_images: int,
+    main: bool,
+    timeout: float,
+) -> None:
+    """Those of this process that are missing, with their entries."""
+    missing = [number for number in mine if _entry(out, number) is None]
+    hashes = {number: _images_sha256(reader, settings, number) for number in missing}  # before they are read
+    for made in _encode_shards(reader, vae, settings, missing, workers, main, timeout):
+        _check_bad([*made.bad, *_bad_so_far(out, mine)], max_bad_images, settings)
+        entry = {"count": 0}
+        if made.shard is not None:
+            entry = write_shard(out, made.number, made.shard, settings.background is not None)
+        entry |= {"bad": made.bad, "transparent": made.transparent, "images_sha256": hashes[made.number]}
+        files.replace(_entry_path(out, made.number), files.to_json(entry))
+
+
+def _say_transparent(entries: list[dict[str, Any]], settings: Settings) -> None:
+    count = sum(entry.get("transparent", 0) for entry in entries)
+    if count:
+        say(
+            f"{count:,} {_what(settings)} have transparent pixels, through which {settings.background} "
+            "shows; another --background takes another folder"
+        )
+
+
+def _check_is_ours(out: Path) -> None:
+    """Published latents, or those of the quickstart, have shards of the same names: they are kept."""
+    if _settings_path(out).exists() or not out.is_dir():
+        return
+    found = [p.name for p in out.iterdir() if p.name == "index.json" or SHARD_NAME.fullmatch(p.name)]
+    if found:
+        raise DataError(f"{out} holds latents that were not begun here ({min(found)}); take another folder")
+
+
+def _begin(out: Path, settings: Settings, description: dict[str, Any]) -> None:
     """Writes down what is being made, or compares it with what was begun here before."""
-    begun = json.loads(files.to_json(begun))
-    path = out / ".entries" / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_bytes())
-        changed = [
-            f"{key}: {before.get(key)!r} -> {begun[key]!r}" for key in begun if before.get(key) != begun[key]
-        ]
-        if changed:
-            raise DataError(
-                f"{out} was begun with other settings ({changed[0][:200]}); restore them, or take another "
-                "folder"
-            )
-    else:
-        if out.is_dir():
-            found = [p.name for p in out.iterdir() if p.name == "index.json" or SHARD_NAME.fullmatch(p.name)]
-            if found:  # published latents, or those of the quickstart: their shards have the same names
-                raise DataError(
-                    f"{out} holds latents that were not begun here ({min(found)}); take another folder"
-                )
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = _settings_path(out)
+    before = _record(path) if path.exists() else None
+    if before is not None and "background" not in before and settings.background is not None:
+        settings = replace(settings, background=None)
+        say(f"{out} was begun by an earlier version: transparent pixels keep their hidden colours, as there")
+    begun = json.loads(files.to_json({**asdict(settings), **description}))
+    if before is None:
         files.replace(path, files.to_json(begun))
+        return
+    changed = [
+        f"{key}: {before.get(key)!r} -> {begun[key]!r}" for key in begun if before.get(key) != begun[key]
+    ]
+    if changed:
+        raise DataError(
+            f"{out} was begun with other settings ({changed[0][:200]}); restore them, or take another folder"
+        )
+
+
+def _settings_path(out: Path) -> Path:
+    return out / ENTRIES / "settings.json"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """JSON that an extraction wrote beside its shards.
+
+    Raises:
+        DataError: where it is damaged.
+    """
+    try:
+        value = files.retry(lambda: files.read_json(path, limits.INDEX_BYTES))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); extract into another folder") from None
+    return value
 
 
 def _check_images(out: Path, reader: Reader, settings: Settings, numbers: range) -> None:
@@ -228,13 +308,25 @@ def _take_along(vae: Any, out: Path) -> None:
         ) from error
 
 
-def _encode_shards(
-    reader: Reader, vae: Any, settings: Settings, numbers: list[int], num_workers: int, main: bool
-) -> Iterator[tuple[int, Shard | None, list[str]]]:
-    """Each shard (None without an image) with its number and its bad images.
+class Made(NamedTuple):
+    """A shard, None without an image; its bad images, and how many were transparent."""
 
-    They come from one stream of batches that never cross shards.
-    """
+    number: int
+    shard: Shard | None
+    bad: list[str]
+    transparent: int
+
+
+def _encode_shards(
+    reader: Reader,
+    vae: Any,
+    settings: Settings,
+    numbers: list[int],
+    num_workers: int,
+    main: bool,
+    timeout: float,
+) -> Iterator[Made]:
+    """They come from one stream of batches that never cross shards."""
     device, dtype = next(vae.parameters()).device, getattr(torch, settings.store)
     batches = []
     for number in numbers:
@@ -246,9 +338,11 @@ def _encode_shards(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        timeout=timeout if num_workers else 0,
     )
     parts: list[Shard] = []
     bad: list[str] = []
+    transparent = 0
     unit = "image" if settings.clip is None else "clip"
     total = sum(len(indices) for _, indices in batches)
     with progress(total=total, unit=unit, desc="extract", disable=not main) as bar:
@@ -261,17 +355,18 @@ def _encode_shards(
                 stds = [t.to("cpu", dtype) if settings.posterior else None for t in (std, std_flip)]
                 parts.append(Shard(*stored, batch.labels, *stds))
             bad += batch.bad
+            transparent += batch.transparent
             bar.update(len(batches[position][1]))
             number = batches[position][0]
             if position + 1 == len(batches) or batches[position + 1][0] != number:
                 columns = zip(*parts, strict=True)
                 joined = [None if column[0] is None else torch.cat(column) for column in columns]
-                yield number, Shard(*joined) if parts else None, bad
-                parts, bad = [], []
+                yield Made(number, Shard(*joined) if parts else None, bad, transparent)
+                parts, bad, transparent = [], [], 0
 
 
 def _entry_path(out: Path, number: int) -> Path:
-    return out / ".entries" / f"shard{number:03d}.json"
+    return out / ENTRIES / f"shard{number:03d}.json"
 
 
 def _entry(out: Path, number: int) -> dict[str, Any] | None:
@@ -279,7 +374,7 @@ def _entry(out: Path, number: int) -> dict[str, Any] | None:
     path = _entry_path(out, number)
     if not path.exists():
         return None
-    entry = json.loads(path.read_bytes())
+    entry = _record(path)
     file = out / entry.get("file", "")
     return entry if not entry["count"] or (file.is_file() and file.stat().st_size == entry["bytes"]) else None
 

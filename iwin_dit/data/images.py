@@ -52,7 +52,7 @@ def decode_image(
 
     def decode(image: Image.Image) -> Image.Image:
         image.load()
-        return _to_rgb(_upright(image, name), background)
+        return to_rgb(_upright(image, name), background)
 
     return _opened(data, name, max_pixels, decode)
 
@@ -179,7 +179,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
+def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
     """In strips, since some conversions take several times the memory of what they convert."""
     if image.mode == "RGB" and (background is None or not image.has_transparency_data):
         return image
@@ -212,7 +212,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     colour = image.info.get("transparency")
     if image.mode.startswith("I"):
         return Image.fromarray(np.where(np.asarray(image) == colour, 0, 255).astype(np.uint8))
-    if image.mode == "RGB" and max(colour) > 255:  # of 16 bits, where Pillow keeps the upper eight of pixels
+    if isinstance(colour, tuple) and max(colour) > 255:  # of 16 bits, of which Pillow keeps the upper 8
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     return image.convert("RGBA").getchannel("A")
 

@@ -87,6 +87,7 @@ def describe(folder: Path) -> str:
         + (", with the posterior's std" if dataset.has_posterior else ""),
         "image size": " x ".join(map(str, dataset.index.get("image_size", ["unknown"]))),
         **{key: str(dataset.index[key]) for key in ("frames", "frame_stride") if key in dataset.index},
+        **({"background": dataset.index["background"]} if dataset.index.get("background") else {}),
         "VAE": dataset.index["vae"],
         "mean per channel": ", ".join(f"{m:.3f}" for m in dataset.mean[:8]),
         "std per channel": ", ".join(f"{s:.3f}" for s in dataset.std[:8]),

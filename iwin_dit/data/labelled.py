@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from iwin_dit.data.examples import epoch_order
 from iwin_dit.data.images import BadImage, decode_image
 from iwin_dit.data.sources import Source, identity_of
+from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.seeds import derive_seed
 
@@ -38,10 +39,13 @@ class LabelledImages(Dataset):
     Args:
         source: of encoded images, see :mod:`iwin_dit.data.sources`.
         transform: from a PIL image to a tensor.
+        background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]):
-        self.source, self.transform = source, transform
+    def __init__(
+        self, source: Source, transform: Callable[[Image.Image], Tensor], background: Colour | None = None
+    ):
+        self.source, self.transform, self.background = source, transform, background
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,7 +54,7 @@ class LabelledImages(Dataset):
         name = self.source.name(i)
         try:
             data, label = self.source.read(i)
-            return self.transform(decode_image(data, name)), label
+            return self.transform(decode_image(data, name, background=self.background)), label
         except BadImage as error:
             raise DataError(str(error) if name in str(error) else f"{name}: {error}") from None
 

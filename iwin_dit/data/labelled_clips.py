@@ -18,6 +18,7 @@ from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.labelled import drawing_from, seed_generators
 from iwin_dit.data.sources import identity_of
 from iwin_dit.data.video import ClipSpec
+from iwin_dit.runtime.colours import Colour
 
 # Where crops lie along the longer side, from its start (0) to its end (1), by their number.
 CROPS: dict[int, tuple[float, ...]] = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
@@ -32,10 +33,17 @@ class LabelledClips(Dataset):
         source: of videos.
         spec: frames and stride of a clip.
         transform: from a PIL image to a tensor ``(3, H, W)``; it draws the same numbers for every frame.
+        background: what shows through transparent pixels.
     """
 
-    def __init__(self, source: ClipFolderSource, spec: ClipSpec, transform: Callable[[Image.Image], Tensor]):
-        self.source, self.spec, self.transform = source, spec, transform
+    def __init__(
+        self,
+        source: ClipFolderSource,
+        spec: ClipSpec,
+        transform: Callable[[Image.Image], Tensor],
+        background: Colour | None = None,
+    ):
+        self.source, self.spec, self.transform, self.background = source, spec, transform, background
 
     def __len__(self) -> int:
         return len(self.source)
@@ -43,7 +51,7 @@ class LabelledClips(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Raises DataError, naming the video that is broken or too short."""
         place, seed = torch.randint(2**62, (2,)).tolist()
-        frames, label = self.source.read(i, self.spec, torch.Generator().manual_seed(place))
+        frames, label = self.source.read(i, self.spec, torch.Generator().manual_seed(place), self.background)
         varied = []
         with drawing_from(seed):
             for frame in frames:
@@ -66,10 +74,18 @@ class HeldOutClips(Dataset):
         transform: timm's for evaluation, which scales an image, takes its centre and normalises it.
         views: clips that are spread over the video, and crops of each along the longer side, 1 or 3; the
             views of a clip stand next to each other.
+        background: what shows through transparent pixels.
     """
 
-    def __init__(self, source: ClipFolderSource, spec: ClipSpec, transform: Compose, views: tuple[int, int]):
-        self.source, self.spec = source, spec
+    def __init__(
+        self,
+        source: ClipFolderSource,
+        spec: ClipSpec,
+        transform: Compose,
+        views: tuple[int, int],
+        background: Colour | None = None,
+    ):
+        self.source, self.spec, self.background = source, spec, background
         self.scale, center_crop, *rest = transform.transforms
         self.size, self.finish = center_crop.size, Compose(rest)
         self.num_clips, self.places = views[0], CROPS[views[1]]
@@ -79,7 +95,7 @@ class HeldOutClips(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Raises DataError, naming the video that is broken or too short."""
-        clips, label = self.source.views(i, self.spec, self.num_clips)
+        clips, label = self.source.views(i, self.spec, self.num_clips, self.background)
         views = []
         for clip in clips:
             frames = [self.scale(frame) for frame in clip]

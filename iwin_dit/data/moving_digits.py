@@ -25,6 +25,7 @@ from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.video import ClipSpec, write_gif
 from iwin_dit.runtime import scratch
+from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
@@ -39,7 +40,14 @@ FPS = 8
 
 def prepare(root: Path, seed: int = 0) -> None:
     """Makes ``root``; what is there already is kept, so that an interrupted call is simply repeated."""
-    write_clips(root, seed)
+    root.mkdir(parents=True, exist_ok=True)
+    with hold(root, wait=True):
+        if not (root / "index.json").is_file():  # made by who held it before
+            _prepare(root, seed)
+
+
+def _prepare(root: Path, seed: int) -> None:
+    _write_clips(root, seed)
     source, spec = ClipFolderSource(root / "train"), ClipSpec(NUM_FRAMES)
     if not (root / LOCAL_VAE).is_dir():
         reader = Reader(source, (SIDE, SIDE), clip=spec)
@@ -56,6 +64,12 @@ def prepare(root: Path, seed: int = 0) -> None:
 
 def write_clips(root: Path, seed: int) -> None:
     """The clips as GIF, a folder per class, such as ``3 left``."""
+    root.mkdir(parents=True, exist_ok=True)
+    with hold(root, wait=True):
+        _write_clips(root, seed)
+
+
+def _write_clips(root: Path, seed: int) -> None:
     for split, chosen in scans(seed).items():
         if (root / split).is_dir():
             continue

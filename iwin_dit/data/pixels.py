@@ -55,8 +55,8 @@ class PixelDataset(Dataset):
             DataError: naming an image that cannot be decoded.
         """
         read = [self.reader.read(i, rng) for i, rng in zip(indices, rngs, strict=True)]
-        pixels = [x.flip(-1) if flip else x for (x, _), flip in zip(read, mirrored, strict=True)]
-        return torch.stack(pixels), [label for _, label in read]
+        pixels = [x.pixels.flip(-1) if flip else x.pixels for x, flip in zip(read, mirrored, strict=True)]
+        return torch.stack(pixels), [x.label for x in read]
 
     @property
     def identity(self) -> dict[str, Any]:

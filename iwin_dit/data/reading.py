@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from iwin_dit.data.images import BadImage, center_crop, decode_image, random_crop
+from iwin_dit.data.images import TRANSPARENT, BadImage, center_crop, decode_image, random_crop
 from iwin_dit.data.video import BadClip, ClipSpec
+from iwin_dit.runtime.colours import Colour
+
+
+class Pixels(NamedTuple):
+    """An image ``(3, H, W)`` or a clip ``(3, T, H, W)``, uint8, its label, and whether it was transparent."""
+
+    pixels: Tensor
+    label: int
+    is_transparent: bool
 
 
 @dataclass(frozen=True)
 class Reader:
-    """``reader.read(i, rng) -> (uint8 pixels, label)``: images ``(3, H, W)``, or clips ``(3, T, H, W)``.
+    """``reader.read(i, rng) -> Pixels``.
 
     Args:
         source: of encoded images (:mod:`iwin_dit.data.sources`), or of videos
@@ -23,6 +32,7 @@ class Reader:
         crop: ``center`` is the ADM centre crop of the published FIDs; ``random`` a random one.
         clip: frames and stride of a clip, which is taken from a random place of its video.
         clips_per_video: each video stands there so many times.
+        background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
     """
 
     source: Any
@@ -30,11 +40,12 @@ class Reader:
     crop: str = "center"
     clip: ClipSpec | None = None
     clips_per_video: int = 1
+    background: Colour | None = None
 
     def __len__(self) -> int:
         return len(self.source) * self.clips_per_video
 
-    def read(self, i: int, rng: torch.Generator) -> tuple[Tensor, int]:
+    def read(self, i: int, rng: torch.Generator) -> Pixels:
         """Places of clips and random crops are drawn from ``rng``.
 
         Raises:
@@ -45,14 +56,15 @@ class Reader:
         try:
             if self.clip is None:
                 data, label = self.source.read(number)
-                return self._crop(decode_image(data, name), rng), label
-            frames, label = self.source.read(number, self.clip, rng)
+                image = decode_image(data, name, background=self.background)
+                return Pixels(self._crop(image, rng), label, image.info.get(TRANSPARENT, False))
+            frames, label = self.source.read(number, self.clip, rng, self.background)
             state = rng.get_state()
             cropped = []
             for frame in frames:
                 rng.set_state(state)  # the same crop for every frame
                 cropped.append(self._crop(frame, rng))
-            return torch.stack(cropped, 1), label
+            return Pixels(torch.stack(cropped, 1), label, any(f.info.get(TRANSPARENT) for f in frames))
         except BadImage as error:
             kind = BadImage if self.clip is None else BadClip
             raise kind(str(error) if name in str(error) else f"{name}: {error}") from None

@@ -24,6 +24,7 @@ from iwin_dit.data.images import decode_image
 from iwin_dit.data.packed_sources import read_file
 from iwin_dit.data.video_files import EXTENSIONS, BadClip, VideoFile, check_memory, pyav
 from iwin_dit.runtime import files
+from iwin_dit.runtime.colours import Colour
 
 __all__ = [
     "CLIPS",
@@ -83,8 +84,12 @@ def read_frames(path: str, indices: Sequence[int]) -> list[Image.Image]:
     return _pick(_open(path), indices)
 
 
-def choose_clip(path: str, spec: ClipSpec, rng: torch.Generator | None) -> list[Image.Image]:
+def choose_clip(
+    path: str, spec: ClipSpec, rng: torch.Generator | None, background: Colour | None = None
+) -> list[Image.Image]:
     """A clip from a place drawn from ``rng``, or without one from the middle of the video.
+
+    ``background`` shows through transparent pixels of GIFs and of folders of frames; with None it is black.
 
     Raises:
         DataError: as of :func:`read_frames`; :class:`BadClip` also where the video is too short.
@@ -92,10 +97,12 @@ def choose_clip(path: str, spec: ClipSpec, rng: torch.Generator | None) -> list[
     video = _open(path)
     places = _places(video, spec)
     start = (places - 1) // 2 if rng is None else int(torch.randint(places, (), generator=rng))
-    return _pick(video, _indices(start, spec))
+    return _pick(video, _indices(start, spec), background)
 
 
-def spread_clips(path: str, spec: ClipSpec, number: int) -> list[list[Image.Image]]:
+def spread_clips(
+    path: str, spec: ClipSpec, number: int, background: Colour | None = None
+) -> list[list[Image.Image]]:
     """``number`` clips from the first place to the last, evenly spread; one comes from the middle.
 
     Raises:
@@ -106,7 +113,7 @@ def spread_clips(path: str, spec: ClipSpec, number: int) -> list[list[Image.Imag
     starts = [last * k // (number - 1) for k in range(number)] if number > 1 else [last // 2]
     clips = [_indices(start, spec) for start in starts]
     indices = sorted(set().union(*clips))
-    frames = dict(zip(indices, _pick(video, indices), strict=True))
+    frames = dict(zip(indices, _pick(video, indices, background), strict=True))
     return [[frames[i] for i in clip] for clip in clips]
 
 
@@ -198,11 +205,12 @@ class _Folder:
     def name(self, i: int) -> str:
         return printable(os.path.join(self.path, self._names[i]))
 
-    def read(self, indices: Sequence[int]) -> dict[int, Image.Image]:
+    def read(self, indices: Sequence[int], background: Colour | None = None) -> dict[int, Image.Image]:
         frames: dict[int, Image.Image] = {}
         pixels = 0
         for i in indices:
-            frames[i] = decode_image(read_file(os.path.join(self.path, self._names[i])), self.name(i))
+            data = read_file(os.path.join(self.path, self._names[i]))
+            frames[i] = decode_image(data, self.name(i), background=background)
             pixels += frames[i].width * frames[i].height
             check_memory(printable(self.path), len(indices), pixels)
         return frames
@@ -227,12 +235,14 @@ def _indices(start: int, spec: ClipSpec) -> range:
     return range(start, start + spec.span, spec.stride)
 
 
-def _pick(video: _Folder | VideoFile, indices: Sequence[int]) -> list[Image.Image]:
+def _pick(
+    video: _Folder | VideoFile, indices: Sequence[int], background: Colour | None = None
+) -> list[Image.Image]:
     """Some frames of a video, of one size."""
     beyond = [i for i in indices if not 0 <= i < len(video)]
     if beyond:
         raise BadClip(f"{printable(video.path)} has {len(video)} frames; frame {beyond[0]} is not there")
-    frames = video.read(indices) if len(indices) else {}
+    frames = video.read(indices, background) if len(indices) else {}
     for i in indices:
         if i not in frames:
             raise BadClip(f"{video.name(i)} cannot be decoded; restore or remove the video")

@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from iwin_dit.data.folders import printable
-from iwin_dit.data.images import BadImage
+from iwin_dit.data.images import BadImage, to_rgb
 from iwin_dit.runtime import files, limits
+from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 
 # FFmpeg would guess the format from the content, and a playlist named .mp4 can point anywhere.
@@ -26,6 +27,7 @@ FORMATS = {
     ".m4v": "mov",
 }
 EXTENSIONS = tuple(FORMATS)
+WITH_ALPHA = ("bgra", "rgba", "argb", "abgr", "yuva420p", "yuva422p", "yuva444p", "pal8")  # formats of frames
 GENERATE_TIMES = 1  # FFmpeg's AVFMT_FLAG_GENPTS, which PyAV sets; the times it makes up can be wrong
 MATROSKA_SEGMENT = b"\x18\x53\x80\x67"  # holds all but the header; its size follows (RFC 8794, section 4)
 UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -64,7 +66,7 @@ class VideoFile:
         """What to call frame i in an error."""
         return f"{printable(self.path)}, frame {i}"
 
-    def read(self, indices: Sequence[int]) -> dict[int, Image.Image]:
+    def read(self, indices: Sequence[int], background: Colour | None = None) -> dict[int, Image.Image]:
         """Those of some frames that can be decoded, upright; decoding begins at the key frame before them.
 
         Raises:
@@ -74,11 +76,13 @@ class VideoFile:
         check_memory(printable(self.path), len(indices), len(indices) * self._pixels)
         wanted = {self._times[i]: i for i in indices}
         key = max((time for time in self._keys if time <= min(wanted)), default=self._times[0])
-        frames = self._decode(wanted, key) if key > self._times[0] else {}
+        frames = self._decode(wanted, key, background) if key > self._times[0] else {}
         # Some files call frames keys from which decoding takes a while to recover.
-        return frames if len(frames) == len(wanted) else self._decode(wanted, None)
+        return frames if len(frames) == len(wanted) else self._decode(wanted, None, background)
 
-    def _decode(self, wanted: dict[int, int], start: int | None) -> dict[int, Image.Image]:
+    def _decode(
+        self, wanted: dict[int, int], start: int | None, background: Colour | None
+    ) -> dict[int, Image.Image]:
         frames: dict[int, Image.Image] = {}
         pixels = 0
         with _demuxed(self.path) as (container, stream):
@@ -87,7 +91,7 @@ class VideoFile:
             for order, frame in enumerate(container.decode(stream)):
                 i = wanted.get(frame.pts if self._is_timed else order)
                 if i is not None and not frame.is_corrupt:
-                    frames[i] = _to_image(frame)
+                    frames[i] = _to_image(frame, background)
                     pixels += frame.width * frame.height
                     check_memory(printable(self.path), len(wanted), pixels)  # frames may outgrow the header
                 if len(frames) == len(wanted):
@@ -199,7 +203,10 @@ def _is_shown(packet: Any) -> bool:
     return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 0x10)
 
 
-def _to_image(frame: Any) -> Image.Image:
-    image = frame.to_image(threads=1)
+def _to_image(frame: Any, background: Colour | None) -> Image.Image:
+    if background is None or frame.format.name not in WITH_ALPHA:
+        image = frame.to_image(threads=1)
+    else:
+        image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)), background)
     turn = UPRIGHT.get(frame.rotation % 360)  # phones film sideways, and write the angle
     return image if turn is None else image.transpose(turn)

@@ -26,3 +26,8 @@ def colour(text: str) -> Colour:
             "240,240,240"
         )
     return values[0], values[1], values[2]
+
+
+def background(text: str | None) -> Colour | None:
+    """What shows through transparent pixels: a :func:`colour`, or None, as older versions left them."""
+    return None if text is None else colour(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -68,11 +69,21 @@ def follow_umask(folder: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes and fsyncs a new file; returns its size and SHA-256."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes and fsyncs a new file; returns its size and SHA-256.
+
+    Raises:
+        OSError: naming the file, of which nothing stays, so that a full disk does not stay full.
+    """
+    file = open(path, "wb")  # noqa: SIM115
+    try:
+        with file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return digest(data)
 
 

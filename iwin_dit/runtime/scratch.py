@@ -82,6 +82,8 @@ def replacement(folder: Path) -> Iterator[Path]:
             before = work / "before" if own else _unused(folder.with_name(f"{folder.name}.before"))
             os.rename(folder, before)
         files.publish(new, folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(folder)) from error
     finally:  # after an error, too: a full disk should not stay full
         remove(work)
 
