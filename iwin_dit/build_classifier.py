@@ -140,7 +140,7 @@ def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
     try:
-        tensors = unwrap(find_tensors(load_official(path), WRAPPERS))
+        tensors = unwrap(find_tensors(load_official(path), WRAPPERS, others={}))  # our own names, too
     except (DataError, ValueError) as error:
         raise CheckpointError(f"model.init_from {path}: {error}") from None
     return checkpoint_filter_fn(tensors, model) if isinstance(model, IwinTransformer) else tensors

@@ -241,6 +241,23 @@ def test_training_writes_weights_that_evaluate_alike(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[:4] == first.splitlines()[:4]
 
 
+def test_weights_that_are_not_finite_are_not_stored(tmp_path):
+    """A step of a finite loss can leave them so."""
+    from mask_rcnn_recipes import RECIPES
+    from train import save
+
+    from iwin_dit.runtime.errors import NonFiniteError
+
+    model = torch.nn.Linear(2, 2)
+    path = tmp_path / "model.safetensors"
+    save(model, RECIPES["shapes"], ["a"], path)
+    before = path.read_bytes()
+    model.bias.data[1] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"1 weights are not finite, such as bias; .* was not replaced"):
+        save(model, RECIPES["shapes"], ["a"], path)
+    assert path.read_bytes() == before
+
+
 def test_training_on_coco(coco, capsys):
     options = ["--coco", str(coco), "--model-options", TINY, "--sizes", "48", "64", "--max-size", "80"]
     options += ["--batch-images", "2", "--accumulate", "2"]

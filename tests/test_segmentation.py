@@ -136,6 +136,61 @@ def test_a_run_goes_on_to_the_same_weights_and_says_that_it_is_finished(train, t
     assert "holds a run of another recipe" in output
 
 
+@pytest.mark.parametrize("at", [2, 4, "weights"])
+def test_what_is_not_finite_is_not_stored(train, tmp_path, monkeypatch, at):
+    """The loss of a step in the middle or of the last one, or weights that a step left so."""
+    import training
+
+    losses, real, replacing = [], training.segmentation_loss, training.files.replace
+
+    def loss(*arguments):
+        losses.append(0)
+        return real(*arguments) * (torch.nan if len(losses) == at else 1)
+
+    def replace(path, data):
+        replacing(path, data)
+        if path.suffix == ".safetensors":
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+
+    monkeypatch.setattr(training, "segmentation_loss", loss)
+    monkeypatch.setattr(training.files, "replace", replace)
+    if at == "weights":
+        monkeypatch.setattr(training, "poly_rate", lambda *_: float("inf"))
+    folder = tmp_path / "run"
+    code, output = train(*TINY, "--output_dir", folder)
+    assert code == 4, output
+    assert "training diverged" in output
+    assert "lower learning_rate" in output
+    assert not (folder / "model.safetensors").exists()
+    assert not (folder / "results.json").exists()
+    if at == 4:  # the checkpoint of step 2 stays, and the same command goes on from it
+        monkeypatch.setattr(training, "segmentation_loss", real)
+        code, output = train(*TINY, "--output_dir", folder)
+        assert code == 0, output
+        assert "going on from step 2" in output
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "not finite"])
+def test_a_damaged_checkpoint_is_one_line(train, tmp_path, monkeypatch, damage):
+    import training
+
+    monkeypatch.setattr(training, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train(*TINY, "--output_dir", tmp_path / "run")[0] == 130
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("model/") and tensors[name].ndim)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "other":
+        save_file(tensors | {name: tensors[name][None]}, path, {"step": "2"})
+    else:
+        save_file(tensors | {name: tensors[name] * torch.nan}, path, {"step": "2"})
+    code, output = train(*TINY, "--output_dir", tmp_path / "run")
+    assert code == 2, output
+    assert "remove it, or take another output_dir" in output
+    assert "Traceback" not in output
+
+
 @pytest.fixture
 def ade20k(tmp_path):
     """Three images in ADE20K's layout; of each, the left half is not labelled, the right is 1 and 150."""

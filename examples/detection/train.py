@@ -178,9 +178,20 @@ def build_loader(dataset, batch_size: int, workers: int, training: bool):
 
 
 def save(model, recipe: Recipe, class_names: Sequence[str], path: Path) -> None:
-    """The weights as safetensors, with the recipe and the classes in its header."""
+    """The weights as safetensors, with the recipe and the classes in its header.
+
+    Raises:
+        NonFiniteError: where they are not finite; the file stays as it was.
+    """
+    import torch
     from safetensors.torch import save as to_bytes
 
+    wrong = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if wrong:
+        raise NonFiniteError(
+            f"training diverged: {len(wrong)} weights are not finite, such as {wrong[0]}; {path} was not "
+            "replaced; lower --learning-rate"
+        )
     header = dict(recipe=json.dumps(dataclasses.asdict(recipe)), classes=json.dumps(class_names))
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     files.replace(path, to_bytes(weights, header))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from ade20k import ADE20K, pad_to_multiple
 from picture import draw_predictions
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from shapes import Shapes
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from upernet import build_model, confusion, iou_per_class, parameter_groups, poly_rate, segmentation_loss
 
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import NonFiniteError
+from iwin_dit.runtime.errors import CheckpointError, NonFiniteError
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.optimizer import build_adamw, named_state
@@ -29,6 +29,7 @@ from iwin_dit.training.optimizer import build_adamw, named_state
 PICTURES = 8
 MULTIPLE = 32  # what a held-out image's sides are padded to
 MAX_GRAD_NORM = 5.0
+REMEDY = "lower learning_rate in another output_dir, or go on from the last checkpoint by the same command"
 
 
 def build_images(recipe: Any) -> tuple[Any, Any]:
@@ -95,15 +96,15 @@ def run(recipe: Any, output: Path) -> str:
         loss = segmentation_loss(logits, masks.to(device), recipe.auxiliary_weight)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if not torch.isfinite(norm):  # of a loss that is not finite, too; nothing was changed by it
+            raise NonFiniteError(f"training diverged at step {step}: the gradient is not finite; {REMEDY}")
         optimizer.step()
         if step % 20 == 0:
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"training diverged at step {step}; lower learning_rate")
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         done = step + 1
         if done < recipe.max_steps and done % recipe.save_every_steps == 0:
-            files.replace(checkpoint, save(to_cpu(tensors), {"step": str(done)}))
+            store(checkpoint, tensors, {"step": str(done)})
         if (
             recipe.evaluate_every_steps
             and done < recipe.max_steps
@@ -115,21 +116,47 @@ def run(recipe: Any, output: Path) -> str:
     found = evaluate(model, held_out, device) | {"steps": recipe.max_steps, "seconds": round(seconds, 1)}
     draw(model, held_out, device).save(output / "predictions.png", optimize=True)
     files.replace(output / "results.json", files.to_json(found))
-    files.replace(weights, save(to_cpu(model.state_dict()), {"encoder": recipe.encoder}))
+    store(weights, model.state_dict(), {"encoder": recipe.encoder})
     checkpoint.unlink(missing_ok=True)
     return f"{table(found)}\ntrained {recipe.max_steps - start} steps in {seconds:.0f} s; all in {output}"
 
 
-def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+def store(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Replaces a safetensors file in one step, by finite values alone.
+
+    Raises:
+        NonFiniteError: where one is not; the file stays as it was.
+    """
+    found = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if found:
+        raise NonFiniteError(
+            f"training diverged: {len(found)} tensors are not finite, such as {found[0]}; {path} was not "
+            f"replaced; {REMEDY}"
+        )
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    files.replace(path, save(content, header))
 
 
 def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> int:
-    """Copies what it holds into the tensors; returns its step."""
-    with safe_open(path, "pt") as stored, torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(stored.get_tensor(name))
-        return int(stored.metadata()["step"])
+    """Copies what it holds into the tensors; returns its step.
+
+    Raises:
+        CheckpointError: where it is damaged, or of another network.
+    """
+    try:
+        with safe_open(path, "pt") as stored:
+            found = {name: stored.get_tensor(name) for name in tensors}
+            step = int(stored.metadata()["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; remove it, or take another output_dir") from None
+    for name, tensor in tensors.items():
+        if found[name].shape != tensor.shape or not torch.isfinite(found[name]).all():
+            raise CheckpointError(
+                f"{path} has {name} of another shape, or not finite; remove it, or take another output_dir"
+            )
+        with torch.no_grad():
+            tensor.copy_(found[name])
+    return step
 
 
 @torch.no_grad()

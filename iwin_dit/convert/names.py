@@ -17,8 +17,13 @@ OTHERS = {
 }
 
 
-def find_tensors(state_dict: Mapping[str, Any], wrappers: Sequence[str]) -> Mapping[str, Tensor]:
+def find_tensors(
+    state_dict: Mapping[str, Any], wrappers: Sequence[str], others: Mapping[str, str] = OTHERS
+) -> Mapping[str, Tensor]:
     """Tensors by name: those under the first of the wrappers' keys that a training checkpoint has, or all.
+
+    Args:
+        others: parts of names that tell of another kind of file, and what to do then.
 
     Raises:
         ValueError: where something else than a tensor is among them, or a key is no name; or where names
@@ -35,7 +40,7 @@ def find_tensors(state_dict: Mapping[str, Any], wrappers: Sequence[str]) -> Mapp
                 f"the state dict's {name} is {type(tensor).__name__}, expected a tensor; "
                 f"give the weights alone, or under {' or '.join(wrappers)}"
             )
-    for part, words in OTHERS.items():
+    for part, words in others.items():
         if name := next((name for name in state_dict if part in name), None):
             raise ValueError(f"the state dict has names such as {name:.80}: {words}")
     return state_dict

@@ -51,7 +51,7 @@ def _prepare(root: Path, seed: int) -> None:
         trained = train_vae(images, seed)
         with scratch.replacement(root / "vae") as new:
             trained.save_pretrained(new)
-    vae = AutoencoderKL.from_pretrained(root / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(root / "vae", use_safetensors=True).eval()
     shard = Shard(encode(vae, images), encode(vae, images.flip(-1)), labels)
     description = {"vae": "vae", "image_size": [IMAGE_SIZE, IMAGE_SIZE], "class_names": class_names}
     write_latents(root, [shard], description)

@@ -57,7 +57,7 @@ def _prepare(root: Path, seed: int) -> None:
         trained = train_vae(frames, seed, VAE_STEPS)
         with scratch.replacement(root / LOCAL_VAE) as new:
             trained.save_pretrained(new)
-    vae = AutoencoderKL.from_pretrained(root / LOCAL_VAE).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(root / LOCAL_VAE, use_safetensors=True).eval().requires_grad_(False)
     description = {"vae": LOCAL_VAE, "vae_sha256": weights_sha256(vae)}
     extract(source, vae, root, Settings(size=(SIDE, SIDE), clip=spec), description)
 

@@ -47,6 +47,8 @@ ATTRIBUTES = {
     "torch.save",
     "torch.serialization.load",
     "torch.hub.load",
+    "torch.jit.load",
+    "torch.package.PackageImporter",
     "os.system",
     "os.popen",
 }
@@ -60,6 +62,18 @@ ARGUMENTS = {  # the only values that they may have
     "use_safetensors": "True",
     "safe_serialization": "True",
     "weights_only": "True",
+    "checkpoint_path": "None",  # timm's
+    "load_in_8bit": "False",
+}
+REQUIRED = {  # what a library loads for us: the last part of its name, and what it must be told
+    "from_pretrained": ("use_safetensors", "True"),
+    "from_single_file": ("use_safetensors", "True"),
+    "load_checkpoint": ("weights_only", "True"),
+    "load_pretrained": ("weights_only", "True"),
+    "load_state_dict_from_hf": ("weights_only", "True"),
+    "load_state_dict_from_url": ("weights_only", "True"),
+    "load_state": ("weights_only", "True"),  # Accelerate's has no such argument
+    "load_custom_pretrained": ("weights_only", "True"),
 }
 
 
@@ -70,6 +84,12 @@ def dangers(source, may_load=False):
         if isinstance(node, ast.Call):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             found += [f"{k}={v}" for k, v in given.items() if ARGUMENTS.get(k, v) != v]
+            name = ast.unparse(node.func)
+            must = REQUIRED.get(name.rpartition(".")[2])
+            if name == "load_state_dict":  # timm's is a function, PyTorch's a method
+                must = ("weights_only", "True")
+            if must and given.get(must[0]) != must[1]:
+                found.append(f"{name} without {must[0]}={must[1]}")
             if may_load and ast.unparse(node.func) == "torch.load" and given.get("weights_only") == "True":
                 safe.add(node.func)
     for node in ast.walk(tree):
@@ -108,6 +128,13 @@ def test_32_no_module_runs_what_it_reads(path):
         "Model.from_pretrained(x, use_safetensors=False)",
         "Model.from_pretrained(x, trust_remote_code=True)",
         "yaml.load(file, yaml.UnsafeLoader)",
+        "Model.from_pretrained(x)",
+        "timm.create_model(name, checkpoint_path=path)",
+        "from timm.models import load_state_dict; load_state_dict(path)",
+        "timm.models.load_checkpoint(model, path)",
+        "torch.hub.load_state_dict_from_url(url)",
+        "accelerator.load_state(folder)",
+        "torch.jit.load(path)",
     ],
 )
 def test_32_the_search_for_dangers_finds_them(source):
@@ -262,6 +289,36 @@ def test_32_a_pickle_in_a_checkpoint(tmp_path, marker, write):
     assert checkpoint.newest(tmp_path) == directory
     with pytest.raises(CheckpointError, match="cannot be read, and only safetensors are accepted"):
         checkpoint.read_tensors(directory, "model")
+
+
+@forms
+def test_32_a_pickle_that_timm_would_load(tmp_path, marker, write):
+    """The library itself, at the version that is installed: the bound in pyproject.toml is for this."""
+    import timm
+
+    for suffix in ("pt", "pth.tar", "bin"):
+        path = tmp_path / f"weights.{suffix}"
+        write(path, Malicious(marker))
+        for options in (
+            {"checkpoint_path": str(path)},
+            {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}},
+        ):
+            with pytest.raises(Exception, match=r"[Ww]eights.only|cannot|unsupported|pickle|Unsupported"):
+                timm.create_model("resnet10t", **options)
+
+
+@forms
+def test_32_a_pickle_as_an_extractor(tmp_path, marker, write):
+    """Inception is loaded by torch-fidelity, DINOv2's and I3D's files by us."""
+    from iwin_dit.evaluation.extractors import DINOv2, Inception
+    from iwin_dit.evaluation.i3d import I3D
+
+    for suffix in ("pt", "pth", "safetensors"):
+        path = tmp_path / f"weights.{suffix}"
+        write(path, Malicious(marker))
+        for kind in (Inception, DINOv2, I3D):
+            with pytest.raises((CheckpointError, ConfigError, DataError)):
+                kind(path)
 
 
 @forms
