@@ -216,7 +216,7 @@ def test_32_a_pickle_as_statistics_of_published_latents(tmp_path, marker, write)
     write(tmp_path / "latents_stats.pt", Malicious(marker))
     data = SimpleNamespace(kind="latents", path=str(tmp_path), prepare=None, vae="x", normalization="data")
     with pytest.raises(DataError, match=r"latents_stats\.pt cannot be read as tensors"):
-        build_dataset(SimpleNamespace(data=data, model=SimpleNamespace(num_classes=2)))
+        build_dataset(SimpleNamespace(data=data, model=SimpleNamespace(num_classes=2, in_channels=4)))
 
 
 @forms
