@@ -13,7 +13,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from iwin_dit.data.labelled import LabelledExamples, LabelledImages
 from iwin_dit.data.sources import open_source
-from iwin_dit.training.classification import classification_loss, mix, mix_weights
+from iwin_dit.training.classification import class_scores, classification_loss, mix, mix_weights
 
 CLASSES = 5
 
@@ -129,3 +129,28 @@ def test_pairs_share_their_mixing_and_a_pass_sees_each_image_once(examples):
     cut, mixed = (mixings[mixings[:, 1] == kind, 0] for kind in (1, 0))
     assert cut.var() == pytest.approx(1 / 12, rel=0.25), "Beta(1, 1)"
     assert mixed.var() == pytest.approx(0.8 * 0.8 / (1.6**2 * 2.6), rel=0.25), "Beta(0.8, 0.8)"
+
+
+def test_scores_of_videos_are_means_over_views():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 4 * 4, 5))
+    views = torch.randn(3, 4, 3, 2, 4, 4)
+    with torch.no_grad():
+        found = class_scores(model, views)
+        expected = torch.stack([model(video).softmax(-1).mean(0) for video in views])
+    torch.testing.assert_close(found, expected)
+
+
+def test_frames_are_mixed_as_one_image():
+    clips, labels = torch.rand(4, 3, 5, 6, 7), torch.tensor([0, 1, 2, 2])
+    mixing = torch.tensor([[0.3, 0, 0, 0]] * 2 + [[0.4, 1, 0.5, 0.2]] * 2)
+    assert 0 < mix_weights(mixing, (6, 7))[2].mean() < 1
+    mixed, targets = mix(clips, labels, mixing, 3)
+    for k in range(5):
+        image, expected = mix(clips[:, :, k], labels, mixing, 3)
+        assert torch.equal(mixed[:, :, k], image)
+        assert torch.equal(targets, expected)
+
+
+def test_scores_of_images_are_their_logits():
+    model, images = torch.nn.Flatten(), torch.randn(2, 3, 4, 4)
+    assert torch.equal(class_scores(model, images), images.flatten(1))

@@ -25,7 +25,6 @@ from iwin_dit.models import video_models
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.official_names import official_name
 from iwin_dit.runtime.errors import CheckpointError
-from iwin_dit.training.classification import class_scores, mix, mix_weights
 
 FRAMES, HEIGHT, WIDTH = 6, 16, 20
 SIZES = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
@@ -233,26 +232,6 @@ def test_views_are_clips_over_the_video_and_crops_along_its_longer_side(clips, n
         expected = np.stack([np.asarray(frames[k])[:, left : left + 24] for k in (start, start + 2)])
         assert torch.equal(views[i], torch.from_numpy(expected).permute(3, 0, 1, 2))
     assert torch.equal((images[1][0] * 255).round().byte(), views.transpose(-1, -2))
-
-
-def test_scores_of_videos_are_means_over_views():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 4 * 4, 5))
-    views = torch.randn(3, 4, 3, 2, 4, 4)
-    with torch.no_grad():
-        found = class_scores(model, views)
-        expected = torch.stack([model(video).softmax(-1).mean(0) for video in views])
-    torch.testing.assert_close(found, expected)
-
-
-def test_frames_are_mixed_as_one_image():
-    clips, labels = torch.rand(4, 3, 5, 6, 7), torch.tensor([0, 1, 2, 2])
-    mixing = torch.tensor([[0.3, 0, 0, 0]] * 2 + [[0.4, 1, 0.5, 0.2]] * 2)
-    assert 0 < mix_weights(mixing, (6, 7))[2].mean() < 1
-    mixed, targets = mix(clips, labels, mixing, 3)
-    for k in range(5):
-        image, expected = mix(clips[:, :, k], labels, mixing, 3)
-        assert torch.equal(mixed[:, :, k], image)
-        assert torch.equal(targets, expected)
 
 
 @pytest.fixture
