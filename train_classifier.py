@@ -12,6 +12,7 @@ from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import parse_arguments
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.progress import say
 
 QUICKSTART = Path(__file__).parent / "configs" / "classifier" / "digits.yaml"
 
@@ -34,11 +35,13 @@ def train(config: ClassifierConfig) -> int:
     from iwin_dit.export_classifier import export
     from iwin_dit.report import draw_loss_curve
     from iwin_dit.training import loop
+    from iwin_dit.training.replicas import check_data
 
     accelerator = build.build_accelerator(config)
     images, held_out = build_labelled.build_images(config, accelerator)
+    check_data(accelerator, images.identity)
     run = build.build_run(config, images.identity) if accelerator.is_main_process else None
-    build.start_trackers(config, accelerator)
+    build.start_trackers(config, accelerator, run)
     state = build.build_state(
         config, accelerator, classifier.build_trained(config), classifier.parameter_groups(config)
     )
@@ -64,7 +67,7 @@ def train(config: ClassifierConfig) -> int:
     accelerator.end_training()
     if step < config.train.max_steps:
         if accelerator.is_main_process:
-            print(f"stopped at step {step} with a checkpoint; run the same command again to go on")
+            say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
         return 143
     if accelerator.is_main_process:
         draw_loss_curve(run)

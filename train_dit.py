@@ -11,6 +11,7 @@ from pathlib import Path
 from iwin_dit.config import Config, parse_arguments
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.progress import say
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -35,6 +36,7 @@ def train(config: Config) -> int:
     from iwin_dit.pipelines.export import export_pipeline
     from iwin_dit.report import draw_loss_curve
     from iwin_dit.training import loop
+    from iwin_dit.training.replicas import check_data
     from iwin_dit.training.state import full_ema
 
     accelerator = build.build_accelerator(config)
@@ -42,8 +44,9 @@ def train(config: Config) -> int:
     dataset = build_data.build_dataset(config, accelerator)
     images = build_data.build_images(config, dataset)
     identity = dataset.identity | (images.identity if images is not None else {})
+    check_data(accelerator, identity)
     run = build.build_run(config, identity) if main_process else None
-    build.start_trackers(config, accelerator)
+    build.start_trackers(config, accelerator, run)
     state = build.build_state(config, accelerator, build_training.build_denoiser(config))
     loss, random_batch = build.build_loss(config, dataset, accelerator)
     examples = build.build_examples(config, dataset, images)
@@ -73,7 +76,7 @@ def train(config: Config) -> int:
     accelerator.end_training()
     if step < config.train.max_steps:
         if main_process:
-            print(f"stopped at step {step} with a checkpoint; run the same command again to go on")
+            say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
         return 143
     if main_process:
         pipeline = build_pipeline.build_pipeline(config, build_pipeline.model_of(config, averaged), dataset)

@@ -310,6 +310,8 @@ TRAIN_ABOVE_ZERO = (
     "keep_checkpoints",
 )
 TRAIN_ZERO_OR_MORE = (
+    "save_every_minutes",
+    "compare_weights_every_steps",
     "sample_every_steps",
     "evaluate_every_steps",
     "health_every_steps",

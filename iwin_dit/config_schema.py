@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         *("train.spike_factor", "train.health_every_steps", "train.trackers", "train.keep_checkpoints"),
         *("train.log_every_steps", "train.sample_every_steps", "train.evaluate_every_steps"),
         "train.save_every_steps",
+        *("train.save_every_minutes", "train.compare_weights_every_steps"),
         *("ema.on_cpu", "ema.snapshot_every_steps"),
         *("sample.sampler", "sample.num_inference_steps", "sample.guidance_scale"),
         *("sample.guidance_interval", "sample.guidance_channels", "sample.num_per_class"),
@@ -260,6 +261,10 @@ class TrainConfig:
         sample_every_steps: a grid of samples; 0 for none.
         evaluate_every_steps: figures of the EMA in the log, and at the end; 0 for none.
         save_every_steps: a checkpoint.
+        save_every_minutes: a checkpoint after so much time without one; 0 for none. The clock is that of the
+            first process.
+        compare_weights_every_steps: several processes compare their copies of the weights in these steps and
+            before each checkpoint; 0 for never.
         keep_checkpoints: the newest so many stay.
         trackers: where the log and the samples go too; wandb stays offline unless WANDB_MODE says otherwise.
     """
@@ -283,6 +288,8 @@ class TrainConfig:
     sample_every_steps: int = 5_000
     evaluate_every_steps: int = 0
     save_every_steps: int = 5_000
+    save_every_minutes: float = 0.0
+    compare_weights_every_steps: int = 1_000
     keep_checkpoints: int = 2
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 

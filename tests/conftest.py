@@ -32,6 +32,7 @@ from iwin_dit.data.latents import Shard, write_latents
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.runtime.signals import ASKING, AT_ONCE
 
 ROOT = Path(__file__).parent.parent
 NUM_IMAGES, NUM_CLASSES = 60, 3
@@ -187,7 +188,7 @@ def script_here(monkeypatch, capfd):
     """``script_here(script, *arguments) -> (exit code, output)``: in this process, to be patched."""
 
     def call(script, *arguments):
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {s: signal.getsignal(s) for s in (*AT_ONCE, *ASKING)}
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capfd.readouterr()
         try:

@@ -40,7 +40,7 @@ def test_a_report_is_of_all_processes(processes, loss, norm, stop):
 def test_deferred_reports_are_read_one_step_later():
     """Each once, in their order; the default on a CPU is at once."""
     sent = Reports(accelerator(), deferred=True)
-    numbers = [torch.tensor([float(i), 0, 0, 0]) for i in range(5)]
+    numbers = [torch.tensor([float(i), 0, 0, 0, 0]) for i in range(5)]
     arrived = [[report.step for report in sent.post(i, numbers[i])] for i in range(5)]
     assert arrived == [[], [0], [1], [2], [3]]
     assert [(report.step, report.loss) for report in sent.flush()] == [(4, 4.0)]

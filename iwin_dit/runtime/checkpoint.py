@@ -10,6 +10,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.errors import CheckpointError, DiskError
+from iwin_dit.runtime.errors import FULL, CheckpointError, DiskError, StorageError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -66,6 +67,7 @@ def save_checkpoint(
 
     Raises:
         DiskError: where the disk has too little room, or takes no more; nothing stays of the new checkpoint.
+        StorageError: where the storage refuses to write, or reads back something else; nothing stays, either.
         CheckpointError: where a tensor is on the meta device and so has no values.
     """
     final = root / f"step-{step:08d}"
@@ -96,14 +98,32 @@ def _write(
         written["state.json"] = files.write(temporary / "state.json", _json({"step": step, **state}))
         manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "files": written}
         files.write(temporary / MANIFEST, _json(manifest))
+        _read_back(temporary, final)
         if final.exists():  # without a manifest: what a deletion by hand has left
             files.set_aside(final)
         files.publish(temporary, final)
-    except OSError as error:
+    except (OSError, StorageError) as error:
         with contextlib.suppress(OSError):
             files.remove_tree(temporary)
-        reason = error.strerror or str(error)
-        raise DiskError(f"{final} cannot be saved ({reason}): {figures}; {advice}") from error
+        if isinstance(error, StorageError):
+            raise
+        kind, reason = DiskError, error.strerror or str(error)
+        if error.errno not in FULL:
+            kind, advice = StorageError, "look at its storage and permissions, and run the same command again"
+        raise kind(f"{final} cannot be saved ({reason}): {figures}; {advice}") from error
+
+
+def _read_back(temporary: Path, final: Path) -> None:
+    """Compares what the storage now gives with what was written, which the hashes of the manifest are of."""
+    for path in temporary.iterdir():
+        files.forget(path)
+    try:
+        verify(temporary)
+    except CheckpointError as error:
+        raise StorageError(
+            f"{final} was written, but reads back as something else: {error}; the checkpoint before it is "
+            "untouched; look at this disk and at this machine's memory, and run the same command again"
+        ) from error
 
 
 def _json(value: dict[str, Any]) -> bytes:
@@ -146,14 +166,15 @@ def verify(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
+        OSError: where the storage does not deliver, though asked several times.
     """
     path = directory / MANIFEST
     try:
-        manifest = files.read_json(path, limits.JSON_BYTES)
+        manifest = files.retry(lambda: files.read_json(path, limits.JSON_BYTES))
         schema, listed = manifest["schema"], {}
         if schema == SCHEMA:
             listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint: {error!r}") from error
     if schema != SCHEMA:
         raise CheckpointError(f"{path} has schema {schema}, this version reads {SCHEMA}")
@@ -169,10 +190,14 @@ def verify(directory: Path) -> dict[str, Any]:
         found = file.stat().st_size
         if found != size:
             raise CheckpointError(f"{file} has {found} bytes, the manifest says {size}")
-        if files.fingerprint(file)["sha256"] != sha256:
+        if files.retry(partial(files.fingerprint, file))["sha256"] != sha256:
             raise CheckpointError(
                 f"{file} does not have the SHA-256 of the manifest: its content has changed"
             )
+    unlisted = {path.name for path in directory.glob("*.safetensors")} - set(listed)
+    if unlisted or "state.json" not in listed:
+        name = min(unlisted, default="state.json")
+        raise CheckpointError(f"{path} does not list {name}, whose content so cannot be checked")
     return manifest
 
 
@@ -210,14 +235,15 @@ def read_state(directory: Path) -> dict[str, Any]:
     """``state.json`` of a verified checkpoint.
 
     Raises:
-        CheckpointError: where it is missing, too large, or does not say which step it is of.
+        CheckpointError: where it is missing, too large, or is not of the step in the checkpoint's name.
+        OSError: where the storage does not deliver, though asked several times.
     """
     path = directory / "state.json"
     try:
-        state = files.read_json(path, limits.JSON_BYTES)
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError(f"its step is {state['step']!r}, expected a number of steps")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = files.retry(lambda: files.read_json(path, limits.JSON_BYTES))
+        if type(state["step"]) is not int or state["step"] != step_of(directory):
+            raise ValueError(f"its step is {state['step']!r}, expected {step_of(directory)}")
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the state of a checkpoint: {error!r}") from error
     return state
 
@@ -234,11 +260,12 @@ def read_tensors(
     Raises:
         CheckpointError: listing names that are missing or unexpected, other shapes or dtypes, or values that
             are not finite; or where it is no safetensors file.
+        OSError: where the storage does not deliver, though asked several times.
     """
     path = directory / f"{name}.safetensors"
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = files.retry(lambda: load_file(path))
+    except (FileNotFoundError, PermissionError, SafetensorError) as error:
         why = files.why_unreadable(path, error)
         raise CheckpointError(f"{path} cannot be read, and only safetensors are accepted: {why}") from error
     if like is not None:

@@ -44,6 +44,12 @@ class StorageError(UserError):
     exit_code = 6
 
 
+class ReplicaError(UserError):
+    """The processes of a run do not hold the same weights."""
+
+    exit_code = 7
+
+
 class NonFiniteError(UserError):
     """Training diverged."""
 
@@ -103,7 +109,22 @@ def _whole_sentences(text: str) -> str:
     return text[:end] if end > 0 else f"{text[:MOST]} ..."
 
 
-def _one_line(error: UserError) -> str:
+def storage_error(error: OSError, then: str, what: str = "") -> UserError:
+    """What the storage has refused, as an error of its own: a disk that is full, or any other.
+
+    Args:
+        then: what to do after the storage has been looked at.
+        what: what could not be done.
+    """
+    kind, advice = StorageError, "look at its storage and permissions"
+    if error.errno in FULL:
+        kind, advice = DiskError, "make room"
+    why = error.strerror or _one_line(error)
+    path = f": {error.filename}" if error.filename else ""
+    return kind(f"{f'{what}: ' if what else ''}{why}{path}; {advice}, and {then}")
+
+
+def _one_line(error: Exception) -> str:
     """An error of a worker process arrives with that process's traceback before its own words."""
     text = str(error)
     if "Original Traceback (most recent call last)" in text:
@@ -141,12 +162,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        kind, advice = StorageError, "look at its storage and permissions, and run it again"
-        if error.errno in FULL:
-            kind, advice = DiskError, "make room, and run it again"
-        what = f"{error.strerror or error}: {error.filename or 'a file'}"
-        print(f"error: {what}; {advice}", file=sys.stderr)
-        sys.exit(kind.exit_code)
+        mine = storage_error(error, "run it again")
+        print(f"error: {mine}", file=sys.stderr)
+        sys.exit(mine.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -115,6 +115,14 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
+def forget(path: Path) -> None:
+    """Asks the system to keep nothing of a file in memory, so that the next read comes from the storage."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def can_write_folder(path: Path) -> bool:
     """Whether a folder may be made or filled at ``path``, without making anything."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -13,6 +14,7 @@ from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import say
 
 POLL_SECONDS = 0.2
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 
 
 def hold(folder: Path, wait: bool = False) -> TextIO:
@@ -54,4 +56,11 @@ def _try(lock: TextIO) -> bool:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # systems differ in what they answer
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise ConfigError(
+            f"{Path(lock.name).parent} cannot be locked ({error.strerror}), so that two processes could "
+            "write there at once: mount it with locks (Lustre: the option flock), or take another folder"
+        ) from error
     return True

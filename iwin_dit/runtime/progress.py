@@ -10,17 +10,20 @@ from tqdm import tqdm
 
 
 class _Patient:
-    """A stream that may be closed at the other end, as in ``| head``: then what is written is dropped."""
+    """A stream whose reader may go away: then what is written is dropped.
+
+    A pipe is closed at the other end, as in ``| head``; a terminal that was closed answers with EIO.
+    """
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._stream.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -36,5 +39,5 @@ def progress(*args: Any, **options: Any) -> tqdm:
 
 def say(text: str) -> None:
     """A line on the terminal, in the middle of work that must not stop for it."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(text, flush=True)

@@ -6,7 +6,7 @@ runs/name/
   number          its place in the order in which the runs beside it began
   config.yaml     the resolved config; a run keeps the one it began with
   data.json       what the run was trained on
-  log.jsonl       one line per logged step
+  log.jsonl       one line per logged step; damaged ones go to log.damaged.jsonl
   checkpoints/    step-00010000/, ...
   snapshots/      step-00010000/, ...: power-function averages for post-hoc reconstruction
   samples/        grids that training drew
@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.runtime import files, strict_yaml
+from iwin_dit.runtime import files, limits, strict_yaml
 from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.lock import hold
@@ -29,6 +29,7 @@ from iwin_dit.runtime.progress import say
 TIMES = (
     "times_sha256"  # of the identity of data: a copy elsewhere differs in this alone, and is the same data
 )
+DAMAGED = "log.damaged.jsonl"  # lines of the log that nobody could read
 
 
 class RunDirectory:
@@ -75,7 +76,7 @@ class RunDirectory:
         if (self.path / "config.yaml").exists():
             before, now = defaults | flatten(read_config(self.path)), flatten(self.config)
             changed = [
-                f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+                f"{key}: {before.get(key)!r:.200} -> {now.get(key)!r:.200}"
                 for key in sorted({*before, *now})
                 if before.get(key) != now.get(key) and key not in may_change
             ]
@@ -86,9 +87,8 @@ class RunDirectory:
                 )
 
     def _check_data(self) -> None:
-        path = self.path / "data.json"
-        before = json.loads(path.read_bytes()) if path.exists() else self.data
-        changed = changed_data(before, self.data)
+        before = read_data(self.path)
+        changed = changed_data(self.data if before is None else before, self.data)
         if changed == [TIMES]:
             say(
                 f"the files of the data were written or copied since {self.path} was begun; their names, "
@@ -98,7 +98,7 @@ class RunDirectory:
             key = changed[0]
             raise ConfigError(
                 f"{self.path} was begun on other data "
-                f"({key}: {before[key]!r:.200} -> {self.data[key]!r:.200}); "
+                f"({key}: {before.get(key)!r:.200} -> {self.data[key]!r:.200}); "
                 "restore it, or take another output_dir"
             )
 
@@ -112,6 +112,7 @@ class RunDirectory:
         files.replace(self.path / "config.yaml", text.encode())
         files.replace(self.path / "data.json", files.to_json(self.data))
         if self.log_path.exists():
+            self._keep_damaged_lines()
             kept = [record for record in self.read_log() if record["step"] <= step]
             files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         for snapshot in step_directories(self.snapshots):
@@ -124,11 +125,19 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The records of ``log.jsonl``; a line that a kill cut short is left out."""
-        return [json.loads(line) for line in self._log_lines() if _is_json(line)]
+        """The records of ``log.jsonl``; a line that is damaged, or that a kill cut short, is left out."""
+        records = [_record(line) for line in self._log_lines()]
+        return [record for record in records if record is not None]
 
-    def _log_lines(self) -> list[str]:
-        return self.log_path.read_text().splitlines() if self.log_path.exists() else []
+    def _log_lines(self) -> list[bytes]:
+        return files.read_bytes(self.log_path).splitlines(keepends=True) if self.log_path.exists() else []
+
+    def _keep_damaged_lines(self) -> None:
+        damaged = [line for line in self._log_lines() if line.endswith(b"\n") and _record(line) is None]
+        if damaged:
+            with open(self.path / DAMAGED, "ab") as file:
+                file.writelines(damaged)
+            say(f"damaged lines of {self.log_path} are left out, and kept in {DAMAGED}: {len(damaged)}")
 
 
 def number_of(run: Path) -> int:
@@ -161,9 +170,39 @@ def read_config(run: Path) -> dict[str, Any]:
     """The config that a run was begun with.
 
     Raises:
-        ConfigError: where it cannot be read, or is not keys and values.
+        ConfigError: where it is missing or damaged, or is not keys and values.
+        OSError: where the storage does not deliver, though asked several times.
     """
-    return strict_yaml.load(run / "config.yaml")
+    path = run / "config.yaml"
+    try:
+        return strict_yaml.load(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; restore the file. Without it, the run goes on by the recipe that you give, which has "
+            "to be that of its beginning"
+        ) from None
+
+
+def read_data(run: Path) -> dict[str, Any] | None:
+    """What a run was begun on; None where it does not say.
+
+    Raises:
+        ConfigError: where the file that says it is damaged.
+        OSError: where the storage does not deliver, though asked several times.
+    """
+    path = run / "data.json"
+    if not path.exists():
+        return None
+    try:
+        data = files.retry(lambda: files.read_json(path, limits.INDEX_BYTES))
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} does not say what the run was trained on ({error}); restore the file. Without it, the "
+            "run goes on, and nothing compares its data with those that it was begun on"
+        ) from error
+    return data
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,8 +213,13 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_json(line: str) -> bool:
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None where it is none of ours."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return None
+    fits = type(record.get("loss")) in (int, float, type(None)) and type(record.get("evaluated", 0)) is int
+    return record if fits else None

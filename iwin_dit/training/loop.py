@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
-from iwin_dit.runtime.errors import DiskError, NonFiniteError
+from iwin_dit.runtime.errors import NonFiniteError, UserError, storage_error
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.seeds import derive_seed
@@ -28,7 +28,8 @@ from iwin_dit.runtime.workers import worker_errors
 from iwin_dit.training.ema import decay_rules, update_ema
 from iwin_dit.training.health import watch_blocks, weight_rms
 from iwin_dit.training.optimizer import learning_rate
-from iwin_dit.training.reports import Meter, Reports, is_spike
+from iwin_dit.training.replicas import check_weights
+from iwin_dit.training.reports import CAUSES, Alarm, Meter, Reports, is_spike
 from iwin_dit.training.sharding import full
 from iwin_dit.training.state import (
     Progress,
@@ -75,7 +76,11 @@ def train(
         flops_per_image: of a training step on one image, for the log.
 
     Returns:
-        the step that was reached; less than ``max_steps`` after SIGTERM or Ctrl-C.
+        the step that was reached; less than ``max_steps`` after a signal.
+
+    Raises:
+        UserError: where the data or the storage fail, after a checkpoint where there can be one; where the
+            numbers are not finite, or the processes disagree.
     """
     options, optim = config.train, config.optimizer
     stop = StopRequest()
@@ -88,15 +93,43 @@ def train(
     skip = options.max_skipped_steps if options.on_nonfinite == "skip" else 0
     reports, meter = Reports(accelerator), Meter(accelerator, options.batch_images, flops_per_image, skip)
     batches = iter(loader(step + offset))
+    alarm, overdue = Alarm(options.save_every_minutes if accelerator.is_main_process else 0), False
+
+    def save_now() -> None:
+        nonlocal saved
+        if options.compare_weights_every_steps:
+            check_weights(accelerator, state, step)
+        save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
+        saved = step
+        alarm.set()
+
+    @contextlib.contextmanager
+    def saved_first(what: str, of_all: bool = True) -> Iterator[None]:
+        """Where data or storage fail, a checkpoint comes before the error.
+
+        Unless the error is ``of_all`` processes, one that is not alone cannot save: it would wait for others.
+        """
+        try:
+            with worker_errors():
+                yield
+        except (OSError, UserError) as error:
+            if step > saved and (of_all or accelerator.num_processes == 1):
+                for report in reports.flush():
+                    meter.add(report)
+                save_now()
+            if isinstance(error, OSError):
+                raise storage_error(error, "run the same command again", what) from error
+            raise
 
     def evaluate_once() -> None:
         if step in evaluated or not options.evaluate_every_steps:
             return
-        with meter.paused():
+        with meter.paused(), saved_first("the evaluation stopped", of_all=False):
             figures = evaluate(step, stop)
         if figures is not None:
             evaluated.add(step)
-            write_log(accelerator, run, {"step": step, "evaluated": step} | figures)
+            with saved_first("the log cannot be written"):
+                write_log(accelerator, run, {"step": step, "evaluated": step} | figures)
 
     with progress(
         total=options.max_steps,
@@ -117,14 +150,16 @@ def train(
             with watch_blocks(state.model, examined) as health:
                 for micro in range(micro_batches):
                     seed_dropout(config.seed, step + offset, accelerator.process_index, micro)
-                    batch = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+                    with saved_first("the data cannot be read", of_all=False):
+                        read = next(batches)
+                    batch = (tensor.to(accelerator.device, non_blocking=True) for tensor in read)
                     with synchronize(accelerator, state.model, model, now=micro == micro_batches - 1):
                         per_image = loss(model, *batch)  # (B,)
                         share = per_image.sum() / options.batch_images  # of the mean over the global batch
                         accelerator.backward(share * accelerator.num_processes)  # gradients are averaged
                     mean += share.detach()
             norm = full(nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)).detach()
-            numbers = reports.combine(mean, norm, bool(stop))
+            numbers = reports.combine(mean, norm, bool(stop), bool(alarm))
             state.optimizer.found_inf = numbers[2]  # a step that is not finite changes nothing
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
@@ -135,12 +170,15 @@ def train(
 
             last = step == options.max_steps
             logs = last or due(step, options.log_every_steps)
-            saves = due(step, options.save_every_steps)
             samples = options.sample_every_steps > 0 and (last or due(step, options.sample_every_steps))
             snapshots = due(step, config.ema.snapshot_every_steps)
             arrived = reports.post(step, numbers)
+            saves = due(step, options.save_every_steps) or any(report.save for report in arrived)
             if logs or saves or samples or snapshots:
                 arrived += reports.flush()
+            overdue = overdue or any(report.save for report in arrived)
+            # a checkpoint to which a spike goes back comes with a line of the log
+            saves = due(step, options.save_every_steps) or (overdue and (logs or not options.spike_factor))
             for report in arrived:
                 meter.add(report)
 
@@ -149,11 +187,8 @@ def train(
                 if examined:
                     record |= {key: value.tolist() for key, value in health.items()}
                     record["weight_rms"] = weight_rms(state.model).tolist()
-                try:
+                with saved_first("the log cannot be written"):
                     write_log(accelerator, run, record)
-                except OSError as error:
-                    save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
-                    raise DiskError(f"the log cannot be written ({error}); stopped at step {step}") from None
                 bar.set_postfix(
                     loss=record["loss"], images_s=round(record["images_per_second"]), refresh=False
                 )
@@ -169,16 +204,20 @@ def train(
             if any(report.stop for report in arrived):
                 break
             with meter.paused():
+                if due(step, options.compare_weights_every_steps):
+                    check_weights(accelerator, state, step)
                 if saves and not last:
-                    save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
-                    saved = step
+                    save_now()
+                    overdue = False
                 if snapshots:
-                    save_snapshot(accelerator, run, step, state)
+                    with saved_first("the averages cannot be kept"):
+                        save_snapshot(accelerator, run, step, state)
                 if samples:
-                    together(accelerator, partial(preview, full_ema(state), step, stop))
+                    with saved_first("the samples cannot be written"):
+                        together(accelerator, partial(preview, full_ema(state), step, stop))
             if due(step, options.evaluate_every_steps) and not last:
                 evaluate_once()
-    save(accelerator, run, Progress(step, offset), state, options.keep_checkpoints)
+    save_now()
     if step >= options.max_steps:
         evaluate_once()
     return step
@@ -218,9 +257,13 @@ def synchronize(accelerator: Accelerator, model: nn.Module, prepared: Any, now: 
 
 def write_log(accelerator: Accelerator, run: RunDirectory | None, record: dict[str, Any]) -> None:
     """A line of log.jsonl, and the same numbers for the trackers."""
-    together(accelerator, lambda: run.log(record))
     numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-    accelerator.log(numbers, step=record["step"])
+
+    def write() -> None:
+        run.log(record)
+        accelerator.log(numbers, step=record["step"])
+
+    together(accelerator, write)
 
 
 def logged(accelerator: Accelerator, run: RunDirectory | None, key: str) -> list[Any]:
@@ -244,7 +287,7 @@ def roll_back(
     if rollbacks.count(step) == MAX_ROLLBACKS:
         raise NonFiniteError(
             f"the loss at step {at.step} is still above train.spike_factor times the recent median, after "
-            f"{MAX_ROLLBACKS} times going back to step {step}; lower optimizer.learning_rate"
+            f"{MAX_ROLLBACKS} times going back to step {step}; {CAUSES}"
         )
     rollbacks.append(step)
     if accelerator.is_main_process:

@@ -30,14 +30,24 @@ PEAK_FLOPS = {
 }
 
 
+# what to look at where a loss goes wrong
+CAUSES = (
+    "lower optimizer.learning_rate; latents may be at fault, too: check them with extract_latents.py --verify"
+)
+
+
 class Report(NamedTuple):
-    """One step as the host knows it: means over the global batch; whether any process was asked to stop."""
+    """One step as the host knows it: means over the global batch; whether any process was asked to stop.
+
+    save: whether the main process asks for a checkpoint.
+    """
 
     step: int
     loss: float
     grad_norm: float
     finite: bool
     stop: bool
+    save: bool = False
 
 
 class Reports:
@@ -56,19 +66,20 @@ class Reports:
         self.deferred = accelerator.device.type == "cuda" if deferred is None else deferred
         self._waiting: list[tuple[int, Tensor, Any]] = []
 
-    def combine(self, loss: Tensor, norm: Tensor, stop: bool) -> Tensor:
-        """``[loss, norm, not finite, stop]`` on the device, the same on every process.
+    def combine(self, loss: Tensor, norm: Tensor, stop: bool, save: bool = False) -> Tensor:
+        """``[loss, norm, not finite, stop, save]`` on the device, the same on every process.
 
         Args:
             loss: this process's share of the global mean.
             norm: of the gradient, which is the same on every process.
+            stop, save: what this process asks for; that one does is enough.
         """
-        sums = torch.stack([loss, torch.full_like(loss, float(stop))])
+        sums = torch.stack([loss, *(torch.full_like(loss, float(asked)) for asked in (stop, save))])
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         norm = norm.to(sums.dtype)
         bad = ~(torch.isfinite(sums[0]) & torch.isfinite(norm))
-        return torch.stack([sums[0], norm, bad.to(sums.dtype), sums[1]])
+        return torch.stack([sums[0], norm, bad.to(sums.dtype), *sums[1:]])
 
     def post(self, step: int, numbers: Tensor) -> list[Report]:
         """Sends off what :meth:`combine` made; returns what has arrived, oldest first."""
@@ -91,9 +102,28 @@ class Reports:
         for step, host, event in ready:
             if event is not None:
                 event.synchronize()
-            loss, norm, bad, stop = host.tolist()
-            reports.append(Report(step, loss, norm, bad == 0, stop > 0))
+            loss, norm, bad, stop, save = host.tolist()
+            reports.append(Report(step, loss, norm, bad == 0, stop > 0, save > 0))
         return reports
+
+
+class Alarm:
+    """Truthy once so many minutes have passed since it was set. Nothing else in training asks for the time.
+
+    Args:
+        minutes: 0 for never.
+    """
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes or math.inf
+        self.set()
+
+    def set(self) -> None:
+        """Begins to wait anew."""
+        self._began = time.monotonic()
+
+    def __bool__(self) -> bool:
+        return time.monotonic() - self._began >= self.seconds
 
 
 class Meter:
@@ -143,7 +173,7 @@ class Meter:
             more = f", {self._in_a_row} steps in a row" if self.max_skipped else ""
             raise NonFiniteError(
                 f"training diverged at step {report.step}: loss {report.loss}, gradient norm "
-                f"{report.grad_norm}{more}; the step was not taken; lower optimizer.learning_rate"
+                f"{report.grad_norm}{more}; the step was not taken; {CAUSES}"
             )
 
     def record(self, step: int, rate: float) -> dict[str, Any]:

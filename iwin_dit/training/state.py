@@ -11,7 +11,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from iwin_dit.runtime import checkpoint
-from iwin_dit.runtime.errors import UserError
+from iwin_dit.runtime.errors import CheckpointError, UserError
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.training.optimizer import named_state
 from iwin_dit.training.sharding import assign, full
@@ -69,8 +69,11 @@ def resume(accelerator: Accelerator, run: RunDirectory | None, state: State) -> 
             return Progress(), {}
         tensors = {name: checkpoint.read_tensors(newest, name, like=groups[name]) for name in groups}
         found = checkpoint.read_state(newest)
+        offset = found.get("data_offset", 0)
+        if type(offset) is not int or offset < 0:
+            raise CheckpointError(f"{newest} has data_offset {offset!r}, expected a number of steps")
         run.begin(found["step"])
-        return Progress(found["step"], found.get("data_offset", 0)), tensors
+        return Progress(found["step"], offset), tensors
 
     progress, tensors = together(accelerator, read) or (Progress(), {})
     progress = shared(accelerator, progress)
@@ -122,10 +125,15 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
         except Exception as error:
             failure = error
     if accelerator.num_processes > 1:  # the text alone: an error may hold what cannot be sent
-        sent = shared(accelerator, None if failure is None else (type(failure), str(failure)))
+        told = None
+        if failure is not None:
+            told = type(failure), str(failure), getattr(failure, "errno", None)
+        sent = shared(accelerator, told)
         if sent is not None and failure is None:
-            kind, text = sent
-            known = kind if issubclass(kind, UserError | OSError) else RuntimeError
+            kind, text, number = sent
+            if issubclass(kind, OSError):
+                raise OSError(number, f"on the main process: {text}")
+            known = kind if issubclass(kind, UserError) else RuntimeError
             raise known(f"on the main process: {text}")
     if failure is not None:
         raise failure

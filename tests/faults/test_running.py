@@ -5,22 +5,29 @@ import errno
 import itertools
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, assert_equal, logged_steps, read_checkpoint, start
 from PIL import Image
 
+import train_dit
 from iwin_dit import build, build_pipeline
+from iwin_dit.config import load_config
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
 from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.runtime.signals import ASKING, AT_ONCE, StopRequest
 from iwin_dit.training import loop, reports
 
 SHORT = {"max_steps": 12, "save_every_steps": 5, "log_every_steps": 4}
@@ -44,6 +51,17 @@ def call_at(monkeypatch, owner, name, number, action):
     def wrapper(*args, **kwargs):
         if next(counter) == number:
             action()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def call_always(monkeypatch, owner, name, action):
+    """Before each call of ``owner.name``, ``action()`` happens."""
+    real = getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        action()
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, wrapper)
@@ -86,9 +104,9 @@ def test_a_disk_that_is_full_while_drawing_is_one_line(recipe, train_here, tmp_p
     monkeypatch.setattr(Image.Image, "save", full)
     code, output = train_here("--config", recipe(train={**SHORT, "sample_every_steps": 6}))
     assert code == 3
-    assert "error: No space left on device: x.png; make room" in output
+    assert "error: the samples cannot be written: No space left on device: x.png; make room" in output
     assert "Traceback" not in output
-    assert steps_on_disk(tmp_path / "run") == [5]
+    assert steps_on_disk(tmp_path / "run") == [5, 6]
 
 
 # --- row 9: the output cannot be written
@@ -145,12 +163,13 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe, train_here, tmp_p
 # --- rows 11, 13 and 14: signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_at_a_step_and_the_next_run_goes_on(
     recipe, train_here, tmp_path, monkeypatch, whole, number
 ):
     config = recipe(train=SHORT)
     expected = undisturbed(whole, train_here, config, tmp_path / "whole")
+    signal.signal(number, signal.default_int_handler)  # which a shell may have set to be ignored
     with monkeypatch.context() as patch:
         call_at(patch, FlowMatching, "loss", 7, lambda: os.kill(os.getpid(), number))
         code, output = train_here("--config", config)
@@ -240,6 +259,89 @@ def test_a_second_signal_stops_at_once(recipe, tmp_path):
     assert process.returncode == -signal.SIGTERM, stderr
     assert steps_on_disk(tmp_path / "run") == [5]
     checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000005")
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in (*AT_ONCE, *ASKING)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_terminal_or_a_scheduler_may_ask_more_than_once(handlers, number):
+    """A launcher passes on the SIGHUP that the terminal has sent to all; a second SIGTERM still ends."""
+    stop = StopRequest()
+    assert not stop
+    for _ in range(3):
+        os.kill(os.getpid(), number)
+        assert stop
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the next one stops at once"
+
+
+def test_a_signal_that_was_ignored_stays_ignored(handlers):
+    """As nohup makes it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert stop
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_training_in_a_thread_has_no_handlers(recipe, tmp_path, capfd, handlers):
+    config, found = load_config(recipe(train={**SHORT, "max_steps": 2})), []
+    thread = threading.Thread(target=lambda: found.append(train_dit.train(config)))
+    thread.start()
+    thread.join(timeout=120)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert found == [0]
+    assert capfd.readouterr().out.count("no signal stops it") == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_costs_no_step(recipe, tmp_path):
+    """The system sends SIGHUP to all processes of the terminal; writing to it is an error from then on."""
+    config = recipe(train={**SHORT, "max_steps": 100_000, "save_every_steps": 100_000, "num_workers": 1})
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "train_dit.py", "--config", str(config)])
+    deadline = time.time() + 240
+    while max(logged_steps(tmp_path / "run"), default=0) < 8:
+        assert time.time() < deadline
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    (step,) = steps_on_disk(tmp_path / "run")
+    assert step >= 8
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+
+
+# --- a checkpoint by the clock
+
+
+@pytest.mark.parametrize("spike_factor", [None, 100.0])
+def test_a_checkpoint_comes_by_the_clock(recipe, train_here, tmp_path, monkeypatch, whole, spike_factor):
+    """A minute passes in each step, and five make a checkpoint; one to go back to comes with a log line."""
+    config = recipe(train=SHORT)
+    expected = undisturbed(whole, train_here, config, tmp_path / "whole")
+    minutes, saved = [0], []
+    call_always(monkeypatch, FlowMatching, "loss", lambda: minutes.append(minutes[-1] + 1))
+    call_always(monkeypatch, loop, "save", lambda: saved.append(minutes[-1]))
+    monkeypatch.setattr(reports.time, "monotonic", lambda: 60.0 * minutes[-1])
+    timed = {**SHORT, "save_every_steps": 12, "save_every_minutes": 5, "spike_factor": spike_factor}
+    code, output = train_here("--config", recipe(train=timed), "--train.keep_checkpoints", 9)
+    assert code == 0, output
+    assert saved == ([5, 10, 12] if spike_factor is None else [8, 12])
+    assert steps_on_disk(tmp_path / "run") == saved
+    assert_equal(read_checkpoint(tmp_path / "run", 12), expected)
 
 
 # --- rows 15 and 16: numbers that are not finite
@@ -340,7 +442,10 @@ def test_a_worker_that_dies_or_hangs_is_named(recipe, train_here, tmp_path, monk
     error = next(line for line in output.splitlines() if line.startswith("error: "))
     assert re.search(message, error), error
     assert time.time() - began < 25
-    assert steps_on_disk(tmp_path / "run") == [5]
+    steps = steps_on_disk(tmp_path / "run")
+    assert steps[0] == 5
+    if "timed out" in message:  # a death is noticed sooner, also in the middle of a step, which is not saved
+        assert steps == [5, 8]
 
 
 # --- row 38: the clock
