@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -27,8 +28,11 @@ from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.layers import kernels
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
+from iwin_dit.runtime import files
+from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.processes import TRAINING_WAIT, group_timeout
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten, read_config
 from iwin_dit.runtime.seeds import derive_seed
@@ -47,8 +51,6 @@ ATTENTION_BACKENDS = {
 # decorates what draws while a run trains, in float32, and so may not have the kernel that training takes
 any_attention = sdpa_kernel(list(ATTENTION_BACKENDS.values()))
 NO_KERNEL = ("No available kernel", "No viable backend")  # in the words of CUDA and of a CPU
-# how long processes wait for the main one, which saves, verifies and draws: NCCL's 10 minutes are too few
-WAIT = timedelta(hours=1)
 
 
 def build_accelerator(config: Any) -> Accelerator:
@@ -67,7 +69,7 @@ def build_accelerator(config: Any) -> Accelerator:
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=WAIT),
+            group_timeout(TRAINING_WAIT),
         ],
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -236,6 +238,8 @@ def find_micro_batch(
         return micro_batch
 
     def attempt(groups: int) -> None:
+        if config.train.compile:
+            torch.compiler.reset()  # else a second size would make graphs of any size, for the whole run
         tensors = [tensor.to(accelerator.device) for tensor in batch(groups * together)]
         with accelerator.autocast():
             losses = loss(state.model, *tensors)
@@ -247,7 +251,9 @@ def find_micro_batch(
     for buffer, before in zip(state.model.buffers(), buffers, strict=True):
         buffer.copy_(before)
     state.optimizer.zero_grad(set_to_none=True)
-    fitting = int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
+    own, fitting = fitting, int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
+    if config.train.compile and fitting != own:
+        torch.compiler.reset()
     if accelerator.is_main_process:
         say(f"micro-batches of {fitting} images, {local // fitting} to a step")
     return fitting
@@ -311,7 +317,7 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
         defaults["data"]["background"] = None
     run = RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults)
     if config.optimizer.schedule != "constant" and (run.path / "config.yaml").exists():
-        before, now = read_config(run.path)["train"]["max_steps"], config.train.max_steps
+        before, now = flatten(read_config(run.path)).get("train.max_steps"), config.train.max_steps
         if before != now:
             raise ConfigError(
                 f"{run.path} was begun with train.max_steps {before}, found {now}: the learning rate of "
@@ -335,11 +341,28 @@ def _check_earlier_version(config: Config) -> None:
         )
 
 
-def start_trackers(config: Any, accelerator: Accelerator) -> None:
-    """Opens the trackers of the config, on the main process."""
-    if config.train.trackers:
-        values = {key: str(value) for key, value in flatten(config.to_dict()).items()}
-        folder = Path(accelerator.logging_dir)
-        if accelerator.is_main_process:
-            folder.mkdir(exist_ok=True)
-        accelerator.init_trackers("iwin-dit", values, init_kwargs={"wandb": {"dir": str(folder)}})
+def start_trackers(config: Any, accelerator: Accelerator, run: RunDirectory | None) -> None:
+    """Opens the trackers of the config, on the main process; a run that is resumed goes on in them.
+
+    wandb knows the run by an id, which the run directory keeps. TensorBoard is told which of the steps that
+    it has will come again, after the newest checkpoint.
+    """
+    if not config.train.trackers:
+        return
+    values = {key: str(value) for key, value in flatten(config.to_dict()).items()}
+    folder, options = Path(accelerator.logging_dir), {}
+    if run is not None:
+        folder.mkdir(exist_ok=True)
+        newest = max(map(step_of, step_directories(run.checkpoints)), default=0)
+        options["tensorboard"] = {"purge_step": newest + 1}
+        options["wandb"] = {"dir": str(folder), "id": _wandb_id(folder / "wandb-id"), "resume": "allow"}
+    accelerator.init_trackers("iwin-dit", values, init_kwargs=options)
+
+
+def _wandb_id(path: Path) -> str:
+    if not path.exists():
+        files.replace(path, uuid.uuid4().hex.encode())
+    found = files.read_bytes(path).decode(errors="replace").strip()
+    if not re.fullmatch(r"[0-9a-f]{32}", found):
+        raise ConfigError(f"{path} holds {found!r:.50}, not an id of wandb; remove it, and wandb begins anew")
+    return found

@@ -39,6 +39,7 @@ from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError, reason
+from iwin_dit.runtime.processes import group_timeout
 from iwin_dit.runtime.progress import say
 
 PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
@@ -222,7 +223,7 @@ def _download(repository: str, file: str) -> str:
 
 def extract_latents(arguments: argparse.Namespace) -> None:
     """Runs ``extract_latents.py``."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[group_timeout()])
     if accelerator.device.type == "cpu":
         use_all_cores(1)  # the same threads on any number of processes, since they decide the rounding
         keep_freed_memory()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from iwin_dit.build_classifier import load_classifier
@@ -35,12 +33,10 @@ from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.cpu import cores, keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.lock import hold
+from iwin_dit.runtime.processes import group_timeout
 from iwin_dit.runtime.progress import say
 from iwin_dit.training.state import together
 
-# how long processes wait for the main one, which looks at all images and computes the figures; one that dies
-# ends the others through their launcher, and one that reads without end ends itself
-WAIT = timedelta(days=1)
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
 
 
@@ -59,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         ConfigError, DataError, CheckpointError: for what is found to be of no use before images are drawn.
     """
     metrics, kind = arguments.metrics.split(","), arguments.extractor.partition(":")[0]
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    accelerator = Accelerator(kwargs_handlers=[group_timeout()])
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -379,3 +380,35 @@ def test_trackers_hold_the_log_and_the_samples(recipe, train_here, tmp_path, mon
         assert (step, value) == (record["step"], pytest.approx(record["loss"]))
     assert [event.step for event in events.Images("samples")] == [12]
     assert list(root.rglob("*.wandb"))
+
+
+def test_trackers_go_on_where_the_run_does(recipe, train_here, tmp_path, monkeypatch):
+    """The checkpoint of step 8 is lost: steps 6 and 8 come again, and are there once; wandb keeps its run."""
+    begun = []
+    monkeypatch.setattr("wandb.config", NoRun.config)
+    monkeypatch.setattr("wandb.init", lambda **options: begun.append(options) or NoRun())
+    config = recipe(train={**SHORT, "trackers": ["tensorboard", "wandb"], "log_every_steps": 2})
+    code, output = train_here("--config", config, "--train.max_steps", 8, "--train.save_every_steps", 4)
+    assert code == 0, output
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    trained(train_here, "--config", config)
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "iwin-dit")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8, 10, 12]
+    first, second = begun
+    assert first["id"] == second["id"]
+    assert first["resume"] == "allow"
+    (tmp_path / "run" / "trackers" / "wandb-id").write_text("../x")
+    code, output = train_here("--config", config)
+    assert code == 2
+    assert "holds '../x', not an id of wandb; remove it" in output
+
+
+class NoRun:
+    """A run of wandb that keeps nothing."""
+
+    config = SimpleNamespace(update=lambda *a, **k: None)
+
+    def log(self, *arguments, **options):
+        pass
+
+    finish = log

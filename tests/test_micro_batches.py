@@ -1,5 +1,6 @@
 """Micro-batches: ``auto`` is measured as training computes, and a split model's sum stays split."""
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from iwin_dit.report import describe_run
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.training import loop
 from iwin_dit.training.sharding import shard
+from iwin_dit.training.state import State
 
 AUTO = ("--train.micro_batch", "auto")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB"
@@ -101,6 +103,35 @@ def test_auto_takes_pairs_where_images_are_mixed(classifier, classify_here, monk
     code, output = classify_here("--config", classifier, *AUTO, *unmixed)
     assert code == 0, output
     assert "micro-batches of 3 images, 4 to a step" in output
+
+
+@pytest.mark.slow
+def test_auto_leaves_no_graph_of_any_size(recipe):
+    """Memory for two images: eight, four and two are tried, and each compiled graph is of one size alone."""
+    config = load_config(recipe(train={"micro_batch": "auto", "compile": True}))
+    model, sizes = make_model(num_layers=1).train(), []
+
+    def backend(graph, inputs):
+        tokens = [value for value in inputs if isinstance(value, torch.Tensor) and value.ndim == 4]
+        sizes.append(tokens[0].shape[0])
+        return graph.forward
+
+    def loss(model, x0):
+        value = model(x0, torch.rand(len(x0)), torch.zeros(len(x0), dtype=torch.long)).sample.sum()
+        if len(x0) > 2:
+            raise RuntimeError(OUT_OF_MEMORY)
+        return value
+
+    model.blocks[0].compile(backend=backend)
+    alone = SimpleNamespace(
+        **{"num_processes": 1, "is_main_process": False, "device": torch.device("cpu")},
+        **{"autocast": contextlib.nullcontext, "gather": lambda tensor: tensor},
+    )
+    state = State(model, {}, torch.optim.SGD(model.parameters()))
+    assert build.find_micro_batch(config, alone, state, loss, lambda n: (torch.randn(n, 4, 8, 8),)) == 2
+    loss(model, torch.randn(2, 4, 8, 8))
+    assert sizes == [8, 4, 2], "the last one serves training"
+    assert {type(size) for size in sizes} == {int}, "a symbol would stand for any size"
 
 
 def test_an_odd_share_of_a_process_is_refused(classifier):

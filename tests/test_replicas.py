@@ -93,10 +93,10 @@ def test_every_part_of_the_state_is_compared():
 
 
 def test_data_of_another_machine_are_noticed(monkeypatch):
-    identity = {"vae_sha256": "a", "images": 60, "classes": ["x", "y"]}
+    identity = {"vae_sha256": "a", "images": 60, "classes": ["x", "y"], "times_sha256": "b"}
     monkeypatch.setattr(replicas, "gather_object", lambda own: own + other_data)
     accelerator = SimpleNamespace(num_processes=3)
-    other_data = [replicas_of(identity, monkeypatch)] * 2
+    other_data = [replicas_of(identity | {"times_sha256": "of a copy"}, monkeypatch)] * 2
     replicas.check_data(accelerator, identity)
     other_data[1] = replicas_of(identity | {"classes": ["y", "x"]}, monkeypatch)
     with pytest.raises(DataError, match=r"process 2 does not read the same data .* classes differs"):
