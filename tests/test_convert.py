@@ -257,6 +257,7 @@ def test_an_imported_pipeline_draws_what_the_model_draws(name, convert_here, run
     if kind == "dit":
         assert pipeline.config.latents_mean is None  # as the autoencoder says
         mean, std = torch.zeros(channels), torch.full((channels,), 1 / pipeline.vae.config.scaling_factor)
+        assert scheduler.config.timestep_spacing == "leading", "as it is published"
         scheduler.set_timesteps(4)
         times = scheduler.timesteps
     else:

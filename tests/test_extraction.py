@@ -10,6 +10,7 @@ import signal
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,27 @@ def test_mistakes_are_one_line(workshop, tmp_path, refused_here):
     assert "cannot be read as tensors" in error
     assert not marker.exists()
     assert not out.exists()
+
+
+def test_an_autoencoder_that_may_not_compute_in_float16_computes_in_float32(workshop, tmp_path):
+    """Its activations overflow there; without ``force_upcast`` that is an error, not latents of zeros."""
+    source = open_source(str(workshop / "images"))
+    halves = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD, precision="float16")
+    written = {}
+    for precision in ("float16", "float32"):
+        vae = make_vae()
+        with torch.no_grad():
+            vae.encoder.conv_in.weight *= 3e6
+        settings = replace(halves, precision=precision)
+        extract(source, vae, tmp_path / precision, settings, {"vae": "vae"})
+        assert vae.dtype == torch.float32
+        shards = sorted((tmp_path / precision).glob("*.safetensors"))
+        written[precision] = [load_file(path) for path in shards]
+    for half, full in zip(*written.values(), strict=True):
+        assert all(torch.equal(half[name], full[name]) for name in full)
+    vae.register_to_config(force_upcast=False)
+    with pytest.raises(DataError, match="is not finite; take --precision float32"):
+        extract(source, vae, tmp_path / "refused", halves, {"vae": "vae"})
 
 
 def test_latents_that_are_not_finite_are_not_written(workshop, tmp_path):
