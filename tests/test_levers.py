@@ -347,6 +347,10 @@ def test_a_spike_goes_back_and_on_with_other_data(recipe, train_here, tmp_path, 
     assert [record["step"] for record in read_log(tmp_path / "run")] == list(range(2, 25, 2))
     state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-00000024")
     assert state == {"step": 24, "data_offset": 6}
+    trained(train_here, "--config", recipe(train={**short, "spike_factor": 5.0, "max_steps": 28}))
+    assert len(set(seen)) == len(seen) == 18 + 12 + 4, "nor after a resume"
+    state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-00000028")
+    assert state == {"step": 28, "data_offset": 6}
 
 
 def test_a_spike_that_comes_back_stops_the_run(recipe, train_here, tmp_path, monkeypatch):
