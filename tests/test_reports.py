@@ -1,5 +1,6 @@
 """What the loop is told of each step: reports, lines of the log, spikes, the health of blocks."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from iwin_dit.runtime.errors import NonFiniteError, WorkerError
-from iwin_dit.training import memory, reports
+from iwin_dit.training import loop, memory, reports
 from iwin_dit.training.health import watch_blocks, weight_rms
 from iwin_dit.training.loop import due, worker_errors
 from iwin_dit.training.reports import Meter, Report, Reports, is_spike
@@ -189,11 +190,11 @@ def test_the_largest_divisor_that_fits_is_tried_first(most, fits):
     [
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.\nmore"),
-            r"pid 7.*Killed\.; it was killed",
+            r"pid 7.*Killed.*; it was killed",
         ),
         (
             RuntimeError("DataLoader timed out after 9 seconds\nmore"),
-            "9 seconds; the disk hangs, or is too slow",
+            "9 seconds.*; the disk hangs, or is too slow",
         ),
         (ConnectionResetError("reset"), "a DataLoader worker is gone; it was killed, often for memory"),
         (ConnectionRefusedError("refused"), "a DataLoader worker is gone"),
@@ -212,3 +213,53 @@ def test_other_errors_are_not_the_workers(error):
     with pytest.raises(type(error)) as caught, worker_errors():
         raise error
     assert caught.value is error
+
+
+class Split(nn.Linear):
+    """Stands for a model that is split over the processes."""
+
+
+@pytest.fixture
+def split(monkeypatch):
+    monkeypatch.setattr(loop, "FSDPModule", Split)
+    return Split(2, 2).eval()
+
+
+def test_gradients_are_averaged_once_for_a_step_but_each_time_for_a_split_model(split):
+    several = SimpleNamespace(no_sync=lambda prepared: ("later", prepared))
+    plain = nn.Linear(2, 2)
+    assert loop.synchronize(several, plain, "prepared", now=False) == ("later", "prepared")
+    for model, now in ((plain, True), (split, False), (split, True)):
+        assert isinstance(loop.synchronize(several, model, "prepared", now), contextlib.nullcontext)
+
+
+def test_what_the_objective_calls_has_autocast(split):
+    inside = []
+
+    @contextlib.contextmanager
+    def autocast():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    accelerate = SimpleNamespace(autocast=autocast, prepare_model=lambda model: ("prepared", model))
+    plain = nn.Linear(2, 2).eval()
+    assert loop.prepare(accelerate, plain) == ("prepared", plain)
+    split.register_forward_hook(lambda *_: inside.append("called"))
+    x = torch.ones(1, 2)
+    assert torch.equal(loop.prepare(accelerate, split)(x), nn.Linear.forward(split, x))
+    assert inside == [True], "the hook ran inside"
+    assert plain.training
+    assert split.training
+
+
+def test_dropout_is_drawn_from_seed_step_process_and_micro_batch():
+    drawn = set()
+    for arguments in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        numbers = []
+        for _ in range(2):
+            loop.seed_dropout(*arguments)
+            numbers.append(float(torch.rand(())))
+        assert numbers[0] == numbers[1]
+        drawn.add(numbers[0])
+    assert len(drawn) == 5
