@@ -5,10 +5,10 @@ STUDIES = tuple(
 )
 
 TESTS = {  # files of tests/, from which those that execute a line are chosen
-    "iwin_dit/diffusion": "diffusion guidance pipeline",
-    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification levers",
-    "iwin_dit/data": "data codec digits pixels images folders limits video extraction classification "
-    "clip_training",
+    "iwin_dit/diffusion": "diffusion guidance schedules pipeline",
+    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification replicas levers",
+    "iwin_dit/data": "data codec digits pixels images folders sources labels limits transparency "
+    "latent_faults video extraction classification",
     "iwin_dit/evaluation": "rules frechet metrics every_sample extractors evaluate clips",
 }
 
