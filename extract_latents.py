@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--store", choices=("float32", "bfloat16", "float16"), default="float32", help="on disk (float32)")
     add("--posterior", action="store_true", help="keep the posterior's standard deviations too")
     add("--max-bad-images", type=int, default=0, help="leave out up to so many broken images (0)")
-    add("--verify", type=Path, metavar="DIR", help="check an existing set, and do nothing else")
+    add("--verify", type=Path, metavar="DIR", help="check a set, with --images also its origin")
     add("--info", type=Path, metavar="DIR", help="say what a set holds, and draw contact.png beside it")
     arguments = parser.parse_args()
     if not (arguments.verify or arguments.info):
@@ -97,6 +97,10 @@ def main() -> None:
 
     if arguments.verify:
         print(f"{inspection.verify(arguments.verify)}, every shard is what the index says")
+        if arguments.images:
+            from iwin_dit.build_data import verify_images
+
+            print(verify_images(arguments))
     elif arguments.info:
         print(inspection.describe(arguments.info))
         inspection.contact_sheet(arguments.info, arguments.info / "contact.png")

@@ -31,8 +31,10 @@ from iwin_dit.data.codec import (
 from iwin_dit.data.examples import ImagesAsClips
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.folders import ignored_line
+from iwin_dit.data.latent_index import read_index
 from iwin_dit.data.latents import LatentDataset, published_index
 from iwin_dit.data.pixels import PixelDataset
+from iwin_dit.data.provenance import verify_content
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
@@ -219,6 +221,19 @@ def _download(repository: str, file: str) -> str:
         raise DataError(
             f"{repository}/{file} cannot be downloaded: {reason(error)}; or give the file itself"
         ) from None
+
+
+def verify_images(arguments: argparse.Namespace) -> str:
+    """Compares the images of ``--images`` with what the latents of ``--verify`` were made of.
+
+    Raises:
+        DataError: where they are others.
+    """
+    index = read_index(arguments.verify)
+    source = open_images(arguments.images, arguments, "frames" in index, index["class_names"])
+    compared = verify_content(arguments.verify, source, arguments.images)
+    shards = len(index["shards"])
+    return f"{arguments.images} is its origin; contents were compared of {compared} of {shards} shards"
 
 
 def extract_latents(arguments: argparse.Namespace) -> None:

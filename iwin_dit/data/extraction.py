@@ -3,13 +3,13 @@
 Shard s holds the images ``[s n, (s + 1) n)`` of the source and is made by process ``s mod P``, in batches of
 its own. So the bytes of a shard depend on source, VAE and settings alone, not on processes or interruption. A
 finished shard leaves an entry in ``.entries``; together they make ``index.json``. The entry holds a hash of
-its images' names, sizes and labels, so that latents of other images are not taken for theirs.
+its images' names, sizes and labels, so that latents of other images are not taken for theirs, and one of
+their contents, for ``--verify``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,11 +28,13 @@ from iwin_dit.data.codec import (
     spatial_factor,
     usable_dtype,
 )
+from iwin_dit.data.entries import ENTRIES, check_is_ours, entry_path, read_entry, read_record, settings_path
 from iwin_dit.data.images import BadImage
-from iwin_dit.data.latents import SHARD_NAME, Shard, write_index, write_shard
+from iwin_dit.data.latents import Shard, write_index, write_shard
+from iwin_dit.data.provenance import content_sha256, source_of, stamps
 from iwin_dit.data.reading import Pixels, Reader
 from iwin_dit.data.video import ClipSpec
-from iwin_dit.runtime import files, limits, scratch
+from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.errors import DataError, DiskError
@@ -42,7 +44,6 @@ from iwin_dit.runtime.seeds import generator
 from iwin_dit.runtime.workers import worker_errors
 
 LOCAL_VAE = "vae"  # a VAE from a local folder or file is taken along, beside the latents
-ENTRIES = ".entries"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class Batch(NamedTuple):
     """Images or clips ``(B, 3, [T,] H, W)`` uint8, labels ``(B,)``, and why others are left out.
 
     transparent: how many of them had transparent pixels.
+    hashes: of the files of all, in order; empty where it is not known.
     """
 
     images: Tensor
     labels: Tensor
     bad: list[str]
     transparent: int
+    hashes: list[str]
 
 
 class Examples(Dataset):
@@ -106,7 +109,8 @@ def collate(items: list[Pixels | str]) -> Batch:
     images = torch.stack([item.pixels for item in good]) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([item.label for item in good], dtype=torch.int64)
     bad = [item for item in items if isinstance(item, str)]
-    return Batch(images, labels, bad, sum(item.is_transparent for item in good))
+    hashes = ["" if isinstance(item, str) else item.sha256 for item in items]
+    return Batch(images, labels, bad, sum(item.is_transparent for item in good), hashes)
 
 
 def extract(
@@ -152,15 +156,15 @@ def extract(
     description = description | {"image_size": list(settings.size), "class_names": source.class_names}
     with contextlib.ExitStack() as held:
         if process == 0:
-            _check_is_ours(out)
+            check_is_ours(out)
             (out / ENTRIES).mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(out / ENTRIES))
             images = len(source) * (settings.clips_per_video or 1)
             _begin(out, settings, {**description, "images": images})
         wait()
-        settings = replace(settings, background=_record(_settings_path(out)).get("background"))
+        settings = replace(settings, background=read_record(settings_path(out)).get("background"))
         ground, clips = background(settings.background), settings.clips_per_video or 1
-        reader = Reader(source, settings.size, settings.crop, settings.clip, clips, ground)
+        reader = Reader(source, settings.size, settings.crop, settings.clip, clips, ground, hashed=True)
         numbers = range(-(-len(reader) // settings.shard_images))
         if process == 0:
             _check_images(out, reader, settings, numbers)
@@ -179,10 +183,11 @@ def extract(
         bad = _bad_so_far(out, numbers)
         _check_bad(bad, max_bad_images, settings)
         if process == 0:
-            entries = [_entry(out, number) for number in numbers]
+            entries = [read_entry(out, number) for number in numbers]
             _say_transparent(entries, settings)
             if settings.background is not None:
                 description["background"] = settings.background
+            description["source"] = source_of(source, settings.shard_images)
             write_index(out, [entry for entry in entries if entry["count"]], description)
         wait()
     return bad
@@ -200,15 +205,16 @@ def _make_shards(
     timeout: float,
 ) -> None:
     """Those of this process that are missing, with their entries."""
-    missing = [number for number in mine if _entry(out, number) is None]
-    hashes = {number: _images_sha256(reader, settings, number) for number in missing}  # before they are read
+    missing = [number for number in mine if read_entry(out, number) is None]
+    found = {number: _stamps(reader, settings, number) for number in missing}  # before they are read
     for made in _encode_shards(reader, vae, settings, missing, workers, main, timeout):
         _check_bad([*made.bad, *_bad_so_far(out, mine)], max_bad_images, settings)
         entry = {"count": 0}
         if made.shard is not None:
             entry = write_shard(out, made.number, made.shard, settings.background is not None)
-        entry |= {"bad": made.bad, "transparent": made.transparent, "images_sha256": hashes[made.number]}
-        files.replace(_entry_path(out, made.number), files.to_json(entry))
+        entry |= {"bad": made.bad, "transparent": made.transparent, **found[made.number]}
+        entry["content_sha256"] = made.content_sha256
+        files.replace(entry_path(out, made.number), files.to_json(entry))
 
 
 def _say_transparent(entries: list[dict[str, Any]], settings: Settings) -> None:
@@ -220,19 +226,10 @@ def _say_transparent(entries: list[dict[str, Any]], settings: Settings) -> None:
         )
 
 
-def _check_is_ours(out: Path) -> None:
-    """Published latents, or those of the quickstart, have shards of the same names: they are kept."""
-    if _settings_path(out).exists() or not out.is_dir():
-        return
-    found = [p.name for p in out.iterdir() if p.name == "index.json" or SHARD_NAME.fullmatch(p.name)]
-    if found:
-        raise DataError(f"{out} holds latents that were not begun here ({min(found)}); take another folder")
-
-
 def _begin(out: Path, settings: Settings, description: dict[str, Any]) -> None:
     """Writes down what is being made, or compares it with what was begun here before."""
-    path = _settings_path(out)
-    before = _record(path) if path.exists() else None
+    path = settings_path(out)
+    before = read_record(path) if path.exists() else None
     if before is not None and "background" not in before and settings.background is not None:
         settings = replace(settings, background=None)
         say(f"{out} was begun by an earlier version: transparent pixels keep their hidden colours, as there")
@@ -249,47 +246,34 @@ def _begin(out: Path, settings: Settings, description: dict[str, Any]) -> None:
         )
 
 
-def _settings_path(out: Path) -> Path:
-    return out / ENTRIES / "settings.json"
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """JSON that an extraction wrote beside its shards.
-
-    Raises:
-        DataError: where it is damaged.
-    """
-    try:
-        value = files.retry(lambda: files.read_json(path, limits.INDEX_BYTES))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); extract into another folder") from None
-    return value
-
-
 def _check_images(out: Path, reader: Reader, settings: Settings, numbers: range) -> None:
     """That finished shards are of the images as they are now. One that lacks bad images is made again."""
+    touched = 0
     for number in numbers:
-        entry = _entry(out, number) or {}
+        entry = read_entry(out, number) or {}
         if "images_sha256" not in entry:  # not finished, or made by an older version, which did not ask
             continue
-        if entry["images_sha256"] == _images_sha256(reader, settings, number):
+        now = _stamps(reader, settings, number)
+        if entry["images_sha256"] == now["images_sha256"]:
+            touched += entry.get("times_sha256", now["times_sha256"]) != now["times_sha256"]
             continue
         if not entry["bad"]:
             raise DataError(
                 f"{out / entry['file']} was made of other {_what(settings)} than are there now, by name, "
                 "size or label; restore them, or extract into a new folder"
             )
-        _entry_path(out, number).unlink()
+        entry_path(out, number).unlink()
+    if touched:
+        say(
+            f"the {_what(settings)} of {touched} finished shards were written or copied since; names, labels "
+            f"and sizes are the same; --verify {out} with --images compares their contents"
+        )
 
 
-def _images_sha256(reader: Reader, settings: Settings, number: int) -> str:
-    """Of a shard's images, by name, size and label: to read them would take as long as to encode them."""
+def _stamps(reader: Reader, settings: Settings, number: int) -> dict[str, str]:
     shard = _indices(reader, settings, number)
-    chosen = range(shard[0] // reader.clips_per_video, shard[-1] // reader.clips_per_video + 1)
-    text = "\0".join(reader.source.fingerprint(i) for i in chosen)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
+    first, last = shard[0] // reader.clips_per_video, shard[-1] // reader.clips_per_video
+    return stamps(reader.source, range(first, last + 1))
 
 
 def _indices(reader: Reader, settings: Settings, number: int) -> range:
@@ -309,12 +293,13 @@ def _take_along(vae: Any, out: Path) -> None:
 
 
 class Made(NamedTuple):
-    """A shard, None without an image; its bad images, and how many were transparent."""
+    """A shard, None without an image; its bad images, how many were transparent, and a hash of all files."""
 
     number: int
     shard: Shard | None
     bad: list[str]
     transparent: int
+    content_sha256: str | None
 
 
 def _encode_shards(
@@ -342,6 +327,7 @@ def _encode_shards(
     )
     parts: list[Shard] = []
     bad: list[str] = []
+    hashes: list[str] = []
     transparent = 0
     unit = "image" if settings.clip is None else "clip"
     total = sum(len(indices) for _, indices in batches)
@@ -355,32 +341,20 @@ def _encode_shards(
                 stds = [t.to("cpu", dtype) if settings.posterior else None for t in (std, std_flip)]
                 parts.append(Shard(*stored, batch.labels, *stds))
             bad += batch.bad
+            hashes += batch.hashes
             transparent += batch.transparent
             bar.update(len(batches[position][1]))
             number = batches[position][0]
             if position + 1 == len(batches) or batches[position + 1][0] != number:
                 columns = zip(*parts, strict=True)
                 joined = [None if column[0] is None else torch.cat(column) for column in columns]
-                yield Made(number, Shard(*joined) if parts else None, bad, transparent)
-                parts, bad, transparent = [], [], 0
-
-
-def _entry_path(out: Path, number: int) -> Path:
-    return out / ENTRIES / f"shard{number:03d}.json"
-
-
-def _entry(out: Path, number: int) -> dict[str, Any] | None:
-    """The entry of a finished shard whose file is still there."""
-    path = _entry_path(out, number)
-    if not path.exists():
-        return None
-    entry = _record(path)
-    file = out / entry.get("file", "")
-    return entry if not entry["count"] or (file.is_file() and file.stat().st_size == entry["bytes"]) else None
+                shard = Shard(*joined) if parts else None
+                yield Made(number, shard, bad, transparent, content_sha256(hashes))
+                parts, bad, hashes, transparent = [], [], [], 0
 
 
 def _bad_so_far(out: Path, numbers: Any) -> list[str]:
-    return [bad for number in numbers if (entry := _entry(out, number)) for bad in entry["bad"]]
+    return [bad for number in numbers if (entry := read_entry(out, number)) for bad in entry["bad"]]
 
 
 def _check_bad(bad: list[str], most: int, settings: Settings) -> None:

@@ -10,6 +10,7 @@ Latents are the raw posterior means; they are normalised when they are read, by 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 
 ROWS = ("latents", "latents_flip", "std", "std_flip")  # of a shard: what has a row for each image
+OF_SHARD = ("file", "count", "bytes", "sha256", "content_sha256")  # in the index
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -103,7 +105,7 @@ def write_index(directory: Path, shards: Sequence[dict[str, Any]], description: 
         "latent_shape": shape,
         "mean": mean,
         "std": std,
-        "shards": [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in shards],
+        "shards": [{key: shard[key] for key in OF_SHARD if key in shard} for shard in shards],
     }
     files.replace(directory / "index.json", files.to_json(index))
 
@@ -280,9 +282,12 @@ class LatentDataset(Dataset):
     @property
     def identity(self) -> dict[str, Any]:
         """What makes these latents the same to a run that is resumed."""
-        return {key: self.index.get(key) for key in ("vae", "vae_sha256", "latent_shape", "mean", "std")} | {
-            "images": len(self)
-        }
+        found = {key: self.index.get(key) for key in ("vae", "vae_sha256", "latent_shape", "mean", "std")}
+        found["images"] = len(self)
+        hashes = [shard.get("sha256") for shard in self.index["shards"]]
+        if all(hashes):  # else published latents, which have none
+            found["shards_sha256"] = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return found
 
 
 def published_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ class Pixels(NamedTuple):
     pixels: Tensor
     label: int
     is_transparent: bool
+    sha256: str = ""  # of the image's file, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Reader:
         clip: frames and stride of a clip, which is taken from a random place of its video.
         clips_per_video: each video stands there so many times.
         background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
+        hashed: images come with the hash of their files.
     """
 
     source: Any
@@ -41,6 +44,7 @@ class Reader:
     clip: ClipSpec | None = None
     clips_per_video: int = 1
     background: Colour | None = None
+    hashed: bool = False
 
     def __len__(self) -> int:
         return len(self.source) * self.clips_per_video
@@ -57,7 +61,8 @@ class Reader:
             if self.clip is None:
                 data, label = self.source.read(number)
                 image = decode_image(data, name, background=self.background)
-                return Pixels(self._crop(image, rng), label, image.info.get(TRANSPARENT, False))
+                sha256 = hashlib.sha256(data).hexdigest() if self.hashed else ""
+                return Pixels(self._crop(image, rng), label, image.info.get(TRANSPARENT, False), sha256)
             frames, label = self.source.read(number, self.clip, rng, self.background)
             state = rng.get_state()
             cropped = []
