@@ -12,7 +12,7 @@ from iwin_dit.runtime.errors import NonFiniteError, WorkerError
 from iwin_dit.training import loop, memory, reports
 from iwin_dit.training.health import watch_blocks, weight_rms
 from iwin_dit.training.loop import due, worker_errors
-from iwin_dit.training.reports import Meter, Report, Reports, is_spike
+from iwin_dit.training.reports import Alarm, Meter, Report, Reports, is_spike
 
 
 def accelerator(processes=1):
@@ -48,6 +48,40 @@ def test_deferred_reports_are_read_one_step_later():
     assert sent.flush() == []
     assert not Reports(accelerator()).deferred
     assert Reports(SimpleNamespace(device=torch.device("cuda"))).deferred
+
+
+@pytest.mark.parametrize(("stop", "save"), [(False, True), (True, False), (True, True), (False, False)])
+def test_what_one_process_asks_for_is_done_by_all(stop, save):
+    """Of four processes, one asks."""
+    own = accelerator(4)
+    own.reduce = lambda tensor, reduction: tensor * torch.tensor([4.0, 1, 1])
+    sent = Reports(own)
+    (report,) = sent.post(3, sent.combine(torch.tensor(0.5), torch.tensor(1.0), stop, save))
+    assert (report.loss, report.stop, report.save) == (2.0, stop, save)
+
+
+def test_numbers_of_a_device_are_read_when_they_have_arrived():
+    done = []
+    event = SimpleNamespace(synchronize=lambda: done.append("arrived"))
+    numbers = SimpleNamespace(tolist=lambda: done.append("read") or [1.0, 2.0, 0.0, 0.0, 0.0])
+    sent = Reports(accelerator(), deferred=True)
+    sent._waiting.append((1, numbers, event))
+    assert sent.flush() == [Report(1, 1.0, 2.0, finite=True, stop=False, save=False)]
+    assert done == ["arrived", "read"]
+
+
+def test_an_alarm_rings_after_its_minutes_until_it_is_set_again(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(reports, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    alarm, never = Alarm(2), Alarm(0)
+    for seconds, rings in ((0, False), (119.9, False), (120, True), (500, True)):
+        now[0] = 50 + seconds
+        assert bool(alarm) == rings
+        assert not never
+    alarm.set()
+    assert not alarm
+    now[0] += 120
+    assert alarm
 
 
 @pytest.fixture
