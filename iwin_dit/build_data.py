@@ -16,6 +16,7 @@ from iwin_dit.build_sources import classes_begun, open_images
 from iwin_dit.config import Config, load_yaml
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
+from iwin_dit.data.classes import numbering_line
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import (
     VA_VAE_PRESET,
@@ -247,8 +248,10 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     begun = classes_begun(arguments.out / ".entries" / "settings.json", "class_names")
     source = open_images(arguments.images, arguments, clip is not None, begun)
     what = "images" if clip is None else "clips"
-    if accelerator.is_main_process and (line := ignored_line(arguments.images, what, source.ignored)):
-        say(line)
+    if accelerator.is_main_process:
+        lines = ignored_line(arguments.images, what, source.ignored), numbering_line(source.class_names)
+        for line in filter(None, lines):
+            say(line)
     vae = load_autoencoder(arguments.vae, arguments.vae_config)
     local = Path(arguments.vae).exists()
     settings = Settings(

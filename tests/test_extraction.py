@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 from iwin_dit.data import extraction
 from iwin_dit.data.clip_sources import ClipFolderSource
-from iwin_dit.data.codec import encode, encode_posterior, load_vae
+from iwin_dit.data.codec import encode, encode_posterior, load_vae, weights_sha256
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.data.sources import open_source
+from iwin_dit.data.sources import FolderSource, open_source
 from iwin_dit.runtime.errors import DataError, DiskError
 
 SIZE, COUNT, SHARD = 16, 100, 12
@@ -273,6 +273,41 @@ def test_what_is_in_a_source_is_told_without_reading_it(tmp_path):
         found = list(fingerprints(kind))
         assert len(set(found)) == 3, found
         assert str(tmp_path) not in "".join(found)
+
+
+def test_what_is_ignored_or_odd_is_said(few, run_here, refused_here):
+    (few / "images" / "umbrella" / "notes.txt").write_text("mine")
+    assert "ignored 1 in" in run_here(*arguments(few, few / "out"))
+    assert "umbrella/notes.txt" in run_here("extract_latents.py", "--info", few / "out")
+    (few / "images" / "umbrella" / "more.txt").write_text("mine")
+    run_here(*arguments(few, few / "out"))  # what lies beside the images is no other set
+    (few / "splits").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(few / "images" / "umbrella", few / "splits" / split)
+    (few / "images").rename(few / "pictures")
+    (few / "splits").rename(few / "images")
+    error = refused_here(*arguments(few, few / "other"))
+    assert "names of splits; give the folder of one split" in error
+    assert not (few / "other").exists(), "before any work"
+    run_here(*arguments(few, few / "other", "--allow-odd-classes"))
+
+
+def test_an_extraction_that_was_begun_keeps_the_order_of_its_classes(few, run_here):
+    """Older versions sorted class folders as texts: 10 before 2."""
+    for old, new in zip(sorted((few / "images").iterdir()), ("10", "2", "30"), strict=True):
+        old.rename(few / "images" / new)
+    assert "class 0 is 2, class 2 is 30" in run_here(*arguments(few, few / "new"))
+    assert LatentDataset(few / "new").class_names == ["2", "10", "30"]
+    settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD)
+    source = FolderSource(few / "images", order=["10", "2", "30"])
+    vae = load_vae(str(few / "vae"))
+    extract(source, vae, few / "out", settings, {"vae": "vae", "vae_sha256": weights_sha256(vae)})
+    next((few / "out").glob("*shard001*")).unlink()
+    assert "class 0 is 10" in run_here(*arguments(few, few / "out"))
+    dataset = LatentDataset(few / "out")
+    assert dataset.class_names == ["10", "2", "30"]
+    names = [source.name(i).split("/")[-2] for i in range(len(source))]
+    assert [dataset.class_names[label] for label in dataset.labels] == names
 
 
 @pytest.mark.parametrize("name", ["index.json", "latents_rank01_shard000.safetensors"])

@@ -6,18 +6,25 @@ import os
 import random
 import shutil
 import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_images import have_datasets, one_pixel, write, write_csv, write_parquet, write_tar
 
+from iwin_dit import build_data, build_labelled
 from iwin_dit.build_sources import classes_begun, open_images
+from iwin_dit.classifier_config import ClassifierConfig, ClassifierDataConfig
+from iwin_dit.config_schema import Config, DataConfig
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.hugging_face import HuggingFaceSource
+from iwin_dit.data.latents import LatentDataset, read_index
 from iwin_dit.data.packed_sources import WebDatasetSource
 from iwin_dit.data.sources import FolderSource, identity_of, open_source
+from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, DataError, UserError
 from iwin_dit.runtime.run import TIMES, RunDirectory
 
@@ -232,6 +239,56 @@ def test_runs_go_on_with_copied_data_and_not_with_other_data(tmp_path, capsys):
         resume(**identity | {TIMES: "again", "files_sha256": "other"})
 
 
+def test_latents_of_other_labels_are_other_data(latents_folder, tmp_path):
+    """Their values, and so their means, are the same."""
+    shutil.copytree(latents_folder, tmp_path / "latents")
+    shutil.copytree(latents_folder.parent / "vae", tmp_path / "vae")
+    assert LatentDataset(tmp_path / "latents").identity == LatentDataset(latents_folder).identity
+    path = sorted((tmp_path / "latents").glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    save_file(tensors | {"labels": tensors["labels"].flip(0).contiguous()}, path)
+    index = read_index(tmp_path / "latents")
+    index["shards"][0] |= files.fingerprint(path)
+    (tmp_path / "latents" / "index.json").write_bytes(files.to_json(index))
+    changed = LatentDataset(tmp_path / "latents").identity
+    assert changed["shards_sha256"] != LatentDataset(latents_folder).identity["shards_sha256"]
+    assert changed["mean"] == LatentDataset(latents_folder).identity["mean"]
+
+
+def test_data_of_recipes_are_opened_by_the_same_rule(tmp_path):
+    """For a generator and a classifier: links, odd classes, order of what was begun, what is ignored."""
+    numbers = [str(i) for i in range(11)]
+    root = class_folders(tmp_path / "images", numbers)
+    write(root / "0" / "notes.txt")
+    (tmp_path / "run").mkdir()
+    generator = Config(output_dir=str(tmp_path / "run"), data=DataConfig(kind="images", path=str(root)))
+    classifier = ClassifierConfig(
+        output_dir=str(tmp_path / "run"), data=ClassifierDataConfig(path=str(root), held_out=str(root))
+    )
+    for begun, expected in ((None, numbers), (sorted(numbers), sorted(numbers))):
+        if begun:
+            write(tmp_path / "run" / "data.json", json.dumps({"classes": begun}).encode())
+        count, line = build_data.count_images(generator)
+        assert count == 22
+        assert line.endswith("that are no images: 0/notes.txt")
+        assert build_labelled.open_training(classifier).class_names == expected
+        assert build_data._source(generator).class_names == expected
+    shutil.rmtree(tmp_path / "run")
+    (root / "0" / "link.png").symlink_to(write(tmp_path / "far.png", one_pixel(0)))
+    for open_data in (
+        lambda: build_data.count_images(generator),
+        lambda: build_labelled.open_training(classifier),
+    ):
+        with pytest.raises(DataError, match=r"data\.follow_links true"):
+            open_data()
+    shutil.move(root / "0", tmp_path / "single" / "0")
+    one = replace(classifier.data, path=str(tmp_path / "single"), follow_links=True)
+    with pytest.raises(DataError, match=r"data\.allow_odd_classes true"):
+        build_labelled.open_training(replace(classifier, data=one))
+    one = replace(one, allow_odd_classes=True)
+    assert build_labelled.open_training(replace(classifier, data=one)).class_names == ["0"]
+
+
 # Tar shards that strangers made
 
 
@@ -331,6 +388,20 @@ def test_shards_by_braces(tmp_path):
     for names in ("{5..4}", "{0..99999999999}", "{000..999}{0000..9999}"):
         with pytest.raises(DataError, match="shards, expected 1 to"):
             open_source(f"{tmp_path}/s-{names}.tar")
+
+
+def test_links_to_shards_follow_the_rule_of_folders(tmp_path):
+    tar = write_tar(tmp_path / "far" / "s.tar", [("a.png", one_pixel(0)), ("a.cls", b"0")])
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "s.tar").symlink_to(tar)
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet" / "0.parquet").symlink_to(write(tmp_path / "far" / "0.parquet"))
+    with pytest.raises(DataError, match="--follow-links"):
+        open_source(str(tmp_path / "tars"))
+    assert len(open_source(str(tmp_path / "tars"), follow_links=True)) == 1
+    if have_datasets():
+        with pytest.raises(DataError, match="--follow-links"):
+            open_source(str(tmp_path / "parquet"))
 
 
 def test_pointers_of_git_lfs_are_called_so(tmp_path):

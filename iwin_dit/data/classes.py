@@ -92,6 +92,14 @@ def in_order(folders: Sequence[str], where: str, known: Sequence[str] | None = N
     return ordered
 
 
+def numbering_line(names: Sequence[str]) -> str | None:
+    """A line that says which class is which, where their names are numbers, but not their own."""
+    own = [str(i) for i in range(len(names))]
+    if list(names) == own or not all(re.fullmatch(r"[0-9]+", name) for name in names):
+        return None
+    return f"classes are numbered from 0: class 0 is {names[0]}, class {len(names) - 1} is {names[-1]}"
+
+
 def check_classes(source: Any, where: str) -> None:
     """Questions classes that are hardly what was meant, before hours of work on them.
 

@@ -29,6 +29,7 @@ from iwin_dit.data.codec import (
     usable_dtype,
 )
 from iwin_dit.data.entries import ENTRIES, check_is_ours, entry_path, read_entry, read_record, settings_path
+from iwin_dit.data.folders import listed
 from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import Shard, write_index, write_shard
 from iwin_dit.data.provenance import content_sha256, source_of, stamps
@@ -188,6 +189,8 @@ def extract(
             if settings.background is not None:
                 description["background"] = settings.background
             description["source"] = source_of(source, settings.shard_images)
+            if source.ignored:  # no setting: what lies beside the images may change
+                description["ignored"] = f"{len(source.ignored):,}: {listed(source.ignored, 5)}"
             write_index(out, [entry for entry in entries if entry["count"]], description)
         wait()
     return bad

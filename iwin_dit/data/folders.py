@@ -116,6 +116,10 @@ class Folder:
             waiting += [os.path.join(folder, name) for name in folders]
         return [f"{folder}/{name}" if folder else name for folder, names in sorted(found) for name in names]
 
+    def files(self) -> list[str]:
+        """Sorted names of the files that the folder directly holds."""
+        return sorted(self._entries("")[1])
+
     def check_link(self, path: str) -> None:
         """Raises DataError where a link leads nowhere, or out of the folder and may not."""
         try:
@@ -189,7 +193,7 @@ def files_in(path: str, wanted: Wanted) -> list[str]:
         DataError: where it cannot be read.
     """
     with Folder(path, wanted, follow_links=True) as folder:
-        return sorted(folder._entries("")[1])
+        return folder.files()
 
 
 def _head(path: str) -> bytes:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.data.classes import SPLITS, classes_of, label_of
-from iwin_dit.data.folders import listed, printable
+from iwin_dit.data.folders import list_files, listed, printable
+from iwin_dit.data.formats import Wanted
 from iwin_dit.data.packed_sources import read_file, refuse_pointer, stamped
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError
 
+PARQUET = Wanted(frozenset({".parquet"}), frozenset())
 TINY_IMAGE_BYTES = 32  # fewer than any image takes
 BOMB = "it would fill memory and disk, so it is not opened; store each image once, as a file of its own size"
 
@@ -37,6 +39,7 @@ class HuggingFaceSource:
         image_column: a column of images. Default: the only one.
         label_column: a column of class labels, integers or texts. Default: the only one of class labels, or
             one that is named ``label``.
+        follow_links: links in a folder of parquet files may lead out of it.
 
     Raises:
         DataError: where the package, the data or one of the columns is missing, or a label makes no sense.
@@ -48,10 +51,11 @@ class HuggingFaceSource:
         split: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        follow_links: bool = False,
     ):
         self.location, self.ignored = str(name_or_path), []
         self._is_local = os.path.isdir(self.location)
-        data = self._load(split)
+        data = self._load(split, follow_links)
         features = data.features
         image = _image_column(self.location, features, image_column)
         label = _label_column(self.location, features, label_column)
@@ -70,7 +74,7 @@ class HuggingFaceSource:
             image, _datasets(self.location).Image(decode=False)
         )
 
-    def _load(self, split: str | None) -> Any:
+    def _load(self, split: str | None, follow_links: bool) -> Any:
         """The rows; sets what tells them from others."""
         datasets = _datasets(self.location)
         try:
@@ -81,7 +85,7 @@ class HuggingFaceSource:
             if is_saved(self.location):
                 data, paths = _saved(datasets, self.location, split)
             else:
-                paths = _parquet_files(self.location, split or "train")
+                paths = _parquet_files(self.location, split or "train", follow_links)
                 for path in paths:
                     _check_parquet(path)
                 data = datasets.load_dataset("parquet", data_files={"train": paths}, split="train")
@@ -177,17 +181,16 @@ def _saved(datasets: Any, folder: str, split: str | None) -> tuple[Any, list[str
     return data, sorted(glob.glob(os.path.join(glob.escape(folder), "*.arrow")))
 
 
-def _parquet_files(folder: str, split: str) -> list[str]:
+def _parquet_files(folder: str, split: str, follow_links: bool) -> list[str]:
     """The parquet files of a split: those whose path names it, or all where no path names any split."""
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
-    words = [set(re.split(r"[/_.-]+", os.path.relpath(path, folder).lower())) for path in found]
+    found = sorted(list_files(folder, PARQUET, follow_links).files)
+    words = [set(re.split(r"[/_.-]+", path.lower())) for path in found]
     chosen = [path for path, of_path in zip(found, words, strict=True) if split.lower() in of_path]
     if not chosen and not any(of_path & set(SPLITS) for of_path in words):
         chosen = found
     if not chosen:
-        names = [os.path.relpath(path, folder) for path in found]
-        raise DataError(f"there are no parquet files of the split {split} in {folder}; found {listed(names)}")
-    return chosen
+        raise DataError(f"there are no parquet files of the split {split} in {folder}; found {listed(found)}")
+    return [os.path.join(folder, path) for path in chosen]
 
 
 def _check_parquet(path: str) -> None:

@@ -16,6 +16,8 @@ from iwin_dit.runtime.progress import progress
 
 FEWEST_VALUES = 64  # of a channel in a shard, before it is suspicious that all are one
 
+SAID = ("frames", "frame_stride", "background", "ignored")  # of an index, where it has them
+
 
 def verify(folder: Path) -> str:
     """Reads every shard again and compares it with the index: size, hash, finiteness, and over all shards the
@@ -86,8 +88,7 @@ def describe(folder: Path) -> str:
         "latents": f"{shape}, {dataset.shards[0].entries['latents'].dtype}".replace("torch.", "")
         + (", with the posterior's std" if dataset.has_posterior else ""),
         "image size": " x ".join(map(str, dataset.index.get("image_size", ["unknown"]))),
-        **{key: str(dataset.index[key]) for key in ("frames", "frame_stride") if key in dataset.index},
-        **({"background": dataset.index["background"]} if dataset.index.get("background") else {}),
+        **{key: str(dataset.index[key]) for key in SAID if dataset.index.get(key)},
         "VAE": dataset.index["vae"],
         "mean per channel": ", ".join(f"{m:.3f}" for m in dataset.mean[:8]),
         "std per channel": ", ".join(f"{s:.3f}" for s in dataset.std[:8]),

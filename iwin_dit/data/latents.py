@@ -283,7 +283,7 @@ class LatentDataset(Dataset):
     def identity(self) -> dict[str, Any]:
         """What makes these latents the same to a run that is resumed."""
         found = {key: self.index.get(key) for key in ("vae", "vae_sha256", "latent_shape", "mean", "std")}
-        found["images"] = len(self)
+        found |= {"images": len(self), "classes": self.class_names}
         hashes = [shard.get("sha256") for shard in self.index["shards"]]
         if all(hashes):  # else published latents, which have none
             found["shards_sha256"] = hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from iwin_dit.data.classes import label_of
-from iwin_dit.data.folders import listed, printable
-from iwin_dit.data.formats import HEAD_BYTES, IMAGES
+from iwin_dit.data.folders import Folder, listed, printable
+from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError
 
 RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")  # of a shell and of WebDataset: shard-{000..123}.tar
+TARS = Wanted(frozenset({".tar"}), frozenset())
 MAX_SHARDS = 1_000_000
 
 
@@ -31,14 +32,15 @@ class WebDatasetSource:
     Args:
         pattern_or_folder: a .tar file, a folder of them, a glob, or names with a range such as
             ``shard-{000..123}.tar``; they are read in sorted order.
+        follow_links: links to shards may lead out of the folder.
 
     Raises:
         DataError: where there are no samples, a shard is damaged or a label is missing or makes no sense.
     """
 
-    def __init__(self, pattern_or_folder: str | Path):
+    def __init__(self, pattern_or_folder: str | Path, follow_links: bool = False):
         location = str(pattern_or_folder)
-        self._tars = sorted(os.path.abspath(path) for path in _tars_of(location))
+        self._tars = sorted(os.path.abspath(path) for path in _tars_of(location, follow_links))
         rows, self._names, self.ignored, self._stamps = [], [], [], []
         for number, tar in enumerate(self._tars):
             self._stamps.append(stamped("", tar)[1])
@@ -94,9 +96,10 @@ class WebDatasetSource:
         return self.stamp(i)[0]
 
 
-def _tars_of(location: str) -> list[str]:
+def _tars_of(location: str, follow_links: bool) -> list[str]:
     if os.path.isdir(location):
-        return glob.glob(os.path.join(glob.escape(location), "*.tar"))
+        with Folder(location, TARS, follow_links) as folder:
+            return [os.path.join(location, name) for name in folder.files()]
     if os.path.isfile(location):
         return [location]
     if not RANGE.search(location):

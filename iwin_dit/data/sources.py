@@ -81,14 +81,14 @@ def open_source(
     if name != location or (labels is None and is_folder and (is_saved(name) or has_parquet(name))):
         if labels is not None:
             raise DataError(f"{location} has labels of its own; leave out the labels in {labels}")
-        return HuggingFaceSource(name, **columns)
+        return HuggingFaceSource(name, follow_links=follow_links, **columns)
     if given := [key for key, value in columns.items() if value is not None]:
         raise DataError(f"{given[0]} is for Hugging Face data, which {location} is not; leave it out")
     if labels is not None:
         return CsvSource(location, labels, follow_links)
     if is_folder:
         if glob.glob(os.path.join(glob.escape(location), "*.tar")):
-            return WebDatasetSource(location)
+            return WebDatasetSource(location, follow_links)
         return FolderSource(location, follow_links, order)
     if (
         (os.path.isfile(location) and location.endswith(".tar"))
