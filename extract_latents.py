@@ -13,6 +13,8 @@ from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.errors import ConfigError, run_script
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -39,11 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--frame-stride", type=int, default=1, help="take every n-th frame of a video (1)")
     add("--clips-per-video", type=int, default=1, help="from random places (1)")
     add("--crop", choices=("center", "random"), default="center", help="(center: ADM's)")
-    add(
-        "--background",
-        default="white",
-        help="shows through transparent pixels: white, black or R,G,B (white)",
-    )
+    add("--background", default="white", help="behind transparent pixels: white, black or R,G,B (white)")
     add("--batch-images", type=int, default=32, help="images of one pass through the VAE (32)")
     add("--shard-images", type=int, default=10_000, help="images of a shard (10,000)")
     add("--workers", type=int, help="processes that decode images (4, or as many as there are cores)")
@@ -54,13 +52,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         help="without a batch, after which a worker hangs (600)",
     )
-    add(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the VAE (float32)",
-    )
-    add("--store", choices=("float32", "bfloat16", "float16"), default="float32", help="on disk (float32)")
+    add("--precision", choices=DTYPES, default="float32", help="of the VAE (float32)")
+    add("--store", choices=DTYPES, default="float32", help="on disk (float32)")
     add("--posterior", action="store_true", help="keep the posterior's standard deviations too")
     add("--max-bad-images", type=int, default=0, help="leave out up to so many broken images (0)")
     add("--verify", type=Path, metavar="DIR", help="check a set, with --images also its origin")
