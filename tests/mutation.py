@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="of the project (default: this one)")
     parser.add_argument("--map", type=Path, default=ROOT / "runs" / "mutation" / "map.json")
     args = parser.parse_args()
+    if not (args.folder or args.named):
+        parser.error("give --folder FOLDER, or --named")
     folders = {*TESTS, *args.folder, *(str(Path(path).parent) for path, *_ in NAMED)}
     os.environ[mutation_trace.FOLDERS] = " ".join(sorted(folders))
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
