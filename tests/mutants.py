@@ -33,7 +33,10 @@ ARITHMETIC = {
 }
 KEPT = " (kept)"
 SAID = {"print", "say", "warn", "warning", "info", "debug"}  # calls that only tell the user something
-TYPES = {"isinstance", "issubclass", "hasattr", "getattr", "cast"}  # swapped arguments fail at once
+FIXED = {  # swapped arguments of which change nothing, or fail at once
+    *("min", "max", "minimum", "maximum", "allclose", "equal"),
+    *("isinstance", "issubclass", "hasattr", "getattr", "cast"),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def _replacements(node: ast.AST) -> Iterator[ast.AST]:
                 yield ast.UnaryOp(ast.USub(), node)
         case ast.Return(value=ast.expr()) if not _is_none(node.value):
             yield ast.Return(ast.Constant(None))
-        case ast.Call(args=[first, second]) if not (_says(node) or _name(node.func) in TYPES):
+        case ast.Call(args=[first, second]) if not (_says(node) or _name(node.func) in FIXED):
             if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
                 yield _with(node, args=[second, first])
         case ast.Raise() | ast.Delete() | ast.AugAssign() | ast.Continue() | ast.Break():

@@ -6,10 +6,11 @@ STUDIES = tuple(
 
 TESTS = {  # files of tests/, from which those that execute a line are chosen
     "iwin_dit/diffusion": "diffusion guidance schedules pipeline",
-    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification replicas levers",
+    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification replicas "
+    "micro_batches levers monitor",
     "iwin_dit/data": "data codec digits pixels images folders sources labels limits transparency "
-    "latent_faults video extraction classification",
-    "iwin_dit/evaluation": "rules frechet metrics every_sample extractors evaluate clips",
+    "latent_faults video extraction classification clip_training clip_classifier",
+    "iwin_dit/evaluation": "rules frechet metrics every_sample extractors evaluate clips monitor",
 }
 
 EQUIVALENT = {  # (file, line as changed): why no test can notice it
