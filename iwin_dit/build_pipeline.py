@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from iwin_dit.build import build_model, build_objective
 from iwin_dit.build_data import build_dataset, load_autoencoder
 from iwin_dit.config import Config, load_run
-from iwin_dit.data.codec import weights_sha256
+from iwin_dit.data.codec import vae_statistics, weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.diffusion.sampling import prediction_type, with_schedule_of
+from iwin_dit.diffusion.sampling import prediction_type, set_timesteps, with_schedule_of
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
@@ -204,9 +205,20 @@ def compile_models(*models: nn.Module | None) -> None:
 def _from_folder(folder: Path) -> ClassConditionalPipeline:
     kind = check_pipeline_folder(folder)
     try:
-        return kind.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        pipeline = kind.from_pretrained(folder, use_safetensors=True)
+        _check_numbers(pipeline)
+    except Exception as error:  # whatever a stranger's values lead diffusers to
         raise CheckpointError(f"{folder} is a damaged pipeline: {reason(error)}") from error
+    return pipeline
+
+
+def _check_numbers(pipeline: ClassConditionalPipeline) -> None:
+    """Settings of diffusers' classes that nobody checks before they are used."""
+    times = [float(t) for steps in (1, 2) for t in set_timesteps(pipeline.scheduler, steps, "cpu")]
+    scaling = [value for values in vae_statistics(pipeline.vae) for value in values]
+    for name, numbers in (("its scheduler's timesteps", times), ("its autoencoder's scaling", scaling)):
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} are not finite numbers: {numbers!r:.100}")
 
 
 def _from_hub(name: str) -> ClassConditionalPipeline:
@@ -271,10 +283,10 @@ def _group_of(run: Path, ema: float | str) -> str:
 def _step_of_export(recipe: Path) -> int:
     try:
         return int(files.read_json(recipe, limits.INDEX_BYTES)["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
-            f"{recipe} does not say the step of its pipeline: {error!r}; remove {recipe.parent}, and its run "
-            "is sampled from its newest checkpoint"
+            f"{recipe} does not say the step of its pipeline: {reason(error)}; remove {recipe.parent}, and "
+            "its run is sampled from its newest checkpoint"
         ) from error
 
 

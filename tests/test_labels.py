@@ -152,6 +152,6 @@ def test_labels_of_evaluation_draw_what_their_ids_draw(pipelines):
 def test_names_beyond_the_classes_draw_nothing(pipelines):
     """Their ids would be the null label's, or nobody's."""
     for index in (COUNT, COUNT + 1):
-        pipeline = IwinDiTPipeline(**pipelines["none"].components, id2label={index: "of another model"})
+        pipeline = IwinDiTPipeline(**pipelines["none"].components | {"id2label": {index: "of another model"}})
         with pytest.raises(ValueError, match=f"class {index} is out of range"):
             pipeline.get_label_ids("of another model")

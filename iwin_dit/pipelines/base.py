@@ -119,7 +119,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         (folder / "pipeline.py").write_text(LOADER.format(name=name))
         model = LOADER.format(name=config["transformer"][1])
         (folder / "transformer" / "iwin_dit.py").write_text(model)
-        for component in self.components:
+        for component in ("transformer", "vae"):
             files.follow_umask(folder / component)
 
     @property

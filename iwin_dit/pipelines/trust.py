@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -57,6 +58,7 @@ SIZES = {
     "sample_frames": 65_536,
     "mlp_ratio": 64,
 }
+KINDS = {bool: bool, str: str, int: int, float: int | float}  # of a value, by that of its default
 MIXER_SIZES = {"window_size": 65_536, "kernel_size": 1_023}
 MAX_VAE_LAYERS, MAX_VAE_NUMBER = 64, 65_536
 MAX_TIMESTEPS = 1_000_000
@@ -78,14 +80,14 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
         CheckpointError: saying in which file what was found, and what is accepted.
     """
     index = path / "model_index.json"
-    name, vae = check_index(path)
+    name, vae, scheduler = check_index(path)
     channels = _check_transformer(path / "transformer" / "config.json", MODELS[name].__name__)
     for key in ("latents_mean", "latents_std"):
         values = _read_json(index).get(key)
         if values is not None and len(values) != channels:
             raise _unexpected(index, key, values, f"a number for each of the {channels} latent channels")
     _check_vae(path / "vae" / "config.json", vae)
-    _check_scheduler(path / "scheduler" / "scheduler_config.json")
+    _check_scheduler(path / "scheduler" / "scheduler_config.json", scheduler)
     _check_weights(path / "transformer", MODELS[name])
     _check_weights(path / "vae", VAES[vae])
     return PIPELINES[name]
@@ -106,8 +108,8 @@ def check_model_folder(path: Path) -> type[IwinDiTTransformer2DModel]:
     return kinds[name]
 
 
-def check_index(path: Path) -> tuple[str, str]:
-    """The first part of :func:`check_pipeline_folder`: returns the classes of the pipeline and of the VAE."""
+def check_index(path: Path) -> tuple[str, str, str]:
+    """The first part of :func:`check_pipeline_folder`: the names of its classes: pipeline, VAE, scheduler."""
     index = path / "model_index.json"
     if not index.is_file():
         if (path / "config.json").is_file():
@@ -149,7 +151,7 @@ def check_index(path: Path) -> tuple[str, str]:
         values = content.get(key)
         if values is not None and not (isinstance(values, list) and all(map(_is_number, values))):
             raise _unexpected(index, key, values, "a finite number for each channel")
-    return name, content["vae"][1]
+    return name, content["vae"][1], content["scheduler"][1]
 
 
 def _check_transformer(path: Path, kind: str) -> int:
@@ -162,7 +164,9 @@ def _check_transformer(path: Path, kind: str) -> int:
             f"{path} has {listed(unknown)!r:.300}, which this version does not know; "
             "it was made by a newer version of iwin-dit, or by something else"
         )
-    config = {key: parameter.default for key, parameter in parameters.items()} | config
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    _check_kinds(path, {key: value for key, value in config.items() if key not in SIZES}, parameters)
+    config = defaults | config
     mixer = config["mixer"] or {}
     if not isinstance(mixer, dict):
         raise _unexpected(path, "mixer", mixer, "keys and values")
@@ -178,6 +182,14 @@ def _check_transformer(path: Path, kind: str) -> int:
         if not all(map(_is_number, _numbers(value))):
             raise _unexpected(path, key, value, "finite numbers")
     return config["in_channels"]
+
+
+def _check_kinds(path: Path, config: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Each value is of the kind of the constructor's default, where there is one."""
+    for key in sorted(config.keys() & parameters.keys()):
+        default, value = parameters[key].default, config[key]
+        if type(default) in KINDS and not isinstance(value, KINDS[type(default)] | None):
+            raise _unexpected(path, key, value, f"a value such as {default!r}")
 
 
 def _check_size(path: Path, key: str, value: Any, most: int) -> None:
@@ -198,6 +210,7 @@ def _check_size(path: Path, key: str, value: Any, most: int) -> None:
 
 def _check_vae(path: Path, name: str) -> None:
     config = _read_config(path, name)
+    _check_kinds(path, config, inspect.signature(VAES[name]).parameters)
     if "quantization_config" in config:
         raise _unexpected(path, "quantization_config", config["quantization_config"], "plain weights")
     for key, value in config.items():
@@ -208,8 +221,10 @@ def _check_vae(path: Path, name: str) -> None:
             raise _unexpected(path, key, value, f"at most {MAX_VAE_LAYERS}")
 
 
-def _check_scheduler(path: Path) -> None:
-    steps = _read_json(path).get("num_train_timesteps", 1)
+def _check_scheduler(path: Path, name: str) -> None:
+    config = _read_json(path)
+    _check_kinds(path, config, inspect.signature(getattr(diffusers, name)).parameters)
+    steps = config.get("num_train_timesteps", 1)
     if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
         raise _unexpected(path, "num_train_timesteps", steps, f"a whole number from 1 to {MAX_TIMESTEPS:,}")
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from iwin_dit import IwinDiTPipeline, build_classifier
 from iwin_dit.build_classifier import load_classifier
 from iwin_dit.build_evaluation import build_extractor
+from iwin_dit.build_pipeline import load_pipeline
 from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
 from iwin_dit.convert import load_official
@@ -483,7 +484,6 @@ def test_33_sizes_are_bounded_before_anything_is_built(pipeline_folder, monkeypa
         (dict(num_classes=2), "do not fit .*config.json at label_embedding.weight$"),
         (dict(patch_size=3), "makes no model: the patch size 3 does not divide the latent size 8 x 8"),
         (dict(mlp="swim"), "makes no model: mlp is 'swim'"),
-        (dict(class_dropout_prob="a"), "makes no model"),
         (dict(mixer__window=4), "makes no model: .*unexpected keyword argument 'window'"),
     ],
 )
@@ -727,3 +727,32 @@ def test_35_half_precision_can_be_sampled(pipeline_folder, dtype):
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline([1], num_inference_steps=1, output_type="pt").images
     assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("transformer/config.json", {"class_dropout_prob": "a"}, "expected a value such as 0.1"),
+        ("transformer/config.json", {"timestep_scale": {"a": 1}}, "expected a value such as 1.0"),
+        ("scheduler/scheduler_config.json", {"shift": 10**30}, "is a damaged pipeline: "),
+        ("scheduler/scheduler_config.json", {"shift": "x"}, "has shift 'x', expected a value such as 1.0"),
+        (
+            "scheduler/scheduler_config.json",
+            {"shift_terminal": 3},
+            "timesteps are not finite",
+        ),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": True}, "num_train_timesteps True"),
+        ("vae/config.json", {"norm_num_groups": 0.5}, "has norm_num_groups 0.5, expected a value such as 32"),
+        ("vae/config.json", {"scaling_factor": "x"}, "has scaling_factor 'x', expected a value such as"),
+        ("vae/config.json", {"act_fn": "x"}, "is a damaged pipeline: "),
+        ("model_index.json", {"id2label": [1]}, "expected names by the number of the class"),
+        ("model_index.json", {"latents_mean": {"a": 1}}, "expected a finite number for each channel"),
+    ],
+)
+def test_33_values_that_only_fail_when_they_are_used(pipeline_folder, file, changes, message):
+    """They are refused where the pipeline is loaded, in one line."""
+    path = pipeline_folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_pipeline(str(pipeline_folder))
+    assert "\n" not in str(error.value)
