@@ -1,5 +1,6 @@
 """Objectives and samplers against closed forms, torch.distributions and diffusers' own tables."""
 
+import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -261,6 +262,14 @@ def test_guidance():
 def test_intervals_that_are_none(interval):
     with pytest.raises(ValueError, match=re.escape(f"guidance_interval is {interval}, expected 0 <= low")):
         Guidance(2.0, interval=interval)
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"), [(Guidance(2.0), "scale"), (FlowMatching(), "logit_std"), (DDPM(), "x")]
+)
+def test_what_was_checked_cannot_be_changed(thing, name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(thing, name, float("nan"))
 
 
 @pytest.mark.parametrize("channels", [0, -3])
