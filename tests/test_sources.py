@@ -472,6 +472,21 @@ def test_text_labels_are_read_as_strictly_as_those_of_a_csv(tmp_path, monkeypatc
 
 
 @needs_datasets
+def test_a_label_beyond_the_named_classes_is_refused(tmp_path, monkeypatch):
+    import datasets
+    from pyarrow import parquet
+
+    names = datasets.ClassLabel(names=["cat", "owl", "eel"])
+    write_parquet(tmp_path / "a/0.parquet", monkeypatch, [0, 2], names)
+    table = parquet.read_table(tmp_path / "a/0.parquet")
+    fewer = table.schema.metadata[b"huggingface"].replace(b', "eel"', b"")
+    assert b"eel" not in fewer
+    parquet.write_table(table.replace_schema_metadata({b"huggingface": fewer}), tmp_path / "a/0.parquet")
+    with pytest.raises(DataError, match="row 1: found label 2, but only 2 classes are named"):
+        open_source(str(tmp_path / "a"))
+
+
+@needs_datasets
 def test_what_save_to_disk_wrote_is_read(tmp_path):
     import datasets
 

@@ -68,7 +68,11 @@ class HuggingFaceSource:
         else:
             self.labels = [label_of(value, place) for value, place in zip(column, places, strict=True)]
             named = getattr(features[label], "names", None)
-            self.class_names = list(named or map(str, range(max(self.labels) + 1)))
+            top = max(self.labels)
+            if named and top >= len(named):
+                place = places[self.labels.index(top)]
+                raise DataError(f"{place}: found label {top}, but only {len(named)} classes are named")
+            self.class_names = list(named or map(str, range(top + 1)))
         self._column = image
         self._images = data.select_columns([image]).cast_column(
             image, _datasets(self.location).Image(decode=False)
