@@ -9,6 +9,7 @@ third is what LightningDiT's dataset does.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -75,6 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=50_000)
     options = parser.parse_args()
+    load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), options.images)
         read = readers(Path(folder))
@@ -100,6 +102,12 @@ def main() -> None:
         for name, values in rates.items():
             print(f"| {name} | {median(values):,.0f} | {median(rates['ours']) / median(values):.2f} |")
         print(f"\n{options.images:,} images: a pass of ours adds at most {peak - before:.0f} MiB of memory")
+        load.append(os.getloadavg()[0])
+        cores = len(os.sched_getaffinity(0))
+        print(
+            f"load of the machine, over a minute: {load[0]:.1f} at the start, {load[1]:.1f} at the end, "
+            f"on {cores} cores; alone it is at most 1 at the end"
+        )
 
 
 if __name__ == "__main__":
