@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from functools import cached_property
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, reason
 from iwin_dit.runtime.progress import progress
 
 # what zipfile and numpy raise for files that are not whole, encrypted, no .npz, or hold objects
@@ -33,6 +34,8 @@ BROKEN_NPZ = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
+    tokenize.TokenError,  # of headers that are cut
+    SyntaxError,
 )
 CHANNELS = 3
 CHECK_BYTES = 16 * limits.MIB  # read at a time
@@ -59,7 +62,7 @@ class NpzImages:
                 self._start = file.tell()
                 promised, held = self._start + math.prod(self.shape), archive.getinfo("arr_0.npy").file_size
         except BROKEN_NPZ as error:
-            raise DataError(f"{path} is no .npz with {self.what} in arr_0: {error}") from None
+            raise DataError(f"{path} is no .npz with {self.what} in arr_0: {reason(error)}") from None
         fits = len(self.shape) == len(self.axes) + 2 and self.shape[-1] == CHANNELS and min(self.shape) > 0
         if dtype != np.uint8 or fortran or not fits:
             raise DataError(
@@ -86,7 +89,7 @@ class NpzImages:
             file.seek(offset + self._start + start * size)
             data = file.read((stop - start) * size)
         except BROKEN_NPZ as error:
-            raise DataError(f"{self.path} is broken at image {start} or after it: {error}") from None
+            raise DataError(f"{self.path} is broken at image {start} or after it: {reason(error)}") from None
         if len(data) != (stop - start) * size:
             raise DataError(f"{self.path} ends within image {start + len(data) // size}; get it again")
         images = np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
@@ -129,7 +132,7 @@ class NpzImages:
                         bar.update(len(data))
             except BROKEN_NPZ as error:
                 at = max(bar.n // math.prod(self.shape[1:]), 0)
-                raise DataError(f"{self.path} is broken at image {at} or after it: {error}") from None
+                raise DataError(f"{self.path} is broken at image {at} or after it: {reason(error)}") from None
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,7 +17,7 @@ from iwin_dit.evaluation.archives import BROKEN_NPZ, read_array
 from iwin_dit.evaluation.frechet import Moments
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, reason
 
 STATISTICS = {  # ADM's names; of logits, as FVD has them
     "pool": ("mu", "sigma"),
@@ -51,7 +51,7 @@ def read_statistics(path: Path, metrics: Iterable[str], extractor: Any) -> Featu
                 raise ValueError("they are not finite")
             features.moments[layer] = Moments(count, mean, covariance * (count - 1))
     except (*BROKEN_NPZ, SafetensorError) as error:
-        raise DataError(f"{path} does not hold statistics mu and sigma: {error}") from None
+        raise DataError(f"{path} does not hold statistics mu and sigma: {reason(error)}") from None
     return features
 
 

@@ -5,6 +5,7 @@ import shutil
 
 from mutate import fuzz, mutate_bytes, mutate_json_text, mutate_text
 
+from iwin_dit.runtime import run as run_module
 from iwin_dit.runtime.run import RunDirectory, read_config
 
 CONFIG = {"output_dir": "x", "seed": 0, "data": {"path": "a", "labels": None}, "ema": {"decays": [0.9]}}
@@ -33,6 +34,7 @@ LINES = [
 
 def test_run_directories(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(run_module, "say", lambda text: None)
     RunDirectory(tmp_path / "good", CONFIG, frozenset(), DATA).begin(0)
     (tmp_path / "good" / "log.jsonl").write_bytes(LOG)
     names = ("config.yaml", "data.json", "log.jsonl")
