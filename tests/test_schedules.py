@@ -1,7 +1,7 @@
 """The times of sampling: which are asked about, which are guided, and what another sampler keeps of them."""
 
 from fractions import Fraction
-from itertools import combinations_with_replacement, pairwise, permutations
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_an_interval_holds_both_its_ends(sampler, steps):
     """Their times are 1, 1 - 1 / N, ..., 1 / N, in exact numbers."""
     objective = FLOW if sampler == "euler" else NOISE
     pipeline = make_pipeline(objective, objective.scheduler(sampler))
-    for low, high in combinations_with_replacement((1, steps // 5, steps // 2, steps - 1, steps), 2):
+    for low, high in ((1, 1), (steps // 5, steps // 2), (steps - 1, steps), (steps // 2, steps // 2)):
         exact = [low <= i <= high for i in range(steps, 0, -1)]
         assert guided(pipeline, steps, (low / steps, high / steps)) == exact, (low, high)
     within = [Fraction(3, 10) <= Fraction(i, steps) <= Fraction(4, 5) for i in range(steps, 0, -1)]
