@@ -279,7 +279,7 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         sample_frames: frames of the latents that the model is made for.
         mixer: windows and kernels have a number for each of (time, height, width), or one for all:
             ``{"window_size": ["all", 8, 8], "kernel_size": [1, 3, 3]}`` attends over all frames, and
-            convolves each by itself.
+            convolves each by itself; the order of frames then comes from ``position_embedding`` alone.
         position_embedding: ``none``: the order of frames, as of rows, then comes from the zeros that the
             convolution sees beyond the first and the last; ``time``, sines and cosines of the frame's number,
             with which a short training learns it sooner; or ``sincos`` for place and time.
