@@ -149,7 +149,7 @@ def _pixels(config: Config) -> PixelDataset:
     height, width = (side * spatial_factor(vae) for side in config.model.latent_size[-2:])
     ground = background(config.data.background)
     reader = Reader(_source(config), (height, width), config.data.crop, clip, background=ground)
-    return PixelDataset(reader, vae, config.data.vae)
+    return PixelDataset(reader, vae, config.data.vae, config.data.max_bad_images)
 
 
 def _latents(config: Config, accelerator: Accelerator | None) -> LatentDataset:

@@ -30,6 +30,7 @@ AT_MOST = {  # by the name of the key, in whatever section
     "window_size": 65_536,
     "kernel_size": 1_023,
     "frame_stride": 1_000_000,
+    "max_bad_images": 10**9,
     "frames": 4_096,
     "views": 1_000,
     "image_size": 8_192,

@@ -126,7 +126,13 @@ def check_train(config: Any) -> None:
 
 OF_IMAGES = (
     *((key, None) for key in ("labels", "split", "image_column", "label_column")),
-    *(("follow_links", False), ("allow_odd_classes", False), ("crop", "center"), ("background", "white")),
+    *(
+        ("follow_links", False),
+        ("allow_odd_classes", False),
+        ("crop", "center"),
+        ("background", "white"),
+        ("max_bad_images", 0),
+    ),
 )
 
 
@@ -338,6 +344,7 @@ ABOVE_ZERO = {
     "sample": ("num_inference_steps", "num_per_class", "guidance_channels"),
 }
 ZERO_OR_MORE = {
+    "data": ("max_bad_images",),
     "objective": ("cosine_weight",),
     "optimizer": ("warmup_steps", "weight_decay", "min_learning_rate"),
     "ema": ("snapshot_every_steps",),

@@ -17,6 +17,7 @@ MAY_CHANGE = frozenset(
     (
         "output_dir",
         *("data.path", "data.images", "data.follow_links", "data.allow_odd_classes", "data.held_out"),
+        "data.max_bad_images",
         *("data.held_out_labels", "data.held_out_split"),
         *("model.allow_blind", "model.init_from"),
         *("train.max_steps", "train.micro_batch", "train.sharding", "train.gradient_checkpointing"),
@@ -54,6 +55,8 @@ class DataConfig:
         allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
         background: of images: what shows through transparent pixels: white, black or R,G,B; null drops
             the transparency, as earlier versions did.
+        max_bad_images: of images: leave out up to so many that cannot be decoded, each named; the next one
+            takes its place.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
         prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits,
             which ``moving_digits`` move.
@@ -76,6 +79,7 @@ class DataConfig:
     label_column: str | None = None
     allow_odd_classes: bool = False
     background: str | None = "white"
+    max_bad_images: int = 0
     crop: Literal["center", "random"] = "center"
     prepare: Literal["digits", "moving_digits"] | None = None
     frame_stride: int = 1

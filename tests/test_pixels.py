@@ -143,3 +143,44 @@ def test_va_vae_is_a_preset(monkeypatch, tmp_path):
     monkeypatch.undo()
     with pytest.raises(DataError, match="cannot be downloaded"):
         build_data.load_autoencoder("va-vae-f16d32")
+
+
+def test_broken_images_are_left_out_up_to_a_number(workshop, recipe, tmp_path, run_here, refused_here, capfd):
+    """A run that meets one goes on by the same command with the number raised; the next image stands in."""
+    for path in (workshop / "images").rglob("*.png"):
+        copy = tmp_path / "images" / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    broken = [tmp_path / "images" / "class 1" / name for name in ("07.png", "10.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    source, vae = open_source(str(tmp_path / "images")), make_vae()
+    names = [source.name(i) for i in range(24)]
+    i = names.index(str(broken[0]))
+    assert names[i + 1] == str(broken[1])
+    reader = Reader(source, (16, 16), "random")
+    rng = torch.Generator().manual_seed(3)
+    expected = reader.read(i + 2, rng)
+    for order in ([i], [i + 1, i], [i + 2, i]):  # whatever was met before
+        images = PixelDataset(reader, vae, "vae", max_bad_images=2)
+        pixels, labels = images.draw(
+            order, [False] * len(order), [torch.Generator().manual_seed(3) for _ in order]
+        )
+        assert torch.equal(pixels[-1], expected.pixels)
+        assert labels[-1] == expected.label
+    out = capfd.readouterr().out
+    assert out.count(f"left out: {broken[0]} is a broken or truncated image") == 3
+    one = PixelDataset(reader, vae, "vae", max_bad_images=1)
+    with pytest.raises(DataError, match=r"10\.png is a broken .*go on without it by data\.max_bad_images 2"):
+        one.draw([i], [False], [torch.Generator()])
+
+    short = {"max_steps": 6, "save_every_steps": 2, "num_workers": 0}
+    config = recipe(data=images_of(workshop, tmp_path), train=short)
+    error = refused_here("train_dit.py", "--config", config)
+    assert "by data.max_bad_images 1 or more" in error
+    output = run_here("train_dit.py", "--config", config, "--data.max_bad_images", 2)
+    assert "left out: " in output
+
+
+def images_of(workshop, folder):
+    return images(workshop, path=str(folder / "images"))

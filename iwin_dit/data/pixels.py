@@ -16,8 +16,11 @@ from iwin_dit.data.codec import (
     vae_statistics,
     weights_sha256,
 )
-from iwin_dit.data.reading import Reader
+from iwin_dit.data.images import BadImage
+from iwin_dit.data.reading import Pixels, Reader
 from iwin_dit.data.sources import identity_of
+from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.progress import say
 
 
 class PixelDataset(Dataset):
@@ -27,10 +30,13 @@ class PixelDataset(Dataset):
         reader: of images, or clips, of the size that the autoencoder makes latents of the model's of.
         vae: the autoencoder that will encode them; only its config and weights' hash are kept.
         vae_name: where it came from: a preset, a folder, a file or a hub id.
+        max_bad_images: so many images that cannot be decoded are left out: the next one in the source takes
+            the place of each. Every process that reads counts those that it meets.
     """
 
-    def __init__(self, reader: Reader, vae: Any, vae_name: str):
-        self.reader = reader
+    def __init__(self, reader: Reader, vae: Any, vae_name: str, max_bad_images: int = 0):
+        self.reader, self.max_bad_images = reader, max_bad_images
+        self._bad: set[int] = set()
         self.vae_name = self.vae_path = vae_name
         self.class_names: list[str] = reader.source.class_names
         frames = () if reader.clip is None else (latent_frames(vae, reader.clip.frames),)
@@ -52,11 +58,34 @@ class PixelDataset(Dataset):
         """For training: pixels ``(B, 3, [T,] H, W)`` uint8, and labels.
 
         Raises:
-            DataError: naming an image that cannot be decoded.
+            DataError: naming an image that cannot be decoded, where no more may be left out.
         """
-        read = [self.reader.read(i, rng) for i, rng in zip(indices, rngs, strict=True)]
+        read = [self._read(i, rng) for i, rng in zip(indices, rngs, strict=True)]
         pixels = [x.pixels.flip(-1) if flip else x.pixels for x, flip in zip(read, mirrored, strict=True)]
         return torch.stack(pixels), [x.label for x in read]
+
+    def _read(self, i: int, rng: torch.Generator) -> Pixels:
+        """Image ``i``, or the next that can be decoded: a function of ``i`` and ``rng`` alone."""
+        state = rng.get_state()
+        for number in range(i, i + len(self)):
+            number %= len(self)
+            if number in self._bad:
+                continue
+            rng.set_state(state)
+            try:
+                return self.reader.read(number, rng)
+            except BadImage as error:
+                self._leave_out(number, error)
+        raise DataError("no image can be decoded")
+
+    def _leave_out(self, number: int, error: BadImage) -> None:
+        self._bad.add(number)
+        if len(self._bad) > self.max_bad_images:
+            raise DataError(
+                f"{error}; or go on without it by data.max_bad_images {len(self._bad)} or more: the next "
+                "image takes its place"
+            ) from None
+        say(f"left out: {error}")
 
     @property
     def identity(self) -> dict[str, Any]:
