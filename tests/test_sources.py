@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
 
