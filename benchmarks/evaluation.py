@@ -1,9 +1,12 @@
 """Features of images: our loop beside torch-fidelity's own, and the memory of ten times as many images.
 
     python benchmarks/evaluation.py [--images 10000]
+    python benchmarks/evaluation.py --metrics [--images 10000]
 
-After ``make demo``, whose classifier the memory is measured with. Speed is Inception's, with random weights,
-on which it does not depend; small pictures drawn here.
+The first after ``make demo``, whose classifier the memory is measured with. Speed is Inception's, with random
+weights, on which it does not depend; small pictures drawn here. The second measures the metrics: time and
+memory of ``evaluate_fid.py``, each metric alone and all together, on one process and on two, with features as
+many as Inception's that a random projection makes.
 """
 
 from __future__ import annotations
@@ -87,7 +90,73 @@ def peak_mib(folder: Path, reference: Path, extractor: str, batch: int) -> tuple
     return usage.ru_maxrss / 1024, time.perf_counter() - started
 
 
+class Projection(nn.Module):
+    """As many features as Inception has, of pixels that are projected at random, in microseconds."""
+
+    name, sha256, preprocessing = "projection", "0" * 64, "none"
+    layers = Inception.layers
+
+    def __init__(self, weights: Path | None = None):
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        sizes = {"pool": 2048, "logits": 1008, "spatial": 2023}
+        self.matrices = {k: torch.randn(192, size, generator=rng) / 8 for k, size in sizes.items()}
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = (nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1) - 128) / 64
+        return {layer: (x @ matrix.to(x.device)).relu() for layer, matrix in self.matrices.items()}
+
+
+def evaluate_projected(command: list[str]) -> None:
+    """``evaluate_fid.py`` with :class:`Projection`; prints this process's peak of memory."""
+    import resource
+
+    import evaluate_fid
+    from iwin_dit import build_evaluation
+
+    build_evaluation.Inception = Projection
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    evaluate_fid.run(evaluate_fid.parse_arguments(command))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rank = os.environ.get("RANK", "0")
+    print(f"process {rank}: {before:.0f} MiB at the start, {peak:.0f} MiB at the peak", flush=True)
+
+
+def measure_metrics(root: Path, count: int) -> None:
+    """Each metric alone, then all, then all on two processes.
+
+    The reference's features are kept from the first to the last.
+    """
+    rng = np.random.default_rng(0)
+    for name, low in (("generated", 0), ("real", 40)):
+        np.savez(root / f"{name}.npz", rng.integers(low, 256, (count, 32, 32, 3), dtype=np.uint8))
+    two = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    two += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    two += ["--main_process_port", "0"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": str(ROOT)}
+    together = "fid,sfid,kid,is,pr"
+    for metrics, launcher in (
+        *((name, [sys.executable]) for name in together.split(",")),
+        (together, [sys.executable]),
+        (together, two),
+    ):
+        command = [*launcher, __file__, "--evaluate", "--generated", root / "generated.npz"]
+        command += ["--reference", root / "real.npz", "--metrics", metrics, "--out", root / "result.json"]
+        if launcher is two:
+            environment |= {"ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower()}
+        started = time.perf_counter()
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        peaks = [line for line in done.stdout.splitlines() if line.startswith("process ")]
+        print(f"{metrics}: {time.perf_counter() - started:.0f} s; {'; '.join(sorted(peaks))}", flush=True)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--evaluate"]:
+        evaluate_projected(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000, help="and a tenth of them (10,000)")
     own = "iwin:runs/digits_classifier"
@@ -95,7 +164,12 @@ def main() -> None:
     parser.add_argument("--speed-images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--metrics", action="store_true", help="measure the metrics, and nothing else")
     arguments = parser.parse_args()
+    if arguments.metrics:
+        with tempfile.TemporaryDirectory() as root:
+            measure_metrics(Path(root), arguments.images)
+        return
     with tempfile.TemporaryDirectory() as root:
         few = draw_images(Path(root) / "speed", arguments.speed_images)
         compare_speed(few, arguments.batch, arguments.rounds)

@@ -107,13 +107,19 @@ def latents_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """Inception's architecture with random weights, saved as torch-fidelity's file is."""
+    """Inception's architecture with random weights, saved as torch-fidelity's file is.
+
+    They are scaled so that what is left of an image after 94 layers is not a millionth.
+    """
     patch = pytest.MonkeyPatch()
     patch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: {})
     patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
     torch.manual_seed(0)
     network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     patch.undo()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.weight.data.fill_(2.4)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path

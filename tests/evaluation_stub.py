@@ -56,13 +56,15 @@ def make_sets(root):
 
 
 if __name__ == "__main__":
-    # evaluate_fid.py with the stub, a millisecond an image, for each line of arguments that comes in
+    # evaluate_fid.py with the stub, a millisecond an image, of its arguments or of each line of such
     import json
+    import os
     import sys
     import time
 
     import evaluate_fid
     from iwin_dit import build_evaluation
+    from iwin_dit.evaluation import images
     from iwin_dit.runtime.errors import UserError
 
     class Slow(Stub):
@@ -72,6 +74,24 @@ if __name__ == "__main__":
 
     build_evaluation.Inception = Slow
     build_evaluation.use_all_cores = lambda processes: None
+    counts = dict.fromkeys(("looked at", "listed", "computed"), 0)
+
+    def counted(what, call):
+        def counting(*arguments, **options):
+            counts[what] += 1
+            return call(*arguments, **options)
+
+        return counting
+
+    images.read_header = counted("looked at", images.read_header)
+    images.list_files = counted("listed", images.list_files)
+    build_evaluation.compute = counted("computed", build_evaluation.compute)
+    if sys.argv[1:]:
+        evaluate_fid.run(evaluate_fid.parse_arguments(sys.argv[1:]))
+        group = torch.distributed.distributed_c10d._get_default_group()
+        seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        print(f"process {os.environ['RANK']}: {counts} timeout {seconds:.0f}", flush=True)
+        sys.exit()
     print("ready", flush=True)
     for line in sys.stdin:
         try:

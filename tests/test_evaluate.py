@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import give_zeros_noise, make_model, make_vae, run, start
+from conftest import ROOT, give_zeros_noise, make_model, make_vae, run, start
 from diffusers import FlowMatchEulerDiscreteScheduler
 from evaluation_stub import COUNT, Stub, frechet_of_few, make_sets
 from PIL import Image
@@ -468,6 +468,26 @@ def test_an_interrupted_evaluation_goes_on(sets, evaluate, inception_weights, tm
     reference = Features(["fid"])
     reference.add({"pool": extractor(FolderImages(sets / "real").read(0, COUNT))["pool"]})
     assert stored == pytest.approx(compute(["fid"], whole, reference)["fid"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_looks_lists_and_computes(sets, evaluate, stub, tmp_path):
+    """The other is told, and waits longer than the half hour after which gloo would give up."""
+    metrics = ("--metrics", "fid,sfid,kid,is,pr")
+    one, _ = evaluate("other", *metrics)
+    shutil.rmtree(tmp_path / "cache")
+    program = ROOT / "tests" / "evaluation_stub.py"
+    command = evaluate.command(sets / "other", *metrics)
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    output, _ = run(program, *command, launcher=TWO_PROCESSES, **environment)
+    assert json.loads((tmp_path / "result.json").read_text())["figures"] == pytest.approx(one, rel=1e-6)
+    lines = sorted(line for line in output.splitlines() if line.startswith("process "))
+    wait = "timeout 86400"
+    looked = 2 * COUNT + 2  # of each set the first is looked at once more, for its size
+    assert lines == [
+        f"process 0: {{'looked at': {looked}, 'listed': 2, 'computed': 1}} {wait}",
+        f"process 1: {{'looked at': 0, 'listed': 0, 'computed': 0}} {wait}",
+    ]
 
 
 @pytest.mark.slow

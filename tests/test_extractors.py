@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from iwin_dit.evaluation import extractors
-from iwin_dit.evaluation.extractors import Classifier, DINOv2, resize, resize_positions
+from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception, resize, resize_positions
 from iwin_dit.runtime.errors import CheckpointError
 
 WIDTH, DEPTH, HEADS, SIDE = 24, 2, 3, 37  # the published grid: 518 pixels
@@ -86,6 +87,31 @@ def dinov2_by_definition(images, w):
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
         x = x + affine(hidden, f"{b}.mlp.fc2") * w[f"{b}.ls2.gamma"]
     return norm(x, "norm")[:, 0]
+
+
+def test_sfid_compares_the_first_seven_channels_of_tensorflows_mixed_6(inception_weights):
+    """Layer by layer: TensorFlow's mixed, mixed_1, ... are Mixed_5b, 5c, 5d, 6a, 6b, 6c and 6d."""
+    extractor = Inception(inception_weights)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 3, 64, 64), generator=rng).to(torch.uint8)
+    found, network = extractor(images), extractor.network
+    x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False)
+    x = (x - 128) / 128
+    early = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1")
+    early += ("Conv2d_4a_3x3", "MaxPool_2")
+    for name in (*early, *(f"Mixed_{block}" for block in ("5b", "5c", "5d", "6a", "6b", "6c"))):
+        x = getattr(network, name)(x)
+    block = network.Mixed_6d.branch1x1
+    shift = (block.bn.running_mean, block.bn.running_var, block.bn.weight, block.bn.bias)
+    x = F.batch_norm(F.conv2d(x, block.conv.weight), *shift, eps=0.001)
+    assert x.shape == (2, 192, 17, 17)
+    expected = x.relu()[:, :7].reshape(2, -1)
+    assert found["spatial"].shape == (2, 2023)
+    torch.testing.assert_close(found["spatial"], expected, rtol=1e-4, atol=1e-5)
+    assert expected.std(1).min() > 0.01
+    assert not torch.allclose(expected, x.relu()[:, 1:8].reshape(2, -1), rtol=1e-2)
+    assert found["pool"].shape == (2, 2048)
+    assert found["logits"].shape == (2, 1008)
 
 
 def test_dinov2_is_what_its_definition_says(state, weights):

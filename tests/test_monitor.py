@@ -42,12 +42,17 @@ def figures(run):
 
 
 def test_figures_are_those_of_evaluate_fid(watched, sets, train_here, script_here, tmp_path):
+    """And what somebody else keeps in the run's folder stays."""
+    mine = tmp_path / "run" / "evaluation" / "fid_of_my_paper.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
     code, output = train_here("--config", watched)
     assert code == 0, output
     found = figures(tmp_path / "run")
     assert list(found) == [4, 8]
     assert found[4]["fid"] != found[8]["fid"]
     assert not (tmp_path / "run" / ".evaluation").exists()
+    assert mine.read_text() == "{}"
     drawn = ("--num-images", COUNT, "--steps", 2, "--guidance-scale", 2.0, "--draw-batch", 5)
     code, output = script_here(
         *("evaluate_fid.py", "--generated", tmp_path / "run", "--reference", sets / "real", *drawn),
