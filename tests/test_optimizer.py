@@ -116,6 +116,15 @@ def test_an_average_has_the_statistics_of_its_model():
     torch.testing.assert_close(ema(x), model.eval()(x))
 
 
+def test_an_average_is_of_its_own_model():
+    models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2)]
+    models[2].register_buffer("count", torch.zeros(1))
+    for model in models[1:]:
+        for average, other in ((make_ema(models[0]), model), (make_ema(model), models[0])):
+            with pytest.raises(ValueError, match="zip"):
+                update_ema(average, other, 0.9)
+
+
 def test_optimiser_state_makes_the_round_trip():
     """A second optimiser that was given the state of the first takes the same step."""
     torch.manual_seed(0)
