@@ -295,6 +295,7 @@ def held_out_loader(config: ClassifierConfig, images: Any, accelerator: Accelera
         images,
         batch_size=max(1, min(config.train.batch_images, 256) // (clips * crops)),
         num_workers=config.train.num_workers,
+        timeout=config.train.worker_timeout_seconds if config.train.num_workers else 0,
         worker_init_fn=leave_group,
         pin_memory=accelerator.device.type == "cuda",
     )

@@ -177,13 +177,14 @@ def test_a_job_is_requeued_when_it_was_preempted(tmp_path, code, requeued):
     assert (parsed.training_script, parsed.training_script_args) == ("train_dit.py", arguments)
 
 
-def test_sigterm_reaches_each_trainer_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # --signal=B:TERM@120, B:USR1@120
+def test_sigterm_reaches_each_trainer_once(tmp_path, number):
     """And torchrun after them, which would start them again; however often Slurm says it."""
     job = Job(tmp_path, {"torchrun": TORCHRUN}, TORCHRUN_EXITS="never")
     job.wait_until(lambda: "ready" in job.calls.read_text(), 20)
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(number)
     job.wait_until(lambda: "trainer" in job.calls.read_text(), 20)
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(number)
     exit_code, output, calls = job.end(30)
     assert exit_code == 143, output
     after = calls[calls.index("ready") + 1 :]

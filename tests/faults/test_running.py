@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,17 @@ from PIL import Image
 
 import train_dit
 from iwin_dit import build, build_pipeline
+from iwin_dit.build_classifier import held_out_loader
+from iwin_dit.classifier_config import ClassifierConfig
 from iwin_dit.config import load_config
+from iwin_dit.config_schema import TrainConfig
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
+from iwin_dit.runtime.errors import WorkerError
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.signals import ASKING, AT_ONCE, StopRequest
+from iwin_dit.runtime.workers import worker_errors
 from iwin_dit.training import loop, reports
 
 SHORT = {"max_steps": 12, "save_every_steps": 5, "log_every_steps": 4}
@@ -446,6 +452,25 @@ def test_a_worker_that_dies_or_hangs_is_named(recipe, train_here, tmp_path, monk
     assert steps[0] == 5
     if "timed out" in message:  # a death is noticed sooner, also in the middle of a step, which is not saved
         assert steps == [5, 8]
+
+
+class Hangs(torch.utils.data.Dataset):
+    """Images that are never read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        time.sleep(60)
+
+
+def test_held_out_images_that_hang_are_an_error():
+    train = TrainConfig(num_workers=1, worker_timeout_seconds=1)
+    loader = held_out_loader(
+        ClassifierConfig(train=train), Hangs(), SimpleNamespace(device=torch.device("cpu"))
+    )
+    with pytest.raises(WorkerError, match="timed out after 1 seconds"), worker_errors():
+        next(iter(loader))
 
 
 # --- row 38: the clock
