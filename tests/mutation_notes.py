@@ -26,6 +26,10 @@ EQUIVALENT = {  # (file, line as changed): why no test can notice it
         "iwin_dit/diffusion/ddpm.py",
         "return torch.where(first, code_length, divergence).flatten(1).mean((-1)) / math.log(2)",
     ): "of two axes, the second is the last",
+    (
+        "iwin_dit/training/posthoc.py",
+        "widths = np.geomspace(1e-3, power_std(0.0) * (1 - 1e-9), (201))",
+    ): "how finely widths are tried that a message of three digits names",
 }
 
 NAMED = [  # (file, text that occurs once, what takes its place)
