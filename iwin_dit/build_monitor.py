@@ -19,10 +19,11 @@ from iwin_dit.config import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.evaluation.evaluate import features_key, read_features
-from iwin_dit.evaluation.images import SampledImages, label_plan
+from iwin_dit.evaluation.images import Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import check_counts, compute
 from iwin_dit.evaluation.rules import chosen_metrics, name_figures
 from iwin_dit.runtime import scratch
+from iwin_dit.runtime.cpu import cores
 from iwin_dit.training.state import State, full_ema, together
 
 
@@ -42,7 +43,10 @@ def build_monitor(
     metrics = chosen_metrics(options.extractor, options.metrics)
     with accelerator.local_main_process_first():
         extractor = build_extractor(options.extractor, options.inception_weights).to(accelerator.device)
-    reference = on_main(accelerator, lambda: open_reference(options.reference, metrics, options.extractor))
+    reading = Reading(workers=min(4, cores()))
+    reference = on_main(
+        accelerator, lambda: open_reference(options.reference, metrics, options.extractor, reading)
+    )
     if reference is None:
         check_counts(metrics, options.num_images, None)
     else:

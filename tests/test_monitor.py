@@ -59,8 +59,19 @@ def test_figures_are_those_of_evaluate_fid(watched, sets, train_here, script_her
         *("--metrics", "fid,kid", "--out", tmp_path / "result.json"),
     )
     assert code == 0, output
-    expected = json.loads((tmp_path / "result.json").read_text())["figures"]
+    first = json.loads((tmp_path / "result.json").read_text())
+    expected = first["figures"]
     assert {name: found[8][name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+    other = ("--generated", tmp_path / "run", "--reference", sets / "real", "--num-images", 2, "--steps", 1)
+    for decay in ("none", "0.9"):
+        options = (*other, "--ema", decay, "--out", tmp_path / "result.json")
+        code, output = script_here("evaluate_fid.py", *options)
+        assert code == 0, output
+        again = json.loads((tmp_path / "result.json").read_text())["generated"]
+        assert again["ema"] == decay
+        same = again["weights_sha256"] == first["generated"]["weights_sha256"]
+        assert same == (decay == "0.9"), "another average of the run, or the first"
 
     code, output = train_here("--config", watched)
     assert code == 0, output
