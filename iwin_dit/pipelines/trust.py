@@ -45,7 +45,7 @@ SETTINGS = ("_class_name", "_diffusers_version", "_name_or_path", "id2label", "l
 
 # The largest of every number that decides how much is built or allocated.
 MAX_WIDTH = 65_536
-MAX_NUMBER = 1e30
+MAX_NUMBER = 1e18  # which 64 bits hold, too
 SIZES = {
     "num_layers": 1_000,
     "num_attention_heads": MAX_WIDTH,

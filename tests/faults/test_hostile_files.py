@@ -734,6 +734,7 @@ def test_35_half_precision_can_be_sampled(pipeline_folder, dtype):
     [
         ("transformer/config.json", {"class_dropout_prob": "a"}, "expected a value such as 0.1"),
         ("transformer/config.json", {"timestep_scale": {"a": 1}}, "expected a value such as 1.0"),
+        ("transformer/config.json", {"timestep_scale": 10**30}, "expected finite numbers"),
         ("scheduler/scheduler_config.json", {"shift": 10**30}, "is a damaged pipeline: "),
         ("scheduler/scheduler_config.json", {"shift": "x"}, "has shift 'x', expected a value such as 1.0"),
         (
