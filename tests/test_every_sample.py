@@ -141,3 +141,14 @@ def test_features_are_read_from_their_files_when_they_are_needed(tmp_path):
     (tmp_path / "0.safetensors").unlink()
     with pytest.raises(OSError, match="No such file"):
         compute(["pr"], stored, real)
+
+
+def test_figures_keep_generated_and_real_apart():
+    generated, real = normal(150, 0, 0.7, 0.3), normal(130, 1)
+    sides = Features(["pr"]), Features(["pr"])
+    for side, values in zip(sides, (generated, real), strict=True):
+        side.add({"pool": values})
+    found = compute(["pr"], *sides)
+    expected = precision_and_recall_by_definition(generated, real)
+    assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-12)
+    assert abs(found["precision"] - found["recall"]) > 0.1
