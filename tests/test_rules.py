@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from evaluate_fid import parse_arguments
+from iwin_dit.build_evaluation import drawer
 from iwin_dit.evaluation.rules import (
     chosen_metrics,
     differences,
@@ -184,3 +188,19 @@ def test_a_sweep_is_drawn_as_a_curve_of_each_metric(tmp_path, monkeypatch):
     assert curves == {"fid": [[1, 3], [2, 2]], "kid": [[1, 0.1], [2, 0.2]]}
     assert figure.axes[0].get_xlabel() == "guidance scale"
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+def test_drawn_pixels_are_rounded_as_a_saved_png_is(frames):
+    """To the nearest of 256; diffusers' own way to a picture is the witness."""
+    levels = torch.linspace(0, 1, 3 * 40 * 16).reshape(1, 3, 40, 16)  # between two, and on them
+    images = levels if frames is None else torch.stack([levels, levels.flip(-1)], 1)  # (1, T, 3, H, W)
+
+    def pipeline(labels, generator, output_type, return_dict):
+        return (images,)
+
+    found = drawer(pipeline, {})([0], [torch.Generator()])
+    shown = found if frames is None else found[:, :, 0]
+    picture = VaeImageProcessor.numpy_to_pil(levels.permute(0, 2, 3, 1).numpy())[0]
+    assert torch.equal(shown[0].permute(1, 2, 0), torch.from_numpy(np.array(picture)))
+    assert found.shape == ((1, 3, 40, 16) if frames is None else (1, 3, 2, 40, 16))
