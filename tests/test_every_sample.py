@@ -145,10 +145,12 @@ def test_features_are_read_from_their_files_when_they_are_needed(tmp_path):
 
 def test_figures_keep_generated_and_real_apart():
     generated, real = normal(150, 0, 0.7, 0.3), normal(130, 1)
-    sides = Features(["pr"]), Features(["pr"])
+    sides = Features(["pr", "kid"]), Features(["pr", "kid"])
     for side, values in zip(sides, (generated, real), strict=True):
         side.add({"pool": values})
-    found = compute(["pr"], *sides)
+    found = compute(["pr", "kid"], *sides)
     expected = precision_and_recall_by_definition(generated, real)
     assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-12)
     assert abs(found["precision"] - found["recall"]) > 0.1
+    expected = kernel_distance_by_definition(generated, real, 130, 100)
+    assert (found["kid"], found["kid_std"]) == pytest.approx(expected, rel=1e-3)
