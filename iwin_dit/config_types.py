@@ -18,6 +18,7 @@ from iwin_dit.runtime.errors import ConfigError
 T = TypeVar("T")
 MAX_INT = 2**63 - 1
 MAX_DEPTH = 8  # of values below a key that takes any
+MAX_NAME = 80
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlong = 40
@@ -58,7 +59,8 @@ def check_keys(content: dict[str, Any], kind: type, where: str = "", prefix: str
     for key, value in content.items():
         hint = types_of(kind).get(key) if isinstance(key, str) else None
         if hint is None:
-            raise ConfigError(f"{where}{prefix}{key} is not a key; {_did_you_mean(prefix, key, kind)}")
+            name = str(key)[:MAX_NAME]
+            raise ConfigError(f"{where}{prefix}{name} is not a key; {_did_you_mean(prefix, name, kind)}")
         if is_dataclass(hint):
             if not isinstance(value, dict):
                 some = ", ".join(f.name for f in fields(hint)[:3])
@@ -66,9 +68,9 @@ def check_keys(content: dict[str, Any], kind: type, where: str = "", prefix: str
             check_keys(value, hint, where, f"{prefix}{key}.")
 
 
-def _did_you_mean(prefix: str, key: Any, kind: type) -> str:
+def _did_you_mean(prefix: str, name: str, kind: type) -> str:
     known = list(types_of(kind))
-    near = difflib.get_close_matches(str(key), known, n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}"
 
 

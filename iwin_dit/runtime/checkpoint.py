@@ -189,7 +189,7 @@ def verify(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}, which the manifest lists, does not exist")
         found = file.stat().st_size
         if found != size:
-            raise CheckpointError(f"{file} has {found} bytes, the manifest says {size}")
+            raise CheckpointError(f"{file} has {found} bytes, the manifest says {size!s:.100}")
         if files.retry(partial(files.fingerprint, file))["sha256"] != sha256:
             raise CheckpointError(
                 f"{file} does not have the SHA-256 of the manifest: its content has changed"
