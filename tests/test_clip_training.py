@@ -1,14 +1,16 @@
 """From folders of videos to a generator of clips, by the commands that people type."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import make_vae, read_checkpoint
+from conftest import ROOT, make_vae, read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -64,27 +66,12 @@ CLIP_OPTIONS = ("--frames", FRAMES, "--frame-stride", STRIDE)
 @pytest.fixture(scope="module")
 def latents(workshop):
     """Clips and images, through the command's own function."""
-    from argparse import Namespace
-
-    common = dict(
-        labels=None,
-        vae=str(workshop / "vae"),
-        vae_config=None,
-        size=[16],
-        crop="center",
-        batch_images=4,
-        shard_images=7,
-        workers=0,
-        precision="float32",
-        store="float32",
-        posterior=False,
-        max_bad_images=0,
-        clips_per_video=1,
-        frame_stride=STRIDE,
-    )
-    for name, frames in (("videos", FRAMES), ("images", None)):
-        out = workshop / f"latents of {name}"
-        build_data.extract_latents(Namespace(images=str(workshop / name), out=out, frames=frames, **common))
+    parse = runpy.run_path(str(ROOT / "extract_latents.py"))["parse_arguments"]
+    for name, more in (("videos", CLIP_OPTIONS), ("images", ())):
+        command = extract(workshop, workshop / f"latents of {name}", *more, videos=name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, command)))
+            build_data.extract_latents(parse())
     return workshop
 
 
@@ -144,6 +131,8 @@ def test_bad_clips_are_named_and_counted(workshop, tmp_path, run_here, refused_h
         for packet in [*stream.encode(sound), *stream.encode()]:
             container.mux(packet)
     command = extract(workshop, tmp_path / "out", *CLIP_OPTIONS, videos=tmp_path / "videos")
+    assert "has a single class, z" in refused_here(*command)
+    command += ("--allow-odd-classes",)
     error = refused_here(*command)
     assert "5 bad clips, allowed are 0" in error
     output = run_here(*command, "--max-bad-images", 5)

@@ -269,7 +269,9 @@ def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch
         return real(*arguments) * (100 if len(steps) == 17 else 1)
 
     monkeypatch.setattr(FlowMatching, "loss", taking(1, loss))
-    monkeypatch.setattr(reports, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(
+        reports, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
+    )
     for name in ("save", "save_snapshot", "roll_back"):
         monkeypatch.setattr(loop, name, taking(100, getattr(loop, name)))
     monkeypatch.setattr(build_training, "build_preview", lambda *_: taking(100, lambda *_: None))
