@@ -9,7 +9,7 @@ import torch
 from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline, newest_run
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.pipelines.sampling import open_folder, sample_classes, write_grid, write_samples
+from iwin_dit.pipelines.sampling import check_grid, open_folder, sample_classes, write_grid, write_samples
 from iwin_dit.runtime.errors import FULL, ConfigError
 
 GRIDS = (".png", ".gif", ".mp4")
@@ -65,6 +65,8 @@ def _draw(
     recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std, "ema": arguments.ema}
     recipe |= {"sampler": arguments.sampler}
     recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide) if guide else None}
+    if arguments.is_grid:
+        check_grid(out)
     if arguments.compile:
         compile_models(pipeline.transformer, guide)
     drawn = set() if arguments.is_grid else open_folder(out, recipe)

@@ -140,6 +140,17 @@ def test_a_grid_has_its_recipe_beside_it(pipeline_folder, run_here, tmp_path):
     assert Image.open(out).size[1] == 2 * (24 * 3 + 2)
 
 
+def test_a_recipe_is_not_written_over_files_of_others(pipeline_folder, run_here, refused_here, tmp_path):
+    options = ("--checkpoint", pipeline_folder, "--class", 0, "--num-images", 1, "--steps", 1)
+    (tmp_path / "photo.json").write_text('{"camera": "mine"}')
+    assert "photo.json, which is none of sample.py" in refused_here(
+        "sample.py", *options, "--out", tmp_path / "photo.png"
+    )
+    assert (tmp_path / "photo.json").read_text() == '{"camera": "mine"}'
+    for _ in range(2):  # its own recipe may be written again
+        run_here("sample.py", *options, "--out", tmp_path / "grid.png")
+
+
 def test_mistakes_are_one_line(pipeline_folder, refused_here, tmp_path):
     base = ("sample.py", "--checkpoint", pipeline_folder, "--out", tmp_path / "x.png")
     assert "class 207 is out of range: this model has 10 classes, 0 to 9" in refused_here(

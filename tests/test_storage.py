@@ -7,9 +7,11 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
+from iwin_dit.data.packed_sources import read_file
 from iwin_dit.runtime import files, scratch
-from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.errors import ConfigError, DataError, StorageError, run_script
 from iwin_dit.runtime.lock import hold
 
 HOLD = (
@@ -133,3 +135,17 @@ def test_errors_of_the_storage_are_one_line(error, code, words, capsys):
     printed = capsys.readouterr().err
     assert words in printed
     assert printed.count("\n") == 1
+
+
+def test_storage_that_fails_is_told_from_data_that_are_missing(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    with pytest.raises(DataError, match=r"b\.png cannot be read: No such file"):
+        read_file(str(tmp_path / "b.png"))
+
+    def fails(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(StorageError, match=r"a\.png cannot be read: Input/output error"):
+        read_file(str(tmp_path / "a.png"))

@@ -164,7 +164,7 @@ class Folder:
                     else:
                         (folders if kind == "folder" else names).append(entry.name)
         except OSError as error:
-            raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+            raise files.cannot_read(printable(path), error) from error
         self._bar.update(len(names))
         return folders, names
 

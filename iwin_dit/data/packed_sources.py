@@ -79,7 +79,7 @@ class WebDatasetSource:
         try:
             data = files.retry(read)
         except OSError as error:
-            raise DataError(f"{self.name(i)} cannot be read: {error}") from error
+            raise files.cannot_read(self.name(i), error) from error
         if len(data) != size:
             raise DataError(f"{self.name(i)} has {len(data)} bytes of {size}: the shard changed; restore it")
         return data, label
@@ -211,7 +211,7 @@ def read_file(path: str) -> bytes:
     try:
         return files.read_bytes(path)
     except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        raise files.cannot_read(printable(path), error) from error
 
 
 def stamped(root: str, file: str) -> tuple[str, int]:
@@ -220,7 +220,7 @@ def stamped(root: str, file: str) -> tuple[str, int]:
     try:
         found = files.retry(lambda: os.stat(path))
     except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        raise files.cannot_read(printable(path), error) from error
     return f"{found.st_size} {file}", found.st_mtime_ns
 
 
@@ -230,7 +230,7 @@ def refuse_pointer(path: str) -> None:
         with open(path, "rb") as file:
             head = files.retry(lambda: file.read(HEAD_BYTES))
     except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        raise files.cannot_read(printable(path), error) from error
     if files.is_lfs_pointer(head):
         raise DataError(
             f"{printable(path)} is a pointer of Git LFS, which stands for the file; fetch the files "

@@ -163,7 +163,7 @@ def _demuxed(path: str) -> Iterator[tuple[Any, Any]]:
     except av.FFmpegError as error:
         raise BadClip(f"{name} {problem} ({error.strerror}); restore, convert or remove it") from error
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}") from error
+        raise files.cannot_read(name, error) from error
 
 
 def _is_cut_off(file: BinaryIO, form: str, head: bytes) -> bool:

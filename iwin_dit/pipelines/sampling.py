@@ -155,6 +155,19 @@ def write_grid(
     return written
 
 
+def check_grid(path: Path) -> None:
+    """Raises ConfigError where a file of somebody else lies where the grid's recipe belongs."""
+    recipe = path.with_suffix(".json")
+    try:
+        if recipe.exists() and "checkpoint" not in files.read_json(recipe, limits.JSON_BYTES):
+            raise ValueError("it names no checkpoint")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the recipe of --out {path} would be written over {recipe}, which is none of sample.py "
+            f"({error}); take another name"
+        ) from None
+
+
 def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
     """A folder for images of this recipe, which is written into it as ``recipe.json``.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from iwin_dit.runtime.errors import reason
+from iwin_dit.runtime.errors import DataError, StorageError, UserError, reason
 
 T = TypeVar("T")
 # what a network file system or a tired disk answers once, and may not answer again
@@ -38,6 +38,12 @@ def retry(read: Callable[[], T]) -> T:
                 raise
         time.sleep(pause)
     return read()
+
+
+def cannot_read(name: str, error: OSError) -> UserError:
+    """The error of data that could not be read: of the storage, where it may pass, otherwise of the data."""
+    kind = StorageError if error.errno in TRANSIENT else DataError
+    return kind(f"{name} cannot be read: {error.strerror or error}")
 
 
 def read_bytes(path: str | Path) -> bytes:
