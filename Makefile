@@ -5,7 +5,7 @@ READY := .venv/ready
 # Threads that wait sleep: see iwin_dit/__init__.py.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-video compare transfer test test-slow mutation lint
+.PHONY: demo demo-video compare transfer test test-slow mutation fuzz lint
 
 demo: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
