@@ -231,8 +231,7 @@ def test_the_convolution_is_left_out_where_a_window_covers_the_grid():
     assert mixer((16, 16), window_size=8, convolution=False).num_branches == 1
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("mlp", "norm"), [("swiglu", "rms_norm"), ("gelu", "layer_norm")])
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_block_compiles_without_a_graph_break(name, mlp, norm):
     options = {"window_size": 4} if "window_size" in MIXER_FIELDS[name] else {}

@@ -28,6 +28,7 @@ FIXED = COMMON | {
         "data.split",
         "data.image_column",
         "data.label_column",
+        "data.background",
         "data.crop",
         "data.prepare",
         "data.random_flip",
@@ -38,7 +39,7 @@ FIXED = COMMON | {
     *(f"objective.{f.name}" for f in fields(Config().objective)),
 }
 FIXED_OF_CLASSIFIERS = COMMON | {
-    *("data.split", "data.image_column", "data.label_column"),
+    *("data.split", "data.image_column", "data.label_column", "data.background"),
     *("data.labels", "data.prepare", "data.frames", "data.frame_stride", "data.views", "data.image_size"),
     *("data.crop_share", "data.mean", "data.std"),
     *(f"augment.{f.name}" for f in fields(AugmentConfig)),
