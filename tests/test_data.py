@@ -123,6 +123,28 @@ def test_labels_are_dropped_and_images_mirrored_at_their_rates(latents_folder):
     assert noise.std() == pytest.approx(1, abs=0.01)
 
 
+def test_a_seed_draws_what_it_drew_in_earlier_versions():
+    """Else a run that is resumed, or repeated, would see other data."""
+
+    class Ten:
+        latent_shape, identity = (1, 1, 1), {}
+
+        def __len__(self):
+            return 10
+
+        def draw(self, indices, mirrored, rngs):
+            self.mirrored = "".join("RL"[flip] for flip in mirrored)
+            return torch.zeros(len(indices), 1, 1, 1), [0] * len(indices)
+
+    data = Ten()
+    drawn = TrainingExamples(data, 0, True, 0.25, null_label=3).__getitems__(range(12))
+    assert data.mirrored == "RRLRRLLLRLRL"
+    assert [example.label for example in drawn] == [0, 0, 0, 3, 0, 3, 0, 3, 3, 0, 0, 0]
+    assert [float(example.u) for example in drawn[:4]] == pytest.approx(
+        [0.1654, 0.7142, 0.8769, 0.0161], abs=1e-4
+    )
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
 def test_every_split_of_a_step_holds_the_same_positions(processes, micro_batch):

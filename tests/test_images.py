@@ -496,6 +496,7 @@ def test_csv_of_names_and_of_integers(tmp_path):
         ("file,label\n1.png\n", "line 2: found"),
         ("file,label\n1.png,\n", "labels are missing .line 2: ''"),
         ("file,label\n1.png,0,0\n", "line 2: found"),
+        ("file,label\n,0\n", "line 2: found .'', '0'., expected a file and a label"),
         ("file,label\n1.png,-1\n", "line 2: found label '-1'"),
         (
             "file,label\n1.png,4000000000\n",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from safetensors.torch import save_file
 
 from evaluate_fid import parse_arguments
 from iwin_dit.build_evaluation import drawer
@@ -14,6 +15,7 @@ from iwin_dit.evaluation.rules import (
     chosen_metrics,
     differences,
     holds_images,
+    is_statistics,
     name_figures,
     read_result,
     stored_command,
@@ -57,6 +59,29 @@ def images(tmp_path, monkeypatch):
 def test_what_cannot_be_evaluated_is_refused(images, options, message):
     with pytest.raises(ConfigError, match=message):
         parse_arguments([*images, *options])
+
+
+def test_a_size_is_a_side_or_two(images):
+    assert parse_arguments([*images, "--size", "16"]).size == [16]
+    assert parse_arguments([*images, "--size", "16", "1"]).size == [16, 1]
+    for size in (["0"], ["16", "0"], ["1", "2", "3"]):
+        with pytest.raises(ConfigError, match=r"--size is .*, expected a side, or height and width"):
+            parse_arguments([*images, "--size", *size])
+
+
+def test_statistics_are_told_from_other_files(tmp_path):
+    path, values = tmp_path / "file.safetensors", {"mean": torch.zeros(2)}
+    for metadata, expected in (
+        ({"about": '{"images": {}}'}, True),
+        ({"about": "{}"}, False),
+        ({"other": '{"images": {}}'}, False),
+        (None, False),
+    ):
+        save_file(values, path, metadata)
+        assert is_statistics(path) is expected
+    path.write_bytes(b"x" * 100)
+    assert is_statistics(path) is False
+    assert is_statistics(tmp_path / "missing") is False
 
 
 @pytest.mark.parametrize("name", ["num-images", "batch-size", "draw-batch", "steps"])
