@@ -10,7 +10,7 @@ TESTS = {  # files of tests/, from which those that execute a line are chosen
     "micro_batches levers monitor",
     "iwin_dit/data": "data codec digits pixels images folders sources labels limits transparency "
     "latent_faults video extraction classification clip_training clip_classifier",
-    "iwin_dit/evaluation": "rules frechet metrics every_sample extractors evaluate clips monitor",
+    "iwin_dit/evaluation": "rules sets frechet metrics every_sample extractors evaluate clips monitor",
 }
 
 EQUIVALENT = {  # (file, line as changed): why no test can notice it
@@ -30,6 +30,14 @@ EQUIVALENT = {  # (file, line as changed): why no test can notice it
         "iwin_dit/training/posthoc.py",
         "widths = np.geomspace(1e-3, power_std(0.0) * (1 - 1e-9), (201))",
     ): "how finely widths are tried that a message of three digits names",
+    (
+        "iwin_dit/evaluation/clips.py",
+        'bar = progress(looks, total=len(self), unit="clip", desc=f"look at {self.folder}", delay=(4))',
+    ): "seconds until a bar is shown",
+    (
+        "iwin_dit/evaluation/sweep.py",
+        "for panel, name in zip(axes[0], names, strict=(False)):",
+    ): "there are as many panels as names by construction",
 }
 
 NAMED = [  # (file, text that occurs once, what takes its place)

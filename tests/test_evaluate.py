@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
@@ -31,11 +30,8 @@ from iwin_dit.build_pipeline import load_pipeline
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.evaluation import archives, every_sample
 from iwin_dit.evaluation import evaluate as chunks
-from iwin_dit.evaluation import images as image_sets
 from iwin_dit.evaluation.archives import NpzImages
-from iwin_dit.evaluation.evaluate import extract_features, read_features
 from iwin_dit.evaluation.export import NpzFile, PngFolder
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages, SampledImages, label_plan
@@ -43,7 +39,6 @@ from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.evaluation.rules import stored_command
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime import scratch
-from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
 TWO_PROCESSES = (
@@ -107,39 +102,6 @@ def test_folders_files_and_statistics_give_the_same_figures(sets, evaluate, stub
     assert len(result["reference"]["sha256"]) == 64
     assert found == pytest.approx({k: expected[k] for k in ("fid", "sfid")}, rel=1e-6)
     assert abs(evaluate("real")[0]["fid"]) < 1e-6 * expected["fid"]
-
-
-def test_bars_are_full_at_the_end(sets, tmp_path, monkeypatch):
-    """Of files, features, features that are there already, and distances, as long as the sets are."""
-    bars = []
-
-    def kept(*arguments, **options):
-        bars.append(progress(*arguments, **options))
-        return bars[-1]
-
-    for module in (archives, chunks, every_sample, image_sets):
-        monkeypatch.setattr(module, "progress", kept)
-    monkeypatch.setattr(every_sample, "BLOCK", 5)
-    images = FolderImages(sets / "real")
-    np.savez(tmp_path / "real.npz", images.read(0, COUNT).movedim(1, -1).numpy())
-    assert images.fingerprint != NpzImages(tmp_path / "real.npz").fingerprint
-    for _ in range(2):
-        extract_features(images, Stub(), Stub.layers, tmp_path / "features", 5, torch.device("cpu"))
-    compute(["pr"], *[read_features(tmp_path / "features", COUNT, ["pr"]) for _ in range(2)])
-    found = [bar.n for bar in bars]
-    assert found[:4] == [COUNT, COUNT * 16 * 16 * 3 + 128, COUNT, COUNT]
-    assert found == pytest.approx([bar.total for bar in bars], rel=0.02)  # the header is not counted on
-
-
-def test_a_file_of_images_is_not_held_in_memory(tmp_path):
-    np.savez(tmp_path / "large.npz", np.zeros((432, 256, 256, 3), np.uint8))  # 81 MiB
-    images = NpzImages(tmp_path / "large.npz")
-    tracemalloc.start()
-    try:
-        images.fingerprint  # noqa: B018
-        assert tracemalloc.get_traced_memory()[1] < 48 << 20
-    finally:
-        tracemalloc.stop()
 
 
 def test_samples_do_not_depend_on_the_batch_and_are_repeated(evaluate, stub, script_here, tmp_path):

@@ -16,6 +16,7 @@ from iwin_dit.evaluation.rules import (
     differences,
     holds_images,
     is_statistics,
+    is_sweep,
     name_figures,
     read_result,
     stored_command,
@@ -213,6 +214,9 @@ def test_a_sweep_is_drawn_as_a_curve_of_each_metric(tmp_path, monkeypatch):
     assert curves == {"fid": [[1, 3], [2, 2]], "kid": [[1, 0.1], [2, 0.2]]}
     assert figure.axes[0].get_xlabel() == "guidance scale"
     assert (tmp_path / "curve.png").stat().st_size > 5000
+    assert is_sweep(tmp_path / "curve.png")
+    draw_sweep("steps", [1, 2], [{"fid": 3.0}, {"fid": 2.0}], tmp_path / "curve.png")
+    assert [axes.get_title() for axes in drawn[1].axes] == ["fid"]
 
 
 @pytest.mark.parametrize("frames", [None, 2])
