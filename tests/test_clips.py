@@ -263,11 +263,11 @@ def test_weights_that_are_not_i3ds_are_refused(i3d_state, tmp_path):
             I3D(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="does not hold I3D's weights") as caught:
+    with pytest.raises(CheckpointError, match=r"these are not I3D's weights: .* it is damaged") as caught:
         I3D(path)
     assert "\n" not in str(caught.value)
     torch.jit.script(torch.nn.ReLU()).save(path)
-    with pytest.raises(CheckpointError, match="does not hold I3D's weights"):
+    with pytest.raises(CheckpointError, match=r"these are not I3D's weights: .* cannot be read as tensors"):
         I3D(path)
     assert not (tmp_path / "marker").exists()
 

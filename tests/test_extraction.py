@@ -27,6 +27,7 @@ from iwin_dit.data.codec import encode, encode_posterior, load_vae, weights_sha2
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.sources import FolderSource, open_source
+from iwin_dit.runtime.cpu import use_all_cores
 from iwin_dit.runtime.errors import DataError, DiskError
 
 SIZE, COUNT, SHARD = 16, 100, 12
@@ -144,6 +145,16 @@ def test_two_processes_make_the_same_bytes(workshop, made, tmp_path):
 
 
 def in_process(workshop, out, **options):
+    """With the threads of the script, since they decide the rounding."""
+    threads = torch.get_num_threads()
+    use_all_cores(1)
+    try:
+        return _extract(workshop, out, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _extract(workshop, out, **options):
     vae = load_vae(str(workshop / "vae"))
     settings = Settings(size=(SIZE, SIZE), batch_images=5, shard_images=SHARD)
     return extract(open_source(str(workshop / "images")), vae, out, settings, {"vae": "vae"}, **options)

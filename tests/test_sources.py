@@ -320,6 +320,8 @@ def test_shards_by_braces(tmp_path):
         )
     source = open_source(f"{tmp_path}/s-{{002..010}}.tar")
     assert [source.read(i)[0] for i in range(len(source))] == [one_pixel(i) for i in range(2, 11)]
+    for names, count in (("{005..005}", 1), ("{004..005}", 2), ("01{0..1}", 2)):
+        assert len(open_source(f"{tmp_path}/s-{names}.tar")) == count
     with pytest.raises(DataError, match=r"2 of 12 shards of .* are missing: .*s-012\.tar, .*s-013\.tar"):
         open_source(f"{tmp_path}/s-{{002..013}}.tar")
     for names in ("{5..4}", "{0..99999999999}", "{000..999}{0000..9999}"):
