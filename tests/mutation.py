@@ -173,7 +173,7 @@ def main() -> None:
 
 def report(tree: Tree, folder: str, chosen: list[Mutant], args: argparse.Namespace) -> None:
     """Checks the mutants and prints a line for each, and the share of those that were noticed."""
-    tests = args.tests or [f"tests/test_{name}.py" for name in TESTS[folder].split()]
+    tests = args.tests or [f"tests/{name}.py" for name in TESTS[folder].split()]
     measured = measure(tree, [name for name in tests if (tree.root / name).is_file()], args.map)
     counts = dict.fromkeys(("noticed", "survived", "not run", "equivalent"), 0)
     for mutant in chosen:

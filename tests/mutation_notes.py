@@ -5,12 +5,23 @@ STUDIES = tuple(
 )
 
 TESTS = {  # files of tests/, from which those that execute a line are chosen
-    "iwin_dit/diffusion": "diffusion guidance schedules pipeline",
-    "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification replicas "
-    "micro_batches levers monitor",
-    "iwin_dit/data": "data codec digits pixels images folders sources labels limits transparency "
-    "latent_faults video extraction classification clip_training clip_classifier",
-    "iwin_dit/evaluation": "rules sets frechet metrics every_sample extractors evaluate clips monitor",
+    "iwin_dit/diffusion": "test_diffusion test_guidance test_schedules test_pipeline",
+    "iwin_dit/training": (
+        "test_data test_optimizer test_reports test_state test_posthoc test_checkpoint "
+        "test_classification test_replicas test_micro_batches test_levers test_monitor "
+        "faults/test_saving faults/test_resuming faults/test_running"
+    ),
+    "iwin_dit/data": (
+        "test_data test_codec test_digits test_pixels test_images test_folders test_sources "
+        "test_labels test_limits test_transparency test_latent_faults test_video test_extraction "
+        "test_classification test_clip_training test_clip_classifier test_extraction_faults "
+        "test_storage faults/test_hostile_files faults/test_storage_errors"
+    ),
+    "iwin_dit/evaluation": (
+        "test_rules test_sets test_frechet test_metrics test_every_sample test_extractors "
+        "test_evaluate test_clips test_monitor faults/test_evaluation "
+        "faults/test_evaluation_files"
+    ),
 }
 
 EQUIVALENT = {  # (file, line as changed): why no test can notice it
@@ -38,6 +49,14 @@ EQUIVALENT = {  # (file, line as changed): why no test can notice it
         "iwin_dit/evaluation/sweep.py",
         "for panel, name in zip(axes[0], names, strict=(False)):",
     ): "there are as many panels as names by construction",
+    (
+        "iwin_dit/data/latents.py",
+        "for path, entry in zip(paths, entries, strict=(False))",
+    ): "there is an entry for each path by construction",
+    (
+        "iwin_dit/data/hugging_face.py",
+        "for batch in file.iter_batches(max((2), most // max(1, largest)), row_groups=[group], columns=[column]):",  # noqa: E501
+    ): "how many rows are counted together",
 }
 
 NAMED = [  # (file, text that occurs once, what takes its place)
