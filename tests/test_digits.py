@@ -12,7 +12,8 @@ from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.codec import decode, encode, load_vae, weights_sha256
 from iwin_dit.data.digits import Scan
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.data.video import read_frames
+from iwin_dit.data.video import read_frames, write_gif
+from iwin_dit.evaluation.moving_digits_report import read_clips
 
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
 SQUARE = Scan(7, np.pad(np.full((2, 2), 255, np.uint8), 3), 4)  # its centre is that of the scan
@@ -144,3 +145,17 @@ def test_moving_digits_become_latents_of_their_clips(tmp_path, monkeypatch):
     torch.testing.assert_close(latents.read_raw([0]), expected, atol=1e-4, rtol=1e-4)
     monkeypatch.setattr(moving_digits, "train_vae", None)
     moving_digits.prepare(tmp_path)
+
+
+def test_the_report_judges_the_clips_that_lie_there(tmp_path):
+    for name in ("0 left", "1 up"):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            frames = [Image.new("RGB", (32, 32), (10 * t + k,) * 3) for t in range(moving_digits.NUM_FRAMES)]
+            write_gif(frames, tmp_path / name / f"{k}.gif", 8)
+    clips, labels, names = read_clips(tmp_path)
+    assert clips.shape == (4, 3, moving_digits.NUM_FRAMES, 32, 32)
+    assert (labels.tolist(), names) == ([0, 0, 1, 1], ["0 left", "1 up"])
+    brightness = (clips.mean((1, 3, 4)) + 1) * 127.5
+    expected = torch.arange(moving_digits.NUM_FRAMES) * 10.0 + torch.tensor([[0.0], [1.0]]).repeat(2, 1)
+    torch.testing.assert_close(brightness, expected, atol=1.0, rtol=0)

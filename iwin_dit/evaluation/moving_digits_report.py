@@ -41,8 +41,9 @@ Look at samples.png (film strips), samples.gif and loss.png in {report}. Then tr
 def read_clips(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Clips ``(N, 3, T, H, W)`` in [-1, 1], labels ``(N,)`` and class names of a folder of class folders."""
     reader = Reader(ClipFolderSource(folder), (SIDE, SIDE), clip=ClipSpec(NUM_FRAMES))
-    clips, labels = zip(*(reader.read(i, torch.Generator()) for i in range(len(reader))), strict=True)
-    return torch.stack(clips).float() / 127.5 - 1, torch.tensor(labels), reader.source.class_names
+    found = [reader.read(i, torch.Generator()) for i in range(len(reader))]
+    clips = torch.stack([clip.pixels for clip in found]).float() / 127.5 - 1
+    return clips, torch.tensor([clip.label for clip in found]), reader.source.class_names
 
 
 def to_clips(samples: list[Sample]) -> tuple[Tensor, Tensor]:
