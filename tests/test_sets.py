@@ -16,7 +16,9 @@ from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.evaluate import chunk_path, extract_features, read_features
 from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.images import FolderImages, Reading, label_plan
-from iwin_dit.evaluation.metrics import compute
+from iwin_dit.evaluation.metrics import Features, compute
+from iwin_dit.evaluation.statistics import read_statistics, write_statistics
+from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.progress import progress
 
@@ -104,3 +106,33 @@ def test_a_file_of_images_is_not_held_in_memory(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 48 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["images", "images.npz"])
+def test_images_are_not_saved_where_others_are(sets, tmp_path, name):
+    real, other = (FolderImages(sets / folder) for folder in ("real", "other"))
+    export = open_export(tmp_path / name, real, tmp_path / "parts")
+    export.write(0, real.read(0, COUNT))
+    export.finish()
+    assert open_export(tmp_path / name, real, tmp_path / "parts").has(0, COUNT)
+    with pytest.raises(ConfigError, match="is there already and not of this evaluation"):
+        open_export(tmp_path / name, other, tmp_path / "parts")
+    (tmp_path / "new.npz.recipe.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"new\.npz is there already"):
+        open_export(tmp_path / "new.npz", real, tmp_path / "parts")
+    (tmp_path / "empty").mkdir()
+    assert not open_export(tmp_path / "empty", real, tmp_path / "parts").has(0, 1)
+
+
+def test_statistics_of_the_largest_size_are_read(sets, tmp_path, monkeypatch):
+    path, extractor = tmp_path / "statistics.safetensors", Stub()
+    features = Features(["fid"])
+    features.add(extractor(FolderImages(sets / "real").read(0, COUNT)))
+    write_statistics(path, features, extractor, {})
+    size = path.stat().st_size  # three layers may be in a file
+    monkeypatch.setattr(limits, "ARRAY_BYTES", size / 3)
+    read = read_statistics(path, ["fid"], extractor).moments["pool"]
+    assert np.array_equal(read.mean, features.moments["pool"].mean)
+    monkeypatch.setattr(limits, "ARRAY_BYTES", (size - 1) / 3)
+    with pytest.raises(DataError, match="it has more than"):
+        read_statistics(path, ["fid"], extractor)
