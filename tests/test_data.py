@@ -177,15 +177,17 @@ def test_statistics_that_a_vae_declares():
 
 
 def test_the_digits_become_images_of_ten_classes(tmp_path):
-    digits.write_images(tmp_path, seed=0)
-    images, labels, names = digits.read_images(tmp_path / "train")
+    root = tmp_path / "new" / "digits"
+    digits.write_images(root, seed=0)
+    digits.write_images(root, seed=0)  # again: nothing is left to do
+    images, labels, names = digits.read_images(root / "train")
     assert images.shape == (1500, 3, 32, 32)
     assert names == [str(d) for d in range(10)]
-    assert len(list((tmp_path / "test").rglob("*.png"))) == 297
+    assert len(list((root / "test").rglob("*.png"))) == 297
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    path = next((tmp_path / "train" / "3").iterdir())
+    path = next((root / "train" / "3").iterdir())
     scan = scans.images[int(path.stem)]
     assert scans.target[int(path.stem)] == 3
     shrunk = np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BOX), dtype=float)

@@ -63,28 +63,31 @@ def test_a_digit_moves_through_the_middle_at_one_speed(direction, along, sign):
 def test_each_scan_moves_along_both_axes(tmp_path, monkeypatch):
     some = {split: scans[:6] for split, scans in digits.scans(0).items()}
     monkeypatch.setattr(moving_digits, "scans", lambda seed: some)
-    moving_digits.write_clips(tmp_path / "one", seed=0)
+    moving_digits.write_clips(tmp_path / "new" / "one", seed=0)
     moving_digits.write_clips(tmp_path / "two", seed=0)
     for split, scans in some.items():
         for scan in scans:
             found = sorted(
-                path.parent.name for path in (tmp_path / "one" / split).glob(f"*/{scan.number:04d}.gif")
+                path.parent.name
+                for path in (tmp_path / "new" / "one" / split).glob(f"*/{scan.number:04d}.gif")
             )
             assert [name.split()[0] for name in found] == [str(scan.digit)] * 2
             axes = {"left": "x", "right": "x", "up": "y", "down": "y"}
             assert sorted(axes[name.split()[1]] for name in found) == ["x", "y"]
             for name in found:
                 file = f"{split}/{name}/{scan.number:04d}.gif"
-                assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-                frames = read_frames(str(tmp_path / "one" / file), range(8))
+                assert (tmp_path / "new" / "one" / file).read_bytes() == (
+                    tmp_path / "two" / file
+                ).read_bytes()
+                frames = read_frames(str(tmp_path / "new" / "one" / file), range(8))
                 path, direction = path_of([frame.convert("L") for frame in frames]), name.split()[1]
                 way = (path[-1] - path[0])[int(axes[direction] == "y")]
                 assert 6 < (-way if direction in ("left", "up") else way) < 14
-    gif = next((tmp_path / "one").rglob("*.gif"))
+    gif = next((tmp_path / "new" / "one").rglob("*.gif"))
     with Image.open(gif) as image:
         assert image.info["duration"] in (120, 130), "eight frames a second"
     gif.unlink()
-    moving_digits.write_clips(tmp_path / "one", seed=0)
+    moving_digits.write_clips(tmp_path / "new" / "one", seed=0)
     assert not gif.exists(), "a split that is there is kept"
 
 
@@ -106,6 +109,7 @@ def test_what_was_prepared_is_kept(tmp_path, monkeypatch):
     some = {split: scans[:8] for split, scans in digits.scans(0).items()}
     monkeypatch.setattr(digits, "scans", lambda seed: some)
     monkeypatch.setattr(digits, "train_vae", partial(digits.train_vae, steps=1))
+    tmp_path = tmp_path / "new" / "digits"
     digits.prepare(tmp_path)
     latents, vae = LatentDataset(tmp_path), load_vae(str(tmp_path / "vae"))
     images, labels, names = digits.read_images(tmp_path / "train")
@@ -131,6 +135,7 @@ def test_moving_digits_become_latents_of_their_clips(tmp_path, monkeypatch):
         return digits.train_vae(frames, seed, 1)
 
     monkeypatch.setattr(moving_digits, "train_vae", train_vae)
+    tmp_path = tmp_path / "new" / "clips"
     moving_digits.prepare(tmp_path)
     (frames,) = seen
     assert frames.shape == (4 * 2 * 8, 3, 32, 32)

@@ -180,3 +180,11 @@ def test_listing_needs_no_torch():
     code = "import iwin_dit.data.folders, sys; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_a_bitmap_is_known_by_the_size_of_its_second_header():
+    """Of OS/2's two and its short one, of Windows 3, 4 and 5, and of Adobe's with masks: as Pillow reads."""
+    start = b"BM" + bytes(12)
+    sizes = [size for size in range(256) if image_format(start + size.to_bytes(4, "little") + bytes(46))]
+    assert sizes == [12, 16, 40, 52, 56, 64, 108, 124]
+    assert image_format(b"BM is a text that begins with these two letters".ljust(64)) is None
