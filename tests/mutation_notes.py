@@ -57,6 +57,15 @@ EQUIVALENT = {  # (file, line as changed): why no test can notice it
         "iwin_dit/data/hugging_face.py",
         "for batch in file.iter_batches(max((2), most // max(1, largest)), row_groups=[group], columns=[column]):",  # noqa: E501
     ): "how many rows are counted together",
+    (
+        "iwin_dit/data/labelled_clips.py",
+        "self.num_clips, self.places = views[0], CROPS[views[(-1)]]",
+    ): "of two numbers, the second is the last",
+    ("iwin_dit/data/sources.py", "STAMPS_AT_ONCE = (1001)"): "how many names are looked at together",
+    (
+        "iwin_dit/training/classification.py",
+        "share = weights.mean((1, (-2), 3))[:, None]",
+    ): "of four axes, the third is the last but one",
 }
 
 NAMED = [  # (file, text that occurs once, what takes its place)
