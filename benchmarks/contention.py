@@ -22,7 +22,7 @@ WAITING = {
     f"spin {SPINS:,} times, as libgomp does by itself": {"GOMP_SPINCOUNT": str(SPINS)},
     "sleep, as the scripts make them": {},
 }
-WARM_UP = 2  # lines of the log
+WARM_UP, LOG_EVERY = 2, 10  # lines of the log that are left out, and steps of each
 # Keeps a core busy, and ends with this process, however that ends.
 NEIGHBOUR = """
 import os
@@ -41,6 +41,7 @@ def images_per_second(steps: int, waiting: dict[str, str], cores: set[int]) -> f
             [
                 *(sys.executable, "train_dit.py", "--output_dir", f"{folder}/run"),
                 *("--train.max_steps", str(steps), "--train.sample_every_steps", "0"),
+                *("--train.log_every_steps", str(LOG_EVERY)),
                 *("--data.path", str(ROOT / "data" / "digits"), "--train.save_every_steps", str(steps)),
             ],
             cwd=ROOT,
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--neighbours", type=int, default=2)
     options = parser.parse_args()
+    if options.steps <= LOG_EVERY * WARM_UP:
+        parser.error(f"--steps {options.steps} is all warm-up; give more than {LOG_EVERY * WARM_UP}")
     cores = set(sorted(os.sched_getaffinity(0))[: options.neighbours])
     found: dict[tuple[str, bool], list[float]] = {}
     for number in range(options.rounds):
