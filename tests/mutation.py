@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="of the project (default: this one)")
     parser.add_argument("--map", type=Path, default=ROOT / "runs" / "mutation" / "map.json")
     args = parser.parse_args()
+    if unknown := [folder for folder in args.folder if not (args.tests or folder in TESTS)]:
+        parser.error(f"--folder {unknown[0]} has no tests; give --tests, or one of {', '.join(TESTS)}")
     if not (args.folder or args.named):
         parser.error("give --folder FOLDER, or --named")
     folders = {*TESTS, *args.folder, *(str(Path(path).parent) for path, *_ in NAMED)}
