@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -240,6 +241,21 @@ def test_a_worker_that_dies_is_an_error_of_its_own(error, message):
         raise error
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
+
+
+def test_the_signal_of_a_workers_death_may_come_after_its_lost_connection():
+    """PyTorch makes an error of SIGCHLD wherever the process is, so also while the first error is handled."""
+
+    def died(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, died)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(WorkerError, match="a DataLoader worker is gone; it was killed"), worker_errors():
+            raise ConnectionResetError("reset")
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), KeyError("x")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from iwin_dit.runtime.errors import WorkerError, reason
@@ -25,6 +26,8 @@ def worker_errors(
     try:
         yield
     except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:  # while it sent a batch
+        with contextlib.suppress(RuntimeError):
+            time.sleep(1)  # PyTorch's own error of a worker's death may come a moment later
         raise WorkerError(
             f"a DataLoader worker is gone; {killed}; run the same command again to go on"
         ) from error
