@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Threads that wait sleep: see iwin_dit/__init__.py.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait soon sleep: see iwin_dit/__init__.py.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo demo-video compare transfer test test-slow mutation fuzz lint
 

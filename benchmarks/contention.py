@@ -1,4 +1,4 @@
-"""Training speed alone and beside busy processes, where waiting threads spin and where they sleep.
+"""Training speed alone and beside busy processes, by how long waiting threads spin before they sleep.
 
     python benchmarks/contention.py [--steps 100] [--rounds 3] [--neighbours 2]
 
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 SPINS = 300_000  # libgomp's own number where nobody says another: about 3 ms
 WAITING = {
     f"spin {SPINS:,} times, as libgomp does by itself": {"GOMP_SPINCOUNT": str(SPINS)},
-    "sleep, as the scripts make them": {},
+    "spin 10,000 times, as the scripts make them": {},
+    "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 WARM_UP, LOG_EVERY = 2, 10  # lines of the log that are left out, and steps of each
 # Keeps a core busy, and ends with this process, however that ends.

@@ -6,10 +6,12 @@ Names are resolved when first used (PEP 562), so that configs, ``--help`` and co
 import os
 from importlib import import_module
 
-# Threads that wait for each other sleep. By itself OpenMP makes them spin for milliseconds, and on a shared
-# machine that takes the cores from the very threads that they wait for. OpenMP reads this once, when torch is
-# loaded. Every program of ours imports this package before torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other spin for about 0.1 ms, then sleep. By itself libgomp makes them spin for
+# 3 ms, and on a shared machine that takes the cores from the very threads that they wait for; threads that
+# sleep at once cost a fifth of the speed of a machine of one's own (benchmarks/contention.py). OpenMP reads
+# this once, when torch is loaded. Every program of ours imports this package before torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 

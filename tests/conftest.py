@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as iwin_dit says, but before torch is loaded here
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as iwin_dit says, but before torch is loaded here
 
 import torch
 
