@@ -12,22 +12,22 @@ demo: $(READY)
 	$(BIN)/accelerate launch train_dit.py --output_dir runs/quickstart_50_steps --train.max_steps 50
 	$(BIN)/accelerate launch train_dit.py
 	$(BIN)/python sample.py --class 0 1 2 3 4 5 6 7 8 9 --num-images 8 --out runs/quickstart/samples.png
-	$(BIN)/python -m iwin_dit.evaluation.digits_report runs/quickstart
+	$(BIN)/python -m studies.digits_report runs/quickstart
 
 # VIDEO="--train.max_steps 500" takes less time.
 demo-video: $(READY)
 	$(BIN)/accelerate launch train_dit.py --config configs/video_quickstart.yaml $(VIDEO)
 	$(BIN)/python sample.py --checkpoint runs/video_quickstart --class "3 left" "8 up" --num-images 4 --out runs/video_quickstart/samples.png
-	$(BIN)/python -m iwin_dit.evaluation.moving_digits_report runs/video_quickstart
+	$(BIN)/python -m studies.moving_digits_report runs/video_quickstart
 
 # COMPARE="--seeds 0 --steps 20 --configs configs/compare/iwin.yaml ..." makes a smaller one.
 compare: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
-	$(BIN)/python -m iwin_dit.evaluation.compare $(COMPARE)
+	$(BIN)/python -m studies.compare $(COMPARE)
 
 transfer: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
-	$(BIN)/python -m iwin_dit.evaluation.transfer $(TRANSFER)
+	$(BIN)/python -m studies.transfer $(TRANSFER)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal

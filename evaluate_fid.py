@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from iwin_dit.config import metrics
 from iwin_dit.evaluation import rules
 from iwin_dit.runtime.errors import ConfigError, run_script
 
@@ -29,7 +30,10 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
     add("--reference", help="a folder or .npz of real images (clips), or stored statistics")
     add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
-    add("--metrics", help="; ".join(f"{kind}: {','.join(names)}" for kind, names in rules.EXTRACTORS.items()))
+    add(
+        "--metrics",
+        help="; ".join(f"{kind}: {','.join(names)}" for kind, names in metrics.EXTRACTORS.items()),
+    )
     add("--num-images", type=int, help="to draw (50,000)")
     add("--plan", choices=("equal", "uniform"), help="classes in turn, or at random (equal)")
     add("--seed", type=int, help="image k of a class depends on seed, class and k alone (0)")
@@ -64,7 +68,7 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """One evaluation, its result written to ``--out`` and returned."""
-    from iwin_dit.build_evaluation import evaluate
+    from iwin_dit.build.evaluation import evaluate
 
     return evaluate(arguments)
 

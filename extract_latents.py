@@ -91,14 +91,14 @@ def main() -> None:
     if arguments.verify:
         print(f"{inspection.verify(arguments.verify)}, every shard is what the index says")
         if arguments.images:
-            from iwin_dit.build_data import verify_images
+            from iwin_dit.build.data import verify_images
 
             print(verify_images(arguments))
     elif arguments.info:
         print(inspection.describe(arguments.info))
         inspection.contact_sheet(arguments.info, arguments.info / "contact.png")
     else:
-        from iwin_dit.build_data import extract_latents
+        from iwin_dit.build.data import extract_latents
 
         extract_latents(arguments)
 

@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from iwin_dit.build_samples import sample
+    from iwin_dit.build.samples import sample
 
     sample(arguments)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import parse_arguments
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import parse_arguments
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
 from iwin_dit.runtime.progress import say
@@ -20,7 +20,7 @@ QUICKSTART = Path(__file__).parent / "configs" / "classifier" / "digits.yaml"
 def main() -> int:
     config, dry_run = parse_arguments(sys.argv[1:], default=QUICKSTART, kind=ClassifierConfig)
     if dry_run:
-        from iwin_dit.report import describe_classifier
+        from iwin_dit.build.describe import describe_classifier
 
         print(describe_classifier(config), flush=True)
         return 0
@@ -30,34 +30,33 @@ def main() -> int:
 
 
 def train(config: ClassifierConfig) -> int:
-    from iwin_dit import build, build_labelled
-    from iwin_dit import build_classifier as classifier
-    from iwin_dit.export_classifier import export
-    from iwin_dit.report import draw_loss_curve
-    from iwin_dit.training import loop
+    from iwin_dit.build import classifier, labelled, trainer
+    from iwin_dit.build.classifier_export import export
+    from iwin_dit.training import attention, loop
+    from iwin_dit.training.curve import draw_loss_curve
     from iwin_dit.training.replicas import check_data
 
-    accelerator = build.build_accelerator(config)
-    images, held_out = build_labelled.build_images(config, accelerator)
+    accelerator = trainer.build_accelerator(config)
+    images, held_out = labelled.build_images(config, accelerator)
     check_data(accelerator, images.identity)
-    run = build.build_run(config, images.identity) if accelerator.is_main_process else None
-    build.start_trackers(config, accelerator, run)
-    state = build.build_state(
+    run = trainer.build_run(config, images.identity) if accelerator.is_main_process else None
+    trainer.start_trackers(config, accelerator, run)
+    state = trainer.build_state(
         config, accelerator, classifier.build_trained(config), classifier.parameter_groups(config)
     )
     loss, random_batch = classifier.build_loss(config)
     together = 2 if config.mixes else 1  # images that are mixed two by two stay in one micro-batch
 
-    with build.attention_backend(config):
-        micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch, together)
-        examples = build_labelled.build_examples(config, images, micro_batch)
+    with attention.attention_backend(config):
+        micro_batch = trainer.find_micro_batch(config, accelerator, state, loss, random_batch, together)
+        examples = labelled.build_examples(config, images, micro_batch)
         step = loop.train(
             config,
             accelerator,
             run,
             state,
             loss,
-            build.build_loader(config, examples, accelerator, micro_batch),
+            trainer.build_loader(config, examples, accelerator, micro_batch),
             config.train.batch_images // (micro_batch * accelerator.num_processes),
             classifier.build_preview(config, held_out, run, accelerator),
             classifier.build_evaluation(config, held_out, state, accelerator),

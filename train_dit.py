@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from iwin_dit.config import Config, parse_arguments
+from iwin_dit.config.parse import parse_arguments
+from iwin_dit.config.schema import Config
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
 from iwin_dit.runtime.progress import say
@@ -19,8 +20,8 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def main() -> int:
     config, dry_run = parse_arguments(sys.argv[1:], default=QUICKSTART)
     if dry_run:
-        from iwin_dit import budget
-        from iwin_dit.report import describe_run
+        from iwin_dit.build import budget
+        from iwin_dit.build.describe import describe_run
 
         print(describe_run(config), flush=True)
         budget.check(config)
@@ -31,41 +32,41 @@ def main() -> int:
 
 
 def train(config: Config) -> int:
-    from iwin_dit import build, build_data, build_pipeline, build_training
-    from iwin_dit.budget import training_flops
+    from iwin_dit.build import data, loading, pipeline, trainer
+    from iwin_dit.build.budget import training_flops
     from iwin_dit.pipelines.export import export_pipeline
-    from iwin_dit.report import draw_loss_curve
-    from iwin_dit.training import loop
+    from iwin_dit.training import attention, loop
+    from iwin_dit.training.curve import draw_loss_curve
     from iwin_dit.training.replicas import check_data
     from iwin_dit.training.state import full_ema
 
-    accelerator = build.build_accelerator(config)
+    accelerator = trainer.build_accelerator(config)
     main_process = accelerator.is_main_process
-    dataset = build_data.build_dataset(config, accelerator)
-    images = build_data.build_images(config, dataset)
+    dataset = data.build_dataset(config, accelerator)
+    images = data.build_images(config, dataset)
     identity = dataset.identity | (images.identity if images is not None else {})
     check_data(accelerator, identity)
-    run = build.build_run(config, identity) if main_process else None
-    build.start_trackers(config, accelerator, run)
-    state = build.build_state(config, accelerator, build_training.build_denoiser(config))
-    loss, random_batch = build.build_loss(config, dataset, accelerator)
-    examples = build.build_examples(config, dataset, images)
+    run = trainer.build_run(config, identity) if main_process else None
+    trainer.start_trackers(config, accelerator, run)
+    state = trainer.build_state(config, accelerator, loading.build_denoiser(config))
+    loss, random_batch = trainer.build_loss(config, dataset, accelerator)
+    examples = trainer.build_examples(config, dataset, images)
     evaluate = None
     if config.train.evaluate_every_steps:
-        from iwin_dit.build_monitor import build_monitor  # and all that evaluates
+        from iwin_dit.build.monitor import build_monitor  # and all that evaluates
 
         evaluate = build_monitor(config, dataset, state, accelerator)
-    preview = build_training.build_preview(config, dataset, run, accelerator)
+    preview = pipeline.build_preview(config, dataset, run, accelerator)
 
-    with build.attention_backend(config):
-        micro_batch = build.find_micro_batch(config, accelerator, state, loss, random_batch)
+    with attention.attention_backend(config):
+        micro_batch = trainer.find_micro_batch(config, accelerator, state, loss, random_batch)
         step = loop.train(
             config,
             accelerator,
             run,
             state,
             loss,
-            build.build_loader(config, examples, accelerator, micro_batch),
+            trainer.build_loader(config, examples, accelerator, micro_batch),
             config.train.batch_images // (micro_batch * accelerator.num_processes),
             preview,
             evaluate,
@@ -79,7 +80,7 @@ def train(config: Config) -> int:
             say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
         return 143
     if main_process:
-        pipeline = build_pipeline.build_pipeline(config, build_pipeline.model_of(config, averaged), dataset)
+        pipeline = pipeline.build_pipeline(config, pipeline.model_of(config, averaged), dataset)
         export_pipeline(pipeline, run.pipeline, {"step": step, "config": config.to_dict()})
         draw_loss_curve(run)
         if step > config.train.max_steps:

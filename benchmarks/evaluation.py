@@ -113,9 +113,9 @@ def evaluate_projected(command: list[str]) -> None:
     import resource
 
     import evaluate_fid
-    from iwin_dit import build_evaluation
+    from iwin_dit.build import evaluation
 
-    build_evaluation.Inception = Projection
+    evaluation.Inception = Projection
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     evaluate_fid.run(evaluate_fid.parse_arguments(command))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from iwin_dit import budget
-from iwin_dit.config import parse_arguments
+from iwin_dit.build import budget
+from iwin_dit.config.parse import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 XL = ROOT / "configs" / "iwin_xl_1_imagenet256.yaml"

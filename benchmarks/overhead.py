@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_dit  # noqa: E402
-from iwin_dit.config import parse_arguments  # noqa: E402
+from iwin_dit.config.parse import parse_arguments  # noqa: E402
 from iwin_dit.diffusion.flow_matching import FlowMatching  # noqa: E402
 from iwin_dit.training import loop  # noqa: E402
 

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
-from iwin_dit.build_data import load_autoencoder
+from iwin_dit.build.data import load_autoencoder
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.sources import open_source

@@ -28,15 +28,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
-from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline
+from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline
 from iwin_dit.data.digits import read_images
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.evaluation.digits_report import CLASSIFIER, Distance
 from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, run_script
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
+from studies.digits_report import CLASSIFIER, Distance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -63,7 +63,7 @@ if __name__ == "__main__":
     import time
 
     import evaluate_fid
-    from iwin_dit import build_evaluation
+    from iwin_dit.build import evaluation
     from iwin_dit.evaluation import images
     from iwin_dit.runtime.errors import UserError
 
@@ -72,8 +72,8 @@ if __name__ == "__main__":
             time.sleep(0.001 * len(images))
             return super().forward(images)
 
-    build_evaluation.Inception = Slow
-    build_evaluation.use_all_cores = lambda processes: None
+    evaluation.Inception = Slow
+    evaluation.use_all_cores = lambda processes: None
     counts = dict.fromkeys(("looked at", "listed", "computed"), 0)
 
     def counted(what, call):
@@ -85,7 +85,7 @@ if __name__ == "__main__":
 
     images.read_header = counted("looked at", images.read_header)
     images.list_files = counted("listed", images.list_files)
-    build_evaluation.compute = counted("computed", build_evaluation.compute)
+    evaluation.compute = counted("computed", evaluation.compute)
     if sys.argv[1:]:
         evaluate_fid.run(evaluate_fid.parse_arguments(sys.argv[1:]))
         group = torch.distributed.distributed_c10d._get_default_group()

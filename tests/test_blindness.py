@@ -12,15 +12,15 @@ import torch
 import yaml
 from conftest import ROOT, give_zeros_noise
 
-from iwin_dit import build, build_pipeline
-from iwin_dit.config import load_config, load_run, parse_arguments
-from iwin_dit.evaluation.connectivity import dependencies
+from iwin_dit.build import loading, network, trainer
+from iwin_dit.config.parse import load_config, load_run, parse_arguments
 from iwin_dit.layers.blindness import AXES, blind_spots, of_earlier_version, resolve
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.backbone import IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.errors import ConfigError
+from studies.connectivity import dependencies
 
 TINY = dict(in_channels=1, num_layers=1, num_attention_heads=1, attention_head_dim=4, num_classes=1)
 BLIND = "tokens this model is blind"
@@ -262,17 +262,17 @@ def test_runs_of_the_earlier_version_are_sampled_but_not_made_other_ones(recipe,
     assert then.model.allow_blind
     assert not then.model.resolved_mixer.convolution
     with torch.device("meta"):
-        names = build.build_model(then).state_dict()
+        names = network.build_model(then).state_dict()
         assert not any("convolution" in name for name in names)
-        assert any("convolution" in name for name in build.build_model(config).state_dict())
-    assert build_pipeline.load_run is load_run
+        assert any("convolution" in name for name in network.build_model(config).state_dict())
+    assert loading.load_run is load_run
     with pytest.raises(ConfigError, match=r"begun by version 0.1, where .* take another"):
-        build.build_run(config, {})
+        trainer.build_run(config, {})
     path = recipe("run/config.yaml", output_dir=str(run))
     config = load_config(path)
     of_version_0_1(path)
     assert load_run(run).model.resolved_mixer == config.model.resolved_mixer
-    build.build_run(config, {})  # not blind: it goes on
+    trainer.build_run(config, {})  # not blind: it goes on
 
 
 # -- configs

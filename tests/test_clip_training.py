@@ -14,8 +14,8 @@ from conftest import ROOT, make_vae, read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
-from iwin_dit import build, build_data, build_pipeline, build_training
-from iwin_dit.config import load_config
+from iwin_dit.build import data, loading, trainer
+from iwin_dit.config.parse import load_config
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode
 from iwin_dit.data.images import center_crop
@@ -71,7 +71,7 @@ def latents(workshop):
         command = extract(workshop, workshop / f"latents of {name}", *more, videos=name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", list(map(str, command)))
-            build_data.extract_latents(parse())
+            data.extract_latents(parse())
     return workshop
 
 
@@ -257,9 +257,9 @@ def test_images_have_steps_of_their_own(latents, recipe, tmp_path):
             model=CLIPS,
         )
     )
-    clips = build_data.build_dataset(config)
-    images = build_data.build_images(config, clips)
-    examples = build.build_examples(config, clips, images)
+    clips = data.build_dataset(config)
+    images = data.build_images(config, clips)
+    examples = trainer.build_examples(config, clips, images)
     frames = []
     for step in range(200):
         batch = examples.__getitems__(list(range(8 * step, 8 * step + 8)))
@@ -287,8 +287,8 @@ def test_a_model_of_images_is_where_one_of_clips_begins(latents, recipe, tmp_pat
         model={"sample_frames": FRAMES, "mixer": mixer, "init_from": str(tmp_path / "flat")},
         train=short,
     )
-    model = build_training.build_denoiser(load_config(config)).eval()
-    flat_model = build_pipeline.load_pipeline(str(tmp_path / "flat")).transformer
+    model = loading.build_denoiser(load_config(config)).eval()
+    flat_model = loading.load_pipeline(str(tmp_path / "flat")).transformer
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([0, 3])
     assert torch.equal(model(x[:, :, None], t, y).sample[:, :, 0], flat_model(x, t, y).sample)
     run_here("train_dit.py", "--config", config, "--output_dir", tmp_path / "solid")
@@ -310,7 +310,7 @@ def test_straight_from_videos(latents, recipe, tmp_path, run_here, refused_here)
     short = {"max_steps": 3, "save_every_steps": 3, "num_workers": 1}
     config = recipe(data=data, model=CLIPS, train=short)
     run_here("train_dit.py", "--config", config)
-    dataset = build_data.build_dataset(load_config(config))
+    dataset = data.build_dataset(load_config(config))
     x0, labels = dataset.draw([0, 5], [False, True], [torch.Generator().manual_seed(s) for s in (0, 1)])
     assert x0.shape == (2, 3, FRAMES, 16, 16)
     assert x0.dtype == torch.uint8

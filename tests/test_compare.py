@@ -16,14 +16,14 @@ import torch
 import yaml
 from conftest import ROOT
 
-from iwin_dit import budget, build
-from iwin_dit.build_classifier import LoadedClassifier
-from iwin_dit.config import load_config
+from iwin_dit.build import budget, network
+from iwin_dit.build.classifier import LoadedClassifier
+from iwin_dit.config.parse import load_config
 from iwin_dit.data import digits
-from iwin_dit.evaluation import compare, compare_report, connectivity, costs, digits_report, runs, transfer
-from iwin_dit.evaluation.judge import Judge
 from iwin_dit.layers.specs import MIXER_FIELDS, BlockSpec, MixerSpec
 from iwin_dit.runtime.errors import ConfigError, DataError
+from studies import compare, compare_report, connectivity, costs, digits_report, runs, transfer
+from studies.judge import Judge
 
 RECIPES = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
 
@@ -40,7 +40,7 @@ def test_rows_differ_in_one_line_and_are_built(path):
     assert "output_dir" not in path.read_text()
     config = load_config(path)
     with torch.device("meta"):
-        model = build.build_model(config)
+        model = network.build_model(config)
         assert model(torch.empty(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)).sample.shape
 
 

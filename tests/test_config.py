@@ -14,15 +14,18 @@ import yaml
 from conftest import ROOT, watch_attention
 from evaluation_stub import COUNT, Stub, make_sets
 
-from iwin_dit import build, build_evaluation, config_rules
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import Config, load_config, parse_arguments
-from iwin_dit.config_rules import local_batch
-from iwin_dit.config_schema import MAY_CHANGE
-from iwin_dit.report import describe_classifier, describe_run
-from iwin_dit.runtime import strict_yaml
+from iwin_dit.build import evaluation as build_evaluation
+from iwin_dit.build import network, trainer
+from iwin_dit.build.describe import describe_classifier, describe_run
+from iwin_dit.config import rules, strict_yaml
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import load_config, parse_arguments
+from iwin_dit.config.rules import local_batch
+from iwin_dit.config.schema import MAY_CHANGE, Config
+from iwin_dit.config.types import build
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.run import flatten
+from iwin_dit.training import attention
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 CLASSIFIERS = sorted((ROOT / "configs" / "classifier").glob("*.yaml"))
@@ -37,14 +40,14 @@ def parse(*arguments):
 def test_every_recipe_is_built(path):
     config = load_config(path)
     with torch.device("meta"):
-        model = build.build_model(config)
+        model = network.build_model(config)
     latent = torch.empty(2, config.model.in_channels, *config.model.latent_size, device="meta")
     output = model(
         latent, torch.zeros(2, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
     ).sample
     assert output.shape[0] == 2
     assert output.shape[2:] == latent.shape[2:]
-    build.build_objective(config).scheduler(config.sample.sampler)
+    network.build_objective(config).scheduler(config.sample.sampler)
     assert "parameters" in describe_run(config)
 
 
@@ -56,10 +59,10 @@ def test_every_recipe_of_a_classifier_is_built(path):
 
 
 def test_samplers_are_those_of_the_objectives():
-    for name, objective in (("flow_matching", build.FlowMatching), ("ddpm", build.DDPM)):
-        assert config_rules.SAMPLERS[name] == objective.samplers
+    for name, objective in (("flow_matching", trainer.FlowMatching), ("ddpm", trainer.DDPM)):
+        assert rules.SAMPLERS[name] == objective.samplers
         assert objective.default_sampler in objective.samplers
-    assert build.DDPM().scheduler().config.num_train_timesteps == config_rules.DDPM_TIMESTEPS
+    assert trainer.DDPM().scheduler().config.num_train_timesteps == rules.DDPM_TIMESTEPS
 
 
 def test_a_resolved_config_is_a_config(tmp_path):
@@ -388,7 +391,7 @@ def test_an_attention_that_is_not_there_is_a_mistake(recipe, refused_here, backe
 
 def test_other_errors_stay_what_they_are(recipe):
     config = load_config(recipe(train={"attention_backend": "math"}))
-    with pytest.raises(RuntimeError, match="another") as error, build.attention_backend(config):
+    with pytest.raises(RuntimeError, match="another") as error, attention.attention_backend(config):
         raise RuntimeError("another")
     assert not isinstance(error.value, ConfigError)
 
@@ -409,20 +412,20 @@ def test_triton_needs_a_device(recipe, refused_here, monkeypatch, tmp_path):
     """Or Triton's interpreter, which conftest.py asks for where there is none."""
     config = recipe(train={"kernels": "triton"})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert build._runs_triton(device)
+    assert trainer._runs_triton(device)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert build._runs_triton(torch.device("cuda"))
-    monkeypatch.setattr(build.kernels, "INSTALLED", device.type == "cpu")
+    assert trainer._runs_triton(torch.device("cuda"))
+    monkeypatch.setattr(trainer.kernels, "INSTALLED", device.type == "cpu")
     error = refused_here("train_dit.py", "--config", config)
     assert f"train.kernels triton needs the triton package and a CUDA device, found {device.type}" in error
-    monkeypatch.setattr(build.kernels, "INSTALLED", False)
-    assert not build._runs_triton(torch.device("cuda"))
+    monkeypatch.setattr(trainer.kernels, "INSTALLED", False)
+    assert not trainer._runs_triton(torch.device("cuda"))
     assert not (tmp_path / "run").exists()
 
 
 def test_tf32_is_float32_but_for_products(recipe, train_here, monkeypatch, tmp_path):
     """Without autocast; a run in fp32 that follows does without tensor cores again."""
-    asked, real = [], build.Accelerator
+    asked, real = [], trainer.Accelerator
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr(
         build, "Accelerator", lambda **options: asked.append(options["mixed_precision"]) or real(**options)

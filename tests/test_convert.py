@@ -11,9 +11,8 @@ import torch
 from conftest import make_vae
 from safetensors import safe_open
 
-from iwin_dit.build_data import read_statistics
-from iwin_dit.build_pipeline import choose_sampler, load_pipeline
-from iwin_dit.build_training import begin_from
+from iwin_dit.build.data import read_statistics
+from iwin_dit.build.loading import begin_from, choose_sampler, load_pipeline
 from iwin_dit.convert import (
     from_dit,
     from_flashdit,

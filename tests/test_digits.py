@@ -13,7 +13,7 @@ from iwin_dit.data.codec import decode, encode, load_vae, weights_sha256
 from iwin_dit.data.digits import Scan
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.video import read_frames, write_gif
-from iwin_dit.evaluation.moving_digits_report import read_clips
+from studies.moving_digits_report import read_clips
 
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
 SQUARE = Scan(7, np.pad(np.full((2, 2), 255, np.uint8), 3), 4)  # its centre is that of the scan

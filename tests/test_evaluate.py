@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from evaluate_fid import parse_arguments
-from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPipeline, build_evaluation
-from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPipeline
+from iwin_dit.build import evaluation
+from iwin_dit.build.classifier import build_evaluation
+from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -56,9 +58,9 @@ def sets(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    monkeypatch.setattr(build_evaluation, "Inception", Stub)
+    monkeypatch.setattr(evaluation, "Inception", Stub)
     monkeypatch.setattr(gc, "collect", lambda: None)  # which script_here does for a run's lock: here is none
-    monkeypatch.setattr(build_evaluation, "use_all_cores", lambda processes: None)  # for so little
+    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)  # for so little
 
 
 @pytest.fixture
@@ -337,7 +339,7 @@ class Motion(nn.Module):
 
 
 def test_clips_are_compared_by_an_extractor_of_clips(sets, evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_evaluation, "I3D", Motion)
+    monkeypatch.setattr(evaluation, "I3D", Motion)
     rng = np.random.default_rng(0)
     clips = {
         name: rng.integers(low, 256, (12, 4, 8, 8, 3), dtype=np.uint8) for name, low in (("a", 0), ("b", 99))
@@ -357,7 +359,7 @@ def test_clips_that_a_model_draws_are_those_that_sampling_writes(
     sets, evaluate, refused_here, run_here, tmp_path, monkeypatch
 ):
     """GIFs of three colours and MP4s of sample.py are read as clips; the figure is that of the drawn ones."""
-    monkeypatch.setattr(build_evaluation, "I3D", Motion)
+    monkeypatch.setattr(evaluation, "I3D", Motion)
     torch.manual_seed(0)
     model = IwinDiTTransformer3DModel(
         sample_frames=3,
@@ -379,7 +381,7 @@ def test_clips_that_a_model_draws_are_those_that_sampling_writes(
     common = ("--extractor", "i3d:weights.pt", "--reference", tmp_path / "real")
     drawing = ("--num-images", 9, "--steps", 2, "--guidance-scale", 2)
     found, result = evaluate(tmp_path / "model", *common, *drawing)
-    draw = build_evaluation.drawer(
+    draw = drawing.drawer(
         load_pipeline(str(tmp_path / "model")), {"num_inference_steps": 2, "guidance_scale": 2.0}
     )
     labels = [0, 1, 2] * 3
@@ -494,7 +496,7 @@ def test_one_of_two_processes_looks_lists_and_computes(sets, evaluate, stub, tmp
 @pytest.mark.slow
 def test_two_processes_give_the_same_figures(evaluate, sets, inception_weights, tmp_path, monkeypatch):
     """With as many threads in each, since the number of threads decides how float32 is rounded."""
-    monkeypatch.setattr(build_evaluation, "use_all_cores", lambda processes: use_all_cores(2))
+    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: use_all_cores(2))
     options = (*DRAWN, "--metrics", "fid,kid,is", "--inception-weights", inception_weights)
     one, _ = evaluate("pipeline", *options, "--save-images", tmp_path / "one.npz")
     shutil.rmtree(tmp_path / "cache")

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from conftest import ROOT, make_pipeline
 
-from iwin_dit import build_pipeline
-from iwin_dit.config import Config, parse_arguments
+from iwin_dit.build import loading
+from iwin_dit.config.parse import parse_arguments
+from iwin_dit.config.schema import Config
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.runtime.errors import expand_home, run_script
 
@@ -60,5 +61,5 @@ def test_arguments_of_scripts(home, monkeypatch):
 
 def test_pipelines_in_python(home):
     export_pipeline(make_pipeline(), home / "pipeline", {"step": 1})
-    assert build_pipeline.load_pipeline("~/pipeline").id2label[1] == "dog"
+    assert loading.load_pipeline("~/pipeline").id2label[1] == "dog"
     assert not Path("~").exists()

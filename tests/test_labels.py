@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import make_model, make_vae
 
-from iwin_dit import IwinDiTPipeline, build_pipeline, build_samples
-from iwin_dit.build_evaluation import drawer
+from iwin_dit import IwinDiTPipeline
+from iwin_dit.build import loading, samples
 from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.runtime.errors import ConfigError
 
 COUNT = 12
@@ -103,7 +104,7 @@ def test_a_label_in_python(pipelines, title, label, expected):
 def test_labels_after_saving_and_loading(pipelines, tmp_path):
     for title, pipeline in pipelines.items():
         pipeline.save_pretrained(tmp_path / title)
-        loaded = build_pipeline.load_pipeline(str(tmp_path / title))
+        loaded = loading.load_pipeline(str(tmp_path / title))
         for _, label, expected in (row for row in ROWS if row[0] == title):
             check(outcome(loaded, label), expected)
 
@@ -111,7 +112,7 @@ def test_labels_after_saving_and_loading(pipelines, tmp_path):
 def test_labels_of_the_command_line(pipelines, script_here, tmp_path, monkeypatch):
     """One command for all labels of a model that are taken, and one for each that is refused."""
     for title, pipeline in pipelines.items():
-        monkeypatch.setattr(build_samples, "load_pipeline", lambda *arguments, p=pipeline, **options: p)
+        monkeypatch.setattr(samples, "load_pipeline", lambda *arguments, p=pipeline, **options: p)
         rows = [
             (label, expected) for name, label, expected in ROWS if name == title and isinstance(label, str)
         ]

@@ -5,9 +5,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from iwin_dit.pipelines import lettering
-from iwin_dit.pipelines.lettering import font_for
+from iwin_dit.pipelines.lettering import draw_predictions, font_for
 from iwin_dit.pipelines.sampling import Sample, draw_grid
-from iwin_dit.report import draw_predictions
 
 NAMES = ("golden retriever", "Äpfel", "кошка", "猫", "قطة", "😀", "γάτα", "แมว", "고양이")
 BOX = chr(0x10FFFE)  # nobody's

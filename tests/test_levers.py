@@ -13,10 +13,10 @@ from conftest import assert_equal, read_checkpoint, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwin_dit import budget, build_training
-from iwin_dit.config import load_config
+from iwin_dit.build import budget, pipeline
+from iwin_dit.build.describe import describe_run
+from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.report import describe_run
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.training import loop, memory, reports
@@ -93,7 +93,7 @@ def test_averages_are_those_of_the_weights_at_each_step(recipe, train_here, tmp_
 
 
 def trained_start(recipe):
-    from iwin_dit.build import build_model
+    from iwin_dit.build.network import build_model
 
     return build_model(load_config(recipe("start.yaml"))).state_dict()
 
@@ -147,7 +147,7 @@ def test_the_micro_batch_that_fits_is_found(recipe, train_here, tmp_path, monkey
 @pytest.mark.parametrize("checkpointing", [0, 1, 2])
 def test_the_memory_of_activations_is_counted(recipe, checkpointing):
     """What the budget computes without memory, against what autograd really keeps, tensor by tensor."""
-    from iwin_dit.build import build_model, build_objective
+    from iwin_dit.build.network import build_model, build_objective
 
     config = load_config(recipe(train={"gradient_checkpointing": checkpointing}, model={"depth": 4}))
     model = build_model(config)
@@ -274,7 +274,7 @@ def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch
     )
     for name in ("save", "save_snapshot", "roll_back"):
         monkeypatch.setattr(loop, name, taking(100, getattr(loop, name)))
-    monkeypatch.setattr(build_training, "build_preview", lambda *_: taking(100, lambda *_: None))
+    monkeypatch.setattr(pipeline, "build_preview", lambda *_: taking(100, lambda *_: None))
     config = recipe(
         train={"max_steps": 24, "save_every_steps": 6, "log_every_steps": 2, "spike_factor": 5.0}
         | {"sample_every_steps": 4},

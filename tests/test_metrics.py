@@ -10,7 +10,7 @@ from evaluation_stub import frechet_of_few
 from PIL import Image
 from torch_fidelity import fidelity
 
-from iwin_dit import build_evaluation
+from iwin_dit.build import evaluation
 from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.extractors import Inception
@@ -44,7 +44,7 @@ def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as --gpu "" will set it
-    monkeypatch.setattr(build_evaluation, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
     seen = []
 
     class Recording(Inception):
@@ -53,7 +53,7 @@ def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
             seen.append(found["pool"])
             return found
 
-    monkeypatch.setattr(build_evaluation, "Inception", Recording)
+    monkeypatch.setattr(evaluation, "Inception", Recording)
     code, output = script_here(
         *("evaluate_fid.py", "--generated", folders[0], "--reference", folders[1], "--batch-size", 7),
         *("--metrics", "fid,kid,is,pr", "--inception-weights", inception_weights),

@@ -14,12 +14,13 @@ from conftest import ROOT, assert_equal, make_model, read_checkpoint, run
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from iwin_dit import budget, build, build_classifier, build_labelled
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import load_config
+from iwin_dit.build import budget, labelled, trainer
+from iwin_dit.build import classifier as build_classifier
+from iwin_dit.build.describe import describe_run
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.layers import kernels
-from iwin_dit.report import describe_run
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.training import loop
 from iwin_dit.training.sharding import shard
@@ -95,7 +96,7 @@ def test_auto_takes_pairs_where_images_are_mixed(classifier, classify_here, monk
             raise RuntimeError(OUT_OF_MEMORY)
         return real(model, images, *arguments, **options)
 
-    monkeypatch.setattr(build_classifier, "classification_loss", loss)
+    monkeypatch.setattr(classifier, "classification_loss", loss)
     code, output = classify_here("--config", classifier, *AUTO)
     assert code == 0, output
     assert "micro-batches of 2 images, 6 to a step" in output
@@ -128,7 +129,7 @@ def test_auto_leaves_no_graph_of_any_size(recipe):
         **{"autocast": contextlib.nullcontext, "gather": lambda tensor: tensor},
     )
     state = State(model, {}, torch.optim.SGD(model.parameters()))
-    assert build.find_micro_batch(config, alone, state, loss, lambda n: (torch.randn(n, 4, 8, 8),)) == 2
+    assert trainer.find_micro_batch(config, alone, state, loss, lambda n: (torch.randn(n, 4, 8, 8),)) == 2
     loss(model, torch.randn(2, 4, 8, 8))
     assert sizes == [8, 4, 2], "the last one serves training"
     assert {type(size) for size in sizes} == {int}, "a symbol would stand for any size"
@@ -139,9 +140,9 @@ def test_an_odd_share_of_a_process_is_refused(classifier):
     text = classifier.read_text().replace("train:", "train:\n  micro_batch: auto")
     classifier.write_text(text)
     config = load_config(classifier, ClassifierConfig)
-    micro_batch = build.find_micro_batch(config, SimpleNamespace(num_processes=4), None, None, None, 2)
+    micro_batch = trainer.find_micro_batch(config, SimpleNamespace(num_processes=4), None, None, None, 2)
     with pytest.raises(ConfigError, match="micro-batches of 3 images cannot be joined two by two"):
-        build_labelled.build_examples(config, None, micro_batch)
+        labelled.build_examples(config, None, micro_batch)
 
 
 def test_the_budget_of_auto_is_that_of_one_image(recipe, monkeypatch):

@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
-from iwin_dit.budget import multiply_adds
+from iwin_dit.build.budget import multiply_adds
 from iwin_dit.layers import kernels
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.embeddings import rope_angles

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 from evaluation_stub import COUNT, Stub, make_sets
 
-from iwin_dit import build_evaluation, build_monitor
-from iwin_dit.config import load_config
+from iwin_dit.build import evaluation, monitor
+from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime.errors import ConfigError
 
@@ -23,7 +23,7 @@ def sets(tmp_path_factory):
 def watched(sets, recipe, tmp_path, monkeypatch):
     """A recipe of eight steps that is evaluated at the fourth and at the end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(build_evaluation, "Inception", Stub)
+    monkeypatch.setattr(evaluation, "Inception", Stub)
     return recipe(
         train={"max_steps": 8, "save_every_steps": 4, "evaluate_every_steps": 4},
         evaluation={
@@ -85,7 +85,7 @@ def test_an_evaluation_that_was_stopped_is_made_by_the_resumed_run(
     assert code == 0, output
     expected = figures(tmp_path / "run")
 
-    draw, calls = build_monitor.drawer, []
+    draw, calls = monitor.drawer, []
 
     def stopping(*arguments):
         drawing = draw(*arguments)
@@ -98,11 +98,11 @@ def test_an_evaluation_that_was_stopped_is_made_by_the_resumed_run(
 
         return stop_at_the_second
 
-    monkeypatch.setattr(build_monitor, "drawer", stopping)
+    monkeypatch.setattr(monitor, "drawer", stopping)
     code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
     assert code == 143, output
     assert figures(tmp_path / "other") == {}
-    monkeypatch.setattr(build_monitor, "drawer", draw)
+    monkeypatch.setattr(monitor, "drawer", draw)
     code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
     assert code == 0, output
     assert figures(tmp_path / "other")[8] == expected[8]

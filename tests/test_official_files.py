@@ -11,8 +11,8 @@ from conftest import make_pipeline, make_vae
 from safetensors.torch import save_file
 from test_convert import IMPORTERS, read
 
-from iwin_dit import build_pipeline
-from iwin_dit.build_data import load_autoencoder
+from iwin_dit.build import loading
+from iwin_dit.build.data import load_autoencoder
 from iwin_dit.convert import from_dit, from_iwin_transformer, from_ldm_vae, load_official
 from iwin_dit.convert.names import find_tensors
 from iwin_dit.pipelines.export import export_pipeline
@@ -122,7 +122,7 @@ def test_a_preset_without_a_network_says_what_to_do(monkeypatch):
     with pytest.raises(DataError, match="the hub cannot be reached from here"):
         load_autoencoder("va-vae-f16d32")
     with pytest.raises(CheckpointError, match="the hub cannot be reached from here"):
-        build_pipeline.load_pipeline("somebody/something")
+        loading.load_pipeline("somebody/something")
 
 
 def test_reasons_are_whole():
@@ -174,7 +174,7 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path, request):
     private = tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     request.getfixturevalue("not_root")
     for read_it in (
-        lambda: build_pipeline.load_pipeline(str(tmp_path / "pipeline")),
+        lambda: loading.load_pipeline(str(tmp_path / "pipeline")),
         lambda: load_official(private),
     ):
         with pytest.raises((CheckpointError, DataError), match=f"permission denied: {private}") as error:

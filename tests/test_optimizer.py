@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_equal, make_model, read_checkpoint
 
-from iwin_dit.config_schema import OptimizerConfig
+from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.training.ema import make_ema, update_ema
 from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state, parameter_groups

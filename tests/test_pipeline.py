@@ -16,8 +16,9 @@ from diffusers import AutoencoderDC, DDIMScheduler, DDPMScheduler, DiffusionPipe
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, dynamic_modules_utils
 from safetensors.torch import load_file
 
-from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel, build_pipeline
-from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit import IwinDiTPipeline, IwinDiTTransformer2DModel
+from iwin_dit.build import loading
+from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -414,7 +415,7 @@ def test_a_pipeline_of_the_hub_is_checked_as_a_folder_is(exported, tmp_path, mon
     with pytest.raises(CheckpointError, match="expected a number for each of the 4 latent channels"):
         load_pipeline("user/digits")
     index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    monkeypatch.setattr(build_pipeline, "check_pipeline_folder", lambda folder: pytest.fail("was fetched"))
+    monkeypatch.setattr(loading, "check_pipeline_folder", lambda folder: pytest.fail("was fetched"))
     with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, expected an IwinDiTPipeline"):
         load_pipeline("user/digits")
 

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from iwin_dit import build_data
-from iwin_dit.config import parse_arguments
+from iwin_dit.build import data
+from iwin_dit.config.parse import parse_arguments
 from iwin_dit.data.examples import TrainingExamples
 from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.data.reading import Reader
@@ -122,7 +122,7 @@ def test_images_that_do_not_fit_are_refused(workshop, recipe):
             parse_arguments(["--config", path], Path(path))
     path = str(recipe(data=images(workshop), model={"in_channels": 16}))
     with pytest.raises(DataError, match=r"has latent channels 4 .*model.in_channels is 16"):
-        build_data.build_dataset(parse_arguments(["--config", path], Path(path))[0])
+        data.build_dataset(parse_arguments(["--config", path], Path(path))[0])
 
 
 def test_va_vae_is_a_preset(monkeypatch, tmp_path):
@@ -135,14 +135,14 @@ def test_va_vae_is_a_preset(monkeypatch, tmp_path):
         asked.append(arguments)
         return str(file)
 
-    monkeypatch.setattr(build_data, "hf_hub_download", download)
+    monkeypatch.setattr(data, "hf_hub_download", download)
     with pytest.raises(DataError, match="is not the LDM autoencoder of its config"):
-        build_data.load_autoencoder("va-vae-f16d32")
+        data.load_autoencoder("va-vae-f16d32")
     repository = "hustvl/vavae-imagenet256-f16d32-dinov2"
     assert asked == [(repository, "vavae-imagenet256-f16d32-dinov2.pt")]
     monkeypatch.undo()
     with pytest.raises(DataError, match="cannot be downloaded"):
-        build_data.load_autoencoder("va-vae-f16d32")
+        data.load_autoencoder("va-vae-f16d32")
 
 
 def test_broken_images_are_left_out_up_to_a_number(workshop, recipe, tmp_path, run_here, refused_here, capfd):

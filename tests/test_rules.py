@@ -10,14 +10,13 @@ from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 
 from evaluate_fid import parse_arguments
-from iwin_dit.build_evaluation import drawer
+from iwin_dit.config.metrics import chosen_metrics, name_figures
+from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.rules import (
-    chosen_metrics,
     differences,
     holds_images,
     is_statistics,
     is_sweep,
-    name_figures,
     read_result,
     stored_command,
 )

@@ -14,9 +14,11 @@ from accelerate import Accelerator
 from conftest import make_model, make_vae, read_checkpoint
 from PIL import Image
 
-from iwin_dit import IwinDiTPipeline, build_pipeline, build_training
-from iwin_dit.build_data import PREPARE
-from iwin_dit.config import Config
+from iwin_dit import IwinDiTPipeline
+from iwin_dit.build import loading
+from iwin_dit.build import pipeline as build_pipeline_module
+from iwin_dit.build.data import PREPARE
+from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
@@ -183,7 +185,7 @@ def test_a_guide_and_a_sampler(pipeline_folder, guide_folder, run_here, script_h
     command = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--num-images", 2, "--steps", 3)
     guided = ("--guide", guide_folder, "--sampler", "dpm++", "--guidance-scale", 2.5)
     run_here(*command, *guided, "--out", tmp_path / "guided")
-    pipeline, other = (build_pipeline.load_pipeline(str(path)) for path in (pipeline_folder, guide_folder))
+    pipeline, other = (loading.load_pipeline(str(path)) for path in (pipeline_folder, guide_folder))
     pipeline.scheduler = FlowMatching().scheduler("dpm++")
     generators = [generator(0, "image", 3, number) for number in range(2)]
     options = dict(num_inference_steps=3, guidance_scale=2.5, guide=other.transformer)
@@ -261,7 +263,7 @@ def test_output_paths_are_checked_before_any_work(refused_here, tmp_path):
 def test_without_a_run_there_is_nothing_to_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="there is no run in runs/; train one"):
-        build_pipeline.newest_run()
+        loading.newest_run()
 
 
 def test_the_newest_run_has_weights(tmp_path):
@@ -281,20 +283,20 @@ def test_the_newest_run_has_weights(tmp_path):
         (tmp_path / name / "number").write_text(f"{number}\n")
         for part in (path, path.parent):
             os.utime(part, (-number, -number))
-    assert build_pipeline.newest_run(tmp_path).name == "newest"
+    assert loading.newest_run(tmp_path).name == "newest"
     shutil.copytree(tmp_path / "newest", tmp_path / "copy")
     with pytest.raises(
         CheckpointError, match=r"begun last is not known: \S+copy, \S+newest; give --checkpoint"
     ):
-        build_pipeline.newest_run(tmp_path)
+        loading.newest_run(tmp_path)
     (tmp_path / "copy" / "number").write_text("of an older version there is none")
-    assert build_pipeline.newest_run(tmp_path).name == "newest"
+    assert loading.newest_run(tmp_path).name == "newest"
     for name in ("old", "newest", "copy"):
         shutil.rmtree(tmp_path / name)
     for text in ("a: [", "a\0: 1", "just words", ""):
         (tmp_path / "broken" / "config.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"broken.config\.yaml (is not valid|cannot be read|holds)"):
-            build_pipeline.newest_run(tmp_path)
+            loading.newest_run(tmp_path)
 
 
 def test_runs_are_numbered_as_they_begin(tmp_path):
@@ -314,26 +316,26 @@ def test_runs_are_numbered_as_they_begin(tmp_path):
 def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"neither a run .* nor a pipeline"):
-        build_pipeline.load_pipeline(str(tmp_path / "empty"))
+        loading.load_pipeline(str(tmp_path / "empty"))
     index = tmp_path / "empty" / "model_index.json"
     index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, expected an IwinDiTPipeline"):
-        build_pipeline.load_pipeline(str(tmp_path / "empty"))
+        loading.load_pipeline(str(tmp_path / "empty"))
     index.write_text("nonsense")
     with pytest.raises(CheckpointError, match="is not the index of a pipeline"):
-        build_pipeline.load_pipeline(str(tmp_path / "empty"))
+        loading.load_pipeline(str(tmp_path / "empty"))
     index.write_bytes((pipeline_folder / "model_index.json").read_bytes())
     with pytest.raises(CheckpointError, match="is a damaged pipeline"):
-        build_pipeline.load_pipeline(str(tmp_path / "empty"))
+        loading.load_pipeline(str(tmp_path / "empty"))
 
 
 def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, run_here, tmp_path):
     """The newest checkpoint counts, and the exported pipeline once it is as new."""
     config = recipe(train={"max_steps": 4, "save_every_steps": 2})
     run_here("train_dit.py", "--config", config)
-    exported = build_pipeline.load_pipeline(str(tmp_path / "run"))
+    exported = loading.load_pipeline(str(tmp_path / "run"))
     (tmp_path / "run" / "pipeline").rename(tmp_path / "moved")
-    built = build_pipeline.load_pipeline(str(tmp_path / "run"))
+    built = loading.load_pipeline(str(tmp_path / "run"))
     for name, tensor in built.transformer.state_dict().items():
         assert torch.equal(tensor, exported.transformer.state_dict()[name])
     options = dict(num_inference_steps=2, output_type="pt")
@@ -347,11 +349,11 @@ def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, run_here, tmp_path
     run, data = tmp_path / "run", json.loads((tmp_path / "run" / "data.json").read_text())
     (run / "data.json").write_text(json.dumps(data | {"vae_sha256": "of another"}))
     with pytest.raises(CheckpointError, match=r"was trained on other data .*\(vae_sha256: 'of another' -> "):
-        build_pipeline.load_pipeline(str(run))
+        loading.load_pipeline(str(run))
     (run / "pipeline").mkdir()
     (run / "pipeline" / "recipe.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"recipe\.json does not say the step of its pipeline"):
-        build_pipeline.load_pipeline(str(run))
+        loading.load_pipeline(str(run))
 
 
 def test_sampling_makes_no_data(recipe, run_here, tmp_path, monkeypatch):
@@ -365,7 +367,7 @@ def test_sampling_makes_no_data(recipe, run_here, tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(config))
     monkeypatch.setitem(PREPARE, "digits", lambda path: pytest.fail("it was made"))
     with pytest.raises(DataError, match="missing"):
-        build_pipeline.load_pipeline(str(tmp_path / "run"))
+        loading.load_pipeline(str(tmp_path / "run"))
 
 
 def test_every_average_of_a_run_can_be_drawn(recipe, run_here, refused_here, tmp_path):
@@ -377,13 +379,13 @@ def test_every_average_of_a_run_can_be_drawn(recipe, run_here, refused_here, tmp
     run = tmp_path / "run"
     stored = read_checkpoint(run, 2)
     for ema, group in {"0.5": "ema_0.5", "none": "model", 0.9: "ema", 0.5: "ema_0.5", None: "ema"}.items():
-        drawn = build_pipeline.load_pipeline(str(run), ema=ema).transformer.state_dict()
+        drawn = loading.load_pipeline(str(run), ema=ema).transformer.state_dict()
         assert all(torch.equal(drawn[name], tensor) for name, tensor in stored[group].items())
     assert not torch.equal(stored["ema"]["proj_out.weight"], stored["model"]["proj_out.weight"])
     command = ("sample.py", "--class", 1, "--num-images", 1, "--steps", 1, "--out", tmp_path / "x.png")
     run_here(*command, "--checkpoint", run, "--ema", "none")
     recipe_of_image = json.loads((tmp_path / "x.json").read_text())
-    model = build_pipeline.load_pipeline(str(run), ema="none").transformer
+    model = loading.load_pipeline(str(run), ema="none").transformer
     assert recipe_of_image["weights_sha256"] == weights_sha256(model)
     for arguments, message in [
         ((run, "--ema", 0.7), "--ema is 0.7, but"),
@@ -445,9 +447,9 @@ def test_few_images_are_decoded_together():
 
 def test_a_preview_without_memory_does_not_stop_training(tmp_path, monkeypatch):
     config, pipeline = Config(), crowded(make_pipeline_of(), 0)
-    monkeypatch.setattr(build_training, "model_of", lambda *arguments: None)
-    monkeypatch.setattr(build_training, "build_pipeline", lambda *arguments: pipeline)
-    preview = build_training.build_preview(config, None, None, Accelerator(cpu=True))
+    monkeypatch.setattr(build_pipeline_module, "model_of", lambda *arguments: None)
+    monkeypatch.setattr(build_pipeline_module, "build_pipeline", lambda *arguments: pipeline)
+    preview = pipeline.build_preview(config, None, None, Accelerator(cpu=True))
     with pytest.warns(UserWarning, match="no samples of step 7: CUDA out of memory"):
         preview({}, 7, False)
     assert pipeline.asked == [40, 20, 10, 5, 2, 1]
@@ -459,9 +461,9 @@ def test_a_preview_that_is_not_finite_does_not_stop_training(tmp_path, monkeypat
         yield
 
     config, pipeline = Config(), make_pipeline_of()
-    monkeypatch.setattr(build_training, "sample_classes", not_finite)
-    monkeypatch.setattr(build_training, "model_of", lambda *arguments: None)
-    monkeypatch.setattr(build_training, "build_pipeline", lambda *arguments: pipeline)
-    preview = build_training.build_preview(config, None, None, Accelerator(cpu=True))
+    monkeypatch.setattr(build_pipeline_module, "sample_classes", not_finite)
+    monkeypatch.setattr(build_pipeline_module, "model_of", lambda *arguments: None)
+    monkeypatch.setattr(build_pipeline_module, "build_pipeline", lambda *arguments: pipeline)
+    preview = pipeline.build_preview(config, None, None, Accelerator(cpu=True))
     with pytest.warns(UserWarning, match="no samples of step 7: the model draws images that are not finite"):
         preview({}, 7, False)

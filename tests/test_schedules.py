@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from test_diffusion import MEAN, STD, best_noise, best_velocity
 
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPipeline
-from iwin_dit.build_pipeline import choose_sampler, load_pipeline
+from iwin_dit.build.loading import choose_sampler, load_pipeline
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.sampling import set_timesteps, times

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from iwin_dit.runtime import processes
 from iwin_dit.runtime.errors import ConfigError, DiskError
 from iwin_dit.training import state
 from iwin_dit.training.ema import decay_rules, make_ema
@@ -25,7 +26,7 @@ def sent(monkeypatch):
         values.extend(objects)
         return [values[0]]
 
-    monkeypatch.setattr(state, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(processes, "broadcast_object_list", broadcast)
     return values
 
 
@@ -37,22 +38,22 @@ def failing(error):
 
 
 def test_alone_an_action_is_called(sent):
-    assert state.together(process(), lambda: 7) == 7
+    assert processes.together(process(), lambda: 7) == 7
     error = ValueError("no")
     with pytest.raises(ValueError, match="no") as caught:
-        state.together(process(), failing(error))
+        processes.together(process(), failing(error))
     assert caught.value is error
     assert sent == [], "nobody is told"
-    assert state.shared(process(), 3) == 3
+    assert processes.shared(process(), 3) == 3
 
 
 def test_the_main_process_tells_how_it_went(sent):
-    assert state.together(process(number=2), lambda: 7) == 7
+    assert processes.together(process(number=2), lambda: 7) == 7
     assert sent == [None]
     sent.clear()
     error = DiskError("full")
     with pytest.raises(DiskError) as caught:
-        state.together(process(number=2), failing(error))
+        processes.together(process(number=2), failing(error))
     assert caught.value is error
     assert sent != [None]
 
@@ -64,17 +65,17 @@ def test_the_main_process_tells_how_it_went(sent):
 def test_the_others_raise_what_the_main_process_says(sent, kind, raised):
     error = OSError(28, "found that") if kind is OSError else kind("found that")
     with pytest.raises(kind):
-        state.together(process(number=2), failing(error))
+        processes.together(process(number=2), failing(error))
     with pytest.raises(raised, match=r"on the main process: .*found that") as caught:
-        state.together(process(main=False, number=2), pytest.fail)
+        processes.together(process(main=False, number=2), pytest.fail)
     assert getattr(caught.value, "errno", None) == getattr(error, "errno", None), "a full disk stays one"
 
 
 def test_the_others_do_nothing_where_all_is_well(sent):
     sent[:] = [None]
-    assert state.together(process(main=False, number=2), pytest.fail) is None
+    assert processes.together(process(main=False, number=2), pytest.fail) is None
     sent[:] = [5]
-    assert state.shared(process(main=False, number=2), 3) == 5
+    assert processes.shared(process(main=False, number=2), 3) == 5
 
 
 def test_whole_tensors_are_gathered_by_the_main_process_alone():

@@ -11,8 +11,8 @@ from conftest import make_vae
 from PIL import Image, ImageDraw
 from test_images import RNG, assert_pixels, chunk, encoded, picture, png
 
-from iwin_dit.build_data import build_dataset
-from iwin_dit.config import parse_arguments
+from iwin_dit.build.data import build_dataset
+from iwin_dit.config.parse import parse_arguments
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.images import TRANSPARENT, decode_image

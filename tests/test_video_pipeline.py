@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from iwin_dit import IwinDiTTransformer3DModel, IwinDiTVideoPipeline
-from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data import codec
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from mask_rcnn_recipes import RECIPES, Recipe
 
-from iwin_dit.config_bounds import check_options
+from iwin_dit.config.bounds import check_options
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, NonFiniteError, run_script
 from iwin_dit.runtime.progress import progress, say

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from iwin_dit.classifier_config import IMAGENET_MEAN, IMAGENET_STD
+from iwin_dit.config.classifier import IMAGENET_MEAN, IMAGENET_STD
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.seeds import derive_seed, generator
 

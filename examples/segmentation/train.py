@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from iwin_dit.config import parse_arguments
-from iwin_dit.config_bounds import check_options
+from iwin_dit.config.bounds import check_options
+from iwin_dit.config.parse import parse_arguments
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
 

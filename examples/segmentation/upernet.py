@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import iwin_dit.models  # noqa: F401  registers Iwin's names in timm
-from iwin_dit.build_classifier import begin_from
+from iwin_dit.build.classifier import begin_from
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.seeds import derive_seed
 

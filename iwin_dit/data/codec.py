@@ -55,7 +55,7 @@ PRESETS = {
     "dc-ae-f32c32": Preset("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
 }
 # VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator. It is
-# published as an original file, not for diffusers, so that build_data.py loads it.
+# published as an original file, not for diffusers, so that build/data.py loads it.
 VA_VAE_PRESET = "va-vae-f16d32"
 
 

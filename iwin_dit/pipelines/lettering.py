@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 # looked for where systems keep fonts, in this order; together they have most scripts
 FONTS = (
@@ -62,3 +63,26 @@ def _is_missing(font: ImageFont.FreeTypeFont, letter: str) -> bool:
 def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
     mask = font.getmask(letter)
     return mask.size, bytes(mask)
+
+
+def draw_predictions(
+    images: Sequence[np.ndarray], labels: Sequence[int], predictions: Sequence[int], names: Sequence[str]
+) -> Image.Image:
+    """Images ``(H, W, 3)`` uint8, each over the class that was found: green if right, red if wrong.
+
+    Where no font here has the letters of a name, the class's number stands for it.
+    """
+    columns = 8
+    side, gap, text = 96, 8, 14
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, label, found) in enumerate(zip(images, labels, predictions, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        words = names[found] if found == label else f"{names[found]}, not {names[label]}"
+        font = font_for(words, 10)
+        if font is None:
+            words, font = (str(found) if found == label else f"{found}, not {label}"), font_for("0", 10)
+        draw.text((x, y + side), words[:16], fill="green" if found == label else "red", font=font)
+    return sheet

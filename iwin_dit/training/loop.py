@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from iwin_dit.runtime.errors import NonFiniteError, UserError, storage_error
+from iwin_dit.runtime.processes import shared, together
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.seeds import derive_seed
@@ -38,8 +39,6 @@ from iwin_dit.training.state import (
     resume,
     save,
     save_snapshot,
-    shared,
-    together,
 )
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
@@ -61,7 +60,7 @@ def train(
     """Trains from the newest checkpoint, or from the beginning, to ``config.train.max_steps``.
 
     Args:
-        config: a :class:`~iwin_dit.config_schema.Config`, or anything with its ``train``, ``optimizer`` and
+        config: a :class:`~iwin_dit.config.schema.Config`, or anything with its ``train``, ``optimizer`` and
             ``ema``.
         accelerator: with the run's precision.
         run: the run directory, on the main process only.

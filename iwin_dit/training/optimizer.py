@@ -17,9 +17,9 @@ def learning_rate(step: int, options: Any, max_steps: int) -> float:
     """Linear warm-up, then constant, or half a cosine down to ``min_learning_rate`` at the last step.
 
     Args:
-        options: an :class:`~iwin_dit.config_schema.OptimizerConfig`.
+        options: an :class:`~iwin_dit.config.schema.OptimizerConfig`.
         max_steps: the length of the run; a constant rate does not depend on it, so such a run, and no other,
-            may be made longer (:func:`iwin_dit.build.build_run`).
+            may be made longer (:func:`iwin_dit.build.trainer.build_run`).
     """
     peak, warmup = options.learning_rate, options.warmup_steps
     if step < warmup or options.schedule == "constant":

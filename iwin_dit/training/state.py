@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from iwin_dit.runtime import checkpoint
-from iwin_dit.runtime.errors import CheckpointError, UserError
+from iwin_dit.runtime.errors import CheckpointError
+from iwin_dit.runtime.processes import shared, together
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.training.optimizer import named_state
 from iwin_dit.training.sharding import assign, full
@@ -110,36 +110,3 @@ def gather(accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> di
 def full_ema(state: State) -> dict[str, Tensor]:
     """The average that sampling uses, as whole tensors; all processes together."""
     return {name: full(tensor) for name, tensor in state.emas["ema"].state_dict().items()}
-
-
-def together(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
-    """Runs ``action`` on the main process while the others wait. Its error is raised on every process.
-
-    Returns:
-        what ``action`` returned, on the main process; None on the others.
-    """
-    result, failure = None, None
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-    if accelerator.num_processes > 1:  # the text alone: an error may hold what cannot be sent
-        told = None
-        if failure is not None:
-            told = type(failure), str(failure), getattr(failure, "errno", None)
-        sent = shared(accelerator, told)
-        if sent is not None and failure is None:
-            kind, text, number = sent
-            if issubclass(kind, OSError):
-                raise OSError(number, f"on the main process: {text}")
-            known = kind if issubclass(kind, UserError) else RuntimeError
-            raise known(f"on the main process: {text}")
-    if failure is not None:
-        raise failure
-    return result
-
-
-def shared(accelerator: Accelerator, value: Any) -> Any:
-    """The main process's value, on every process."""
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

@@ -17,8 +17,8 @@ from evaluation_stub import COUNT, Stub, make_sets
 from PIL import Image
 from safetensors.torch import save_file
 
-from iwin_dit import build_evaluation
-from iwin_dit.evaluation import export, images
+from iwin_dit.build import evaluation
+from iwin_dit.evaluation import drawing, export, images
 from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.images import FolderImages, Reading, read_batches
@@ -36,8 +36,8 @@ def sets(tmp_path_factory):
 @pytest.fixture
 def evaluate(monkeypatch, script_here, tmp_path):
     """``evaluate(*arguments) -> (exit code, output)``; a stub is in Inception's place."""
-    monkeypatch.setattr(build_evaluation, "Inception", Stub)
-    monkeypatch.setattr(build_evaluation, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(evaluation, "Inception", Stub)
+    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
     monkeypatch.setattr(gc, "collect", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -60,13 +60,13 @@ def copied(sets, folder, name="real"):
 
 def test_a_broken_reference_is_found_before_anything_is_drawn(sets, evaluate, tmp_path, monkeypatch):
     """The last image has another size, is no image, or is cut off within its pixels."""
-    real, drawn = build_evaluation.drawer, []
+    real, drawn = drawing.drawer, []
 
     def drawer(*arguments):
         draw = real(*arguments)
         return lambda labels, generators: (drawn.append(len(labels)), draw(labels, generators))[1]
 
-    monkeypatch.setattr(build_evaluation, "drawer", drawer)
+    monkeypatch.setattr(drawing, "drawer", drawer)
     first = ("--generated", sets / "pipeline", "--num-images", 64, "--steps", 1, "--draw-batch", 4)
     for name, damage, message, seen in (
         ("size", lambda path: Image.new("RGB", (8, 8)).save(path), "11.png has 8 x 8 pixels", 0),

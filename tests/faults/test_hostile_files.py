@@ -16,12 +16,13 @@ import yaml
 from conftest import ROOT, make_pipeline, make_vae
 from safetensors.torch import load_file, save_file
 
-from iwin_dit import IwinDiTPipeline, build_classifier
-from iwin_dit.build_classifier import load_classifier
-from iwin_dit.build_evaluation import build_extractor
-from iwin_dit.build_pipeline import load_pipeline
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import load_config
+from iwin_dit import IwinDiTPipeline
+from iwin_dit.build import classifier
+from iwin_dit.build.classifier import load_classifier
+from iwin_dit.build.evaluation import build_extractor
+from iwin_dit.build.loading import load_pipeline
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import load_config
 from iwin_dit.convert import load_official
 from iwin_dit.data.codec import load_vae
 from iwin_dit.data.latents import LatentDataset
@@ -192,7 +193,7 @@ def test_32_the_bait_works(tmp_path, write):
 @forms
 @pytest.mark.parametrize("suffix", ["pt", "ckpt", "bin", "safetensors"])
 def test_32_a_pickle_as_autoencoder(tmp_path, marker, write, suffix):
-    from iwin_dit.build_data import load_autoencoder
+    from iwin_dit.build.data import load_autoencoder
 
     write(tmp_path / f"vae.{suffix}", Malicious(marker))
     with pytest.raises(DataError, match="cannot be read as tensors"):
@@ -210,7 +211,7 @@ def test_32_a_pickle_in_the_folder_of_an_autoencoder(tmp_path, marker, write, na
 
 @forms
 def test_32_a_pickle_as_statistics_of_published_latents(tmp_path, marker, write):
-    from iwin_dit.build_data import build_dataset
+    from iwin_dit.build.data import build_dataset
 
     latents = {"latents": torch.randn(2, 4, 8, 8), "labels": torch.arange(2)}
     save_file(latents, tmp_path / "latents_rank00_shard000.safetensors")
@@ -259,8 +260,8 @@ def test_32_a_strangers_classifier_makes_no_library_load_a_file(tmp_path, marker
     for load in (
         lambda: load_classifier(str(tmp_path / "run")),
         lambda: build_extractor(f"iwin:{tmp_path / 'run'}", None),
-        lambda: build_classifier.build_model(config),
-        lambda: build_classifier.begin_from(model, str(tmp_path / "run")),
+        lambda: classifier.build_model(config),
+        lambda: classifier.begin_from(model, str(tmp_path / "run")),
     ):
         with pytest.raises(ConfigError, match="which makes timm load a file"):
             load()
@@ -271,7 +272,7 @@ def test_32_a_strangers_classifier_makes_no_library_load_a_file(tmp_path, marker
 )
 def test_a_classifier_whose_data_are_not_said(tmp_path, text, monkeypatch):
     config = ClassifierConfig()
-    monkeypatch.setattr(build_classifier, "read_run", lambda run: (config, torch.nn.Linear(2, 2)))
+    monkeypatch.setattr(classifier, "read_run", lambda run: (config, torch.nn.Linear(2, 2)))
     if text is not None:
         (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"data\.json does not say what the classes of its run are: "):
@@ -351,7 +352,7 @@ def test_32_a_pickle_that_is_called_safetensors(pipeline_folder, marker, write, 
     ],
 )
 def test_32_yaml_makes_no_objects(tmp_path, marker, text):
-    from iwin_dit.build_data import load_autoencoder
+    from iwin_dit.build.data import load_autoencoder
 
     path, vae = tmp_path / "config.yaml", tmp_path / "vae.safetensors"
     path.write_text(text.format(marker=marker))

@@ -7,9 +7,9 @@ import torch
 from conftest import NUM_CLASSES, make_pipeline
 from safetensors.torch import load_file
 
-from iwin_dit.build import build_run
-from iwin_dit.classifier_config import AugmentConfig, ClassifierConfig, ClassifierModelConfig
-from iwin_dit.config_schema import MAY_CHANGE, Config, ModelConfig
+from iwin_dit.build.trainer import build_run
+from iwin_dit.config.classifier import AugmentConfig, ClassifierConfig, ClassifierModelConfig
+from iwin_dit.config.schema import MAY_CHANGE, Config, ModelConfig
 from iwin_dit.data.latents import LatentDataset, Shard, write_latents
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, flatten

@@ -22,11 +22,11 @@ from conftest import ROOT, assert_equal, logged_steps, read_checkpoint, start
 from PIL import Image
 
 import train_dit
-from iwin_dit import build, build_pipeline
-from iwin_dit.build_classifier import held_out_loader
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import load_config
-from iwin_dit.config_schema import TrainConfig
+from iwin_dit.build import loading, trainer
+from iwin_dit.build.classifier import held_out_loader
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import load_config
+from iwin_dit.config.schema import TrainConfig
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
@@ -200,7 +200,7 @@ def test_a_signal_while_saving_lets_the_checkpoint_be_finished(recipe, train_her
 def test_a_signal_while_drawing_stops_between_batches(recipe, train_here, tmp_path, monkeypatch):
     call_at(
         monkeypatch,
-        build_pipeline.IwinDiTPipeline,
+        loading.IwinDiTPipeline,
         "__call__",
         1,
         lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -214,7 +214,7 @@ def test_a_signal_while_drawing_stops_between_batches(recipe, train_here, tmp_pa
 def test_a_signal_at_start_ends_without_a_checkpoint(recipe, tmp_path):
     slow = "\n".join(
         (
-            "import time, iwin_dit.build_data as build",
+            "import time, iwin_dit.build.data as build",
             "build.build_dataset = lambda *a: print('here', flush=True) or time.sleep(60)",
         )
     )
@@ -519,7 +519,7 @@ def test_a_compiled_model_is_saved_under_its_plain_names(recipe, train_here, tmp
 
 
 def test_a_precision_that_the_device_lacks_is_refused(recipe, train_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_computes_bf16", lambda device: False)
+    monkeypatch.setattr(trainer, "_computes_bf16", lambda device: False)
     code, output = train_here("--config", recipe(train={**SHORT, "precision": "bf16"}))
     assert code == 2
     assert "does not compute in bf16; set train.precision fp32" in output

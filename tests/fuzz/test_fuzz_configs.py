@@ -7,11 +7,12 @@ import yaml
 from conftest import ROOT
 from mutate import ODD, fuzz, mutate_bytes, mutate_json, mutate_text
 
-from iwin_dit import budget
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import Config, parse_arguments
-from iwin_dit.config_types import types_of
-from iwin_dit.report import describe_classifier, describe_run
+from iwin_dit.build import budget
+from iwin_dit.build.describe import describe_classifier, describe_run
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import parse_arguments
+from iwin_dit.config.schema import Config
+from iwin_dit.config.types import types_of
 
 SIGNS = """{ } [ ] : - , | > % @ ` " ' # ~ &a *a !!int !!float !!bool !!null !!set !!omap !!binary !x
     0b_ 0o9 0x

@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import save
 from timm.models._hub import save_for_hf
 
-from iwin_dit.build_classifier import model_options
-from iwin_dit.classifier_config import ClassifierConfig
+from iwin_dit.build.classifier import model_options
+from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.training.state import State

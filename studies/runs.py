@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.config import Config, parse_arguments
+from iwin_dit.config.parse import parse_arguments
+from iwin_dit.config.schema import Config
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError, UserError
 from iwin_dit.runtime.lock import hold

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from iwin_dit.build_classifier import load_classifier
-from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline
-from iwin_dit.build_reference import Reference, extract, extract_reference, on_main, open_reference, split
+from iwin_dit.build.classifier import load_classifier
+from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline
+from iwin_dit.config.metrics import name_figures
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.evaluation.clips import open_set
+from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.evaluate import features_key, read_features
 from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
 from iwin_dit.evaluation.i3d import I3D
 from iwin_dit.evaluation.images import Images, Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
-from iwin_dit.evaluation.rules import holds_images, name_figures
+from iwin_dit.evaluation.reference import (
+    Reference,
+    extract,
+    extract_reference,
+    on_main,
+    open_reference,
+    split,
+)
+from iwin_dit.evaluation.rules import holds_images
 from iwin_dit.evaluation.statistics import identity, read_statistics, write_statistics
-from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.pipelines.parts import draw_in_parts
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.cpu import cores, keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.lock import hold
-from iwin_dit.runtime.processes import group_timeout
+from iwin_dit.runtime.processes import group_timeout, together
 from iwin_dit.runtime.progress import say
-from iwin_dit.training.state import together
 
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
 
@@ -243,29 +248,3 @@ def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Acc
         compile_models(pipeline.transformer, guide)
     labels = label_plan(arguments.plan, arguments.num_images, num_classes, arguments.seed)
     return SampledImages(drawer(pipeline, options), labels, arguments.seed, recipe, arguments.draw_batch)
-
-
-def drawer(
-    pipeline: ClassConditionalPipeline, options: dict[str, Any]
-) -> Callable[[list[int], list[torch.Generator]], Tensor]:
-    """``draw(labels, generators)``: uint8 images ``(B, 3, H, W)``, or clips ``(B, 3, T, H, W)``.
-
-    They are rounded as saving a PNG rounds them. A batch that does not fit into memory is drawn in parts.
-
-    Raises, when called:
-        ConfigError: where the pipeline refuses the options.
-        DataError: where the model draws what is not finite.
-    """
-
-    def draw(labels: list[int], generators: list[torch.Generator]) -> Tensor:
-        try:
-            (images,) = pipeline(labels, generator=generators, output_type="pt", return_dict=False, **options)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        if images.ndim == 5:  # (B, T, 3, H, W)
-            images = images.transpose(1, 2)
-        if not torch.isfinite(images).all():
-            raise DataError("the model draws images that are not finite; its weights are not usable")
-        return (images.float() * 255).round().to(torch.uint8)
-
-    return lambda labels, generators: torch.cat(draw_in_parts(draw, labels, generators))

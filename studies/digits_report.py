@@ -1,4 +1,4 @@
-"""The report of the quickstart: ``python -m iwin_dit.evaluation.digits_report RUN [CLASSIFIER]``.
+"""The report of the quickstart: ``python -m studies.digits_report RUN [CLASSIFIER]``.
 
 Writes to ``RUN/report``: samples, the loss curve, reconstructions of the VAE, and a table of two figures for
 300 samples, and, for scale, for real digits, for their reconstructions, for samples of a model that was
@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iwin_dit.build_classifier import load_classifier
-from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit.build.classifier import load_classifier
+from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.digits import read_images
 from iwin_dit.evaluation.extractors import Classifier

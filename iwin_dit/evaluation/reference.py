@@ -22,7 +22,7 @@ from iwin_dit.evaluation.statistics import STATISTICS, read_statistics
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import FULL, ConfigError, DataError
 from iwin_dit.runtime.lock import hold
-from iwin_dit.training.state import shared, together
+from iwin_dit.runtime.processes import shared, together
 
 T = TypeVar("T")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from iwin_dit.config_rules import check
 from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import SIZES, MixerSpec
 
@@ -376,10 +375,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists, as YAML writes them."""
         return lists(asdict(self))
-
-    def check(self) -> None:
-        """All rules that join several keys. Raises ConfigError."""
-        check(self)
 
 
 def lists(value: Any) -> Any:

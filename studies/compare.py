@@ -1,4 +1,4 @@
-"""The comparison of token mixers: ``python -m iwin_dit.evaluation.compare``, or ``make compare``.
+"""The comparison of token mixers: ``python -m studies.compare``, or ``make compare``.
 
 Trains every config of ``configs/compare`` from every seed with the same steps, images and learning rate,
 judges samples of each, and writes a table, a plot and a grid of samples. Stopped, the same command goes on:
@@ -14,26 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.build_pipeline import load_pipeline
-from iwin_dit.config import Config
+from iwin_dit.build.loading import load_pipeline
+from iwin_dit.config.schema import Config
 from iwin_dit.data.digits import IMAGE_SIZE
-from iwin_dit.evaluation.compare_report import (
-    ROUNDS,
-    STEP_ROUNDS,
-    Row,
-    draw_plot,
-    draw_samples,
-    table,
-    text,
-)
-from iwin_dit.evaluation.costs import costs, draw_in_turn, train_in_turn
-from iwin_dit.evaluation.digits_report import CLASSIFIER
-from iwin_dit.evaluation.judge import Judge, unguided
-from iwin_dit.evaluation.runs import Run, check_once, hold_runs, kept, runs_of, train_all
 from iwin_dit.runtime import files
 from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, run_script
 from iwin_dit.runtime.progress import say
+from studies.compare_report import ROUNDS, STEP_ROUNDS, Row, draw_plot, draw_samples, table, text
+from studies.costs import costs, draw_in_turn, train_in_turn
+from studies.digits_report import CLASSIFIER
+from studies.judge import Judge, unguided
+from studies.runs import Run, check_once, hold_runs, kept, runs_of, train_all
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 
@@ -117,7 +109,7 @@ def scores(run: Run, judge: Judge) -> dict[str, float]:
 
 def command_line() -> str:
     """What makes the page, as one types it."""
-    return shlex.join(["python", "-m", "iwin_dit.evaluation.compare", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "studies.compare", *sys.argv[1:]])
 
 
 def main() -> None:

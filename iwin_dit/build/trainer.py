@@ -1,13 +1,11 @@
-"""The only place where a name in a config becomes an object, and where parts meet."""
+"""Where a recipe becomes what the training loop takes: processes, data, state, loss and a run."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from iwin_dit.build_data import build_encoder
-from iwin_dit.config import Config, is_of_earlier_version
-from iwin_dit.config_rules import local_batch
-from iwin_dit.config_schema import MAY_CHANGE
+from iwin_dit.build.data import build_encoder
+from iwin_dit.build.network import build_objective
+from iwin_dit.config.parse import is_of_earlier_version
+from iwin_dit.config.rules import local_batch
+from iwin_dit.config.schema import MAY_CHANGE, Config
 from iwin_dit.data.examples import Data, MixedExamples, StepSampler, TrainingExamples
-from iwin_dit.diffusion.ddpm import DDPM
-from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.layers import kernels
 from iwin_dit.layers.blindness import of_earlier_version
-from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.checkpoint import step_directories, step_of
 from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
@@ -35,22 +30,11 @@ from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.processes import TRAINING_WAIT, group_timeout
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten, read_config
-from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.ema import decay_rules, make_ema
 from iwin_dit.training.memory import largest_that_fits
 from iwin_dit.training.optimizer import build_adamw, parameter_groups
 from iwin_dit.training.sharding import blocks_of, shard
 from iwin_dit.training.state import State
-
-ATTENTION_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-# decorates what draws while a run trains, in float32, and so may not have the kernel that training takes
-any_attention = sdpa_kernel(list(ATTENTION_BACKENDS.values()))
-NO_KERNEL = ("No available kernel", "No viable backend")  # in the words of CUDA and of a CPU
 
 
 def build_accelerator(config: Any) -> Accelerator:
@@ -103,44 +87,6 @@ def _computes_bf16(device: torch.device) -> bool:
 def _runs_triton(device: torch.device) -> bool:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
     return kernels.INSTALLED and (device.type == "cuda" or interpreted)
-
-
-def build_model(config: Config) -> IwinDiTTransformer2DModel:
-    """The network, its weights drawn from the config's seed; the global random state is left as it was."""
-    depth, width, heads, patch_size = config.model.shape
-    learns_sigma = config.objective.name == "ddpm"
-    kind = IwinDiTTransformer2DModel if config.model.sample_frames is None else IwinDiTTransformer3DModel
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        return kind(
-            sample_size=config.model.sample_size,
-            sample_frames=config.model.sample_frames,
-            patch_size=patch_size,
-            in_channels=config.model.in_channels,
-            out_channels=config.model.in_channels * (2 if learns_sigma else 1),
-            num_layers=depth,
-            num_attention_heads=heads,
-            attention_head_dim=width // heads,
-            num_classes=config.model.num_classes,
-            class_dropout_prob=config.model.label_dropout,
-            mixer=asdict(config.model.resolved_mixer),
-            position_embedding=config.model.position_embedding,
-            norm=config.model.norm,
-            mlp=config.model.mlp,
-            mlp_ratio=config.model.mlp_ratio,
-            qk_norm=config.model.qk_norm,
-            modulation_shift=config.model.modulation_shift,
-            open_gates=config.model.open_gates,
-            post_norm=config.model.post_norm,
-            label_embedding_std=config.model.label_embedding_std,
-            prediction_type=build_objective(config).prediction_type,
-        )
-
-
-def build_objective(config: Config) -> FlowMatching | DDPM:
-    """What the model learns to predict."""
-    options = asdict(config.objective)
-    return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
 
 
 def build_examples(
@@ -275,29 +221,6 @@ def build_loss(
         return x0.expand(images, *x0.shape), labels, torch.randn(images, *shape), torch.rand(images)
 
     return loss, batch
-
-
-@contextlib.contextmanager
-def attention_backend(config: Any) -> Iterator[None]:
-    """The context in which attention takes the kernels of the config, of PyTorch and of Iwin.
-
-    Raises:
-        ConfigError: in the first forward pass, where PyTorch has none of that name for this model here: that
-            depends on device, precision, masks and the width of heads, and PyTorch alone knows how.
-    """
-    kernels.select(config.train.kernels)
-    name = config.train.attention_backend
-    try:
-        with contextlib.nullcontext() if name == "auto" else sdpa_kernel(ATTENTION_BACKENDS[name]):
-            yield
-    except RuntimeError as error:
-        if name == "auto" or not any(words in str(error) for words in NO_KERNEL):
-            raise
-        raise ConfigError(
-            f"train.attention_backend {name} has no kernel for this model's attention here, in "
-            f"{config.train.precision}: on a GPU flash and cudnn need bf16, and flash takes no masks (swin, "
-            "swin_v2, neighborhood, padded windows); a CPU has flash and math; set auto"
-        ) from None
 
 
 def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:

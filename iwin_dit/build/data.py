@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from iwin_dit.build_sources import classes_begun, open_images
-from iwin_dit.config import Config, load_yaml
+from iwin_dit.build.sources import classes_begun, open_images
+from iwin_dit.config.parse import load_yaml
+from iwin_dit.config.schema import Config
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.classes import numbering_line

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.build_data import load_autoencoder, read_statistics
-from iwin_dit.build_pipeline import OBJECTIVES
+from iwin_dit.build.data import load_autoencoder, read_statistics
+from iwin_dit.build.network import OBJECTIVES
 from iwin_dit.data.codec import latent_channels
 from iwin_dit.data.sources import IMAGENET_NAMES
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel

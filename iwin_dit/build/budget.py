@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwin_dit.build import build_model
-from iwin_dit.config import Config
-from iwin_dit.config_rules import local_batch
+from iwin_dit.build.network import build_model
+from iwin_dit.config.rules import local_batch
+from iwin_dit.config.schema import Config
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError

@@ -1,6 +1,6 @@
 """What generated digits are worth: two figures of samples of any size.
 
-They are those of :mod:`iwin_dit.evaluation.digits_report`: FD (iwin) to held-out digits, and the share that a
+They are those of :mod:`studies.digits_report`: FD (iwin) to held-out digits, and the share that a
 support vector machine recognises.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from iwin_dit.config import Config
+from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.digits import read_images
-from iwin_dit.evaluation.digits_report import SEED, Distance, Recogniser, to_samples, to_tensor
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.sampling import sample_classes
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, DataError
+from studies.digits_report import SEED, Distance, Recogniser, to_samples, to_tensor
 
 LEAST_IMAGES = 20
 BATCH_IMAGES = 50

@@ -11,13 +11,15 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from iwin_dit.config_schema import Config
-from iwin_dit.config_types import build, check_keys, types_of
+from iwin_dit.config import classifier, rules
+from iwin_dit.config.schema import Config
+from iwin_dit.config.types import build, check_keys, types_of
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError, expand_home
 
 T = TypeVar("T")  # Config, or ClassifierConfig
+CHECKS = {Config: rules.check, classifier.ClassifierConfig: classifier.check}
 load_yaml = strict_yaml.load
 
 
@@ -47,7 +49,7 @@ def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Con
         elif name != "dry-run":
             _merge(content, _override(name, value, kind), kind)
     config = build(expand_home(content), kind)
-    config.check()
+    CHECKS[kind](config)
     return config, "dry-run" in names
 
 

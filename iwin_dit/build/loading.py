@@ -1,4 +1,4 @@
-"""Where a run, a folder or a name on the hub becomes a pipeline that samples."""
+"""Where a run, a folder or a name on the hub becomes a model or a pipeline that samples."""
 
 from __future__ import annotations
 
@@ -6,65 +6,29 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 
-from iwin_dit.build import build_model, build_objective
-from iwin_dit.build_data import build_dataset, load_autoencoder
-from iwin_dit.config import Config, load_run
+from iwin_dit.build.data import build_dataset
+from iwin_dit.build.network import OBJECTIVES, build_model
+from iwin_dit.build.pipeline import build_pipeline, model_of
+from iwin_dit.config.parse import load_run
+from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import vae_statistics, weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.diffusion.ddpm import DDPM
-from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.sampling import prediction_type, set_timesteps, with_schedule_of
+from iwin_dit.models.inflation import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.trust import check_index, check_model_folder, check_pipeline_folder
-from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, reason
-from iwin_dit.runtime.run import TIMES, changed_data, number_of, read_config
+from iwin_dit.runtime.run import TIMES, changed_data, has_begun, number_of, read_config
 from iwin_dit.training.ema import decay_rules
 from iwin_dit.training.posthoc import reconstruct
-
-OBJECTIVES = {kind.prediction_type: kind() for kind in (FlowMatching, DDPM)}
-
-
-def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> ClassConditionalPipeline:
-    """The pipeline that samples this model: the VAE of its data, the scheduler of its objective."""
-    kind = IwinDiTPipeline if config.model.sample_frames is None else IwinDiTVideoPipeline
-    return kind(
-        transformer=model,
-        vae=load_autoencoder(dataset.vae_path).to(next(model.parameters()).device),
-        scheduler=build_objective(config).scheduler(config.sample.sampler),
-        id2label=dict(enumerate(dataset.class_names)),
-        latents_mean=dataset.mean,
-        latents_std=dataset.std,
-    )
-
-
-def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
-    """The network with these very tensors as its weights."""
-    with torch.device("meta"):
-        model = build_model(config)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def sampling_options(config: Config) -> dict[str, Any]:
-    """The pipeline's arguments that the config fixes."""
-    sample = config.sample
-    return dict(
-        num_inference_steps=sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale,
-        guidance_interval=sample.guidance_interval,
-        guidance_channels=sample.guidance_channels,
-    )
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -314,3 +278,49 @@ def _data_of(run: Path, config: Config) -> Data:
             "restore it, or sample an exported pipeline"
         )
     return dataset
+
+
+def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
+    """The network as it is trained: with the weights it begins with, and gradient checkpointing.
+
+    A run that goes on has its own weights, and does not need those that it began with any more.
+
+    Raises:
+        CheckpointError: where ``model.init_from`` is not there, or of another network.
+    """
+    model = build_model(config)
+    if config.model.init_from is not None and not has_begun(config.output_dir):
+        begin_from(model, config.model.init_from)
+    if every := config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        model.checkpoint_every = every
+    return model
+
+
+def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
+    """Copies the weights of a run, a pipeline or an imported model into a model.
+
+    Those of a model of images serve one of clips, too.
+
+    The label embeddings of another number of classes stay as they are drawn.
+
+    Raises:
+        CheckpointError: where they are not there, or of another network.
+    """
+    tensors = inflate(load_transformer(source).state_dict(), model.state_dict())
+    own, labels = model.state_dict(), "label_embedding.weight"
+    if tensors[labels].shape[0] != own[labels].shape[0]:
+        tensors[labels] = own[labels]
+    odd = sorted(
+        name
+        for name in {*own, *tensors}
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if odd:
+        raise CheckpointError(
+            f"model.init_from {source} is another network than the config's: "
+            f"{checkpoint.listed(odd)} differ; take its sizes, patch size, channels and kinds of norm, MLP "
+            "and modulation, and where its blocks have no convolution set model.mixer.convolution false, "
+            "with a model.position_embedding"
+        )
+    model.load_state_dict(tensors)

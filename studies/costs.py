@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from iwin_dit import budget
-from iwin_dit.build import build_model, build_objective
-from iwin_dit.config import Config
-from iwin_dit.evaluation.connectivity import blocks_to_connect
+from iwin_dit.build import budget
+from iwin_dit.build.network import build_model, build_objective
+from iwin_dit.config.schema import Config
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 from iwin_dit.training.optimizer import build_adamw, parameter_groups
+from studies.connectivity import blocks_to_connect
 
 
 def costs(config: Config) -> dict[str, Any]:

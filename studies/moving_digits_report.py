@@ -1,4 +1,4 @@
-"""The report of the video quickstart: ``python -m iwin_dit.evaluation.moving_digits_report RUN``.
+"""The report of the video quickstart: ``python -m studies.moving_digits_report RUN``.
 
 Writes to ``RUN/report``: film strips, the same as GIF and MP4, the loss curve, and a table for 120 clips, 3
 of each class, and, for scale, for real clips of scans that were not trained on and for the same through the
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwin_dit.build_pipeline import load_pipeline
+from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.moving_digits import DIRECTIONS, NUM_FRAMES, SIDE
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.video import ClipSpec
-from iwin_dit.evaluation.digits_report import SEED, Recogniser, percent
 from iwin_dit.pipelines.sampling import Sample, sample_classes, write_grid
 from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import DataError, run_script
 from iwin_dit.runtime.run import read_config
+from studies.digits_report import SEED, Recogniser, percent
 
 NUM_PER_CLASS = 3
 SHOWN = ("3 left", "3 right", "5 up", "8 down", "0 left", "7 right", "2 up", "4 down")

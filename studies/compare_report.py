@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from iwin_dit.config import Config
+from iwin_dit.config.schema import Config
 from iwin_dit.data.digits import IMAGE_SIZE
-from iwin_dit.evaluation.connectivity import MOST_BLOCKS
-from iwin_dit.evaluation.costs import machine
-from iwin_dit.evaluation.judge import Judge
-from iwin_dit.evaluation.runs import Run
 from iwin_dit.pipelines.sampling import Sample, draw_grid
+from studies.connectivity import MOST_BLOCKS
+from studies.costs import machine
+from studies.judge import Judge
+from studies.runs import Run
 
 ROUNDS, STEP_ROUNDS = 7, 20  # of the times of sampling and of training steps
 COLUMNS = (
@@ -30,7 +30,7 @@ class Row:
     """A config and what was found of it.
 
     recipe: its file; runs: one per seed; scores: of those that were trained; costs: see
-    :func:`~iwin_dit.evaluation.costs.costs`; failures: why others were not; images: ten samples.
+    :func:`~studies.costs.costs`; failures: why others were not; images: ten samples.
     """
 
     recipe: Path

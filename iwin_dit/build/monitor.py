@@ -11,20 +11,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from iwin_dit.build import any_attention
-from iwin_dit.build_evaluation import build_extractor, check_fit, drawer
-from iwin_dit.build_pipeline import build_pipeline, model_of, sampling_options
-from iwin_dit.build_reference import extract, extract_reference, on_main, open_reference
-from iwin_dit.config import Config
+from iwin_dit.build.evaluation import build_extractor, check_fit
+from iwin_dit.build.pipeline import build_pipeline, model_of, sampling_options
+from iwin_dit.config.metrics import chosen_metrics, name_figures
+from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
+from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.evaluate import features_key, read_features
 from iwin_dit.evaluation.images import Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import check_counts, compute
-from iwin_dit.evaluation.rules import chosen_metrics, name_figures
+from iwin_dit.evaluation.reference import extract, extract_reference, on_main, open_reference
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.cpu import cores
-from iwin_dit.training.state import State, full_ema, together
+from iwin_dit.runtime.processes import together
+from iwin_dit.training.attention import any_attention
+from iwin_dit.training.state import State, full_ema
 
 
 class Stopped(Exception):

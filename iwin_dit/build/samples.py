@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from iwin_dit.build_pipeline import choose_sampler, compile_models, load_guide, load_pipeline, newest_run
+from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline, newest_run
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.sampling import check_grid, open_folder, sample_classes, write_grid, write_samples

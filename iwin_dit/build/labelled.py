@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
-from iwin_dit.build_sources import classes_begun, open_images
-from iwin_dit.classifier_config import ClassifierConfig
+from iwin_dit.build.sources import classes_begun, open_images
+from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.labelled import LabelledExamples, LabelledImages

@@ -1,4 +1,4 @@
-"""Where a classifier's recipe becomes objects: what :mod:`iwin_dit.build` is to the generator."""
+"""Where a classifier's recipe becomes objects: what :mod:`iwin_dit.build.trainer` is to the generator."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwin_dit.build import any_attention, leave_group
-from iwin_dit.build_labelled import HeldOutData
-from iwin_dit.classifier_config import ClassifierConfig
-from iwin_dit.config import load_config
-from iwin_dit.config_bounds import check_options
+from iwin_dit.build.labelled import HeldOutData
+from iwin_dit.build.trainer import leave_group
+from iwin_dit.config.bounds import check_options
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import load_config
 from iwin_dit.convert import load_official
 from iwin_dit.convert.names import find_tensors
 from iwin_dit.data.codec import weights_sha256
@@ -30,12 +30,13 @@ from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.official_names import WRAPPERS, unwrap
 from iwin_dit.models.video_models import VIDEO_MODELS
-from iwin_dit.report import draw_predictions
+from iwin_dit.pipelines.lettering import draw_predictions
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.run import RunDirectory, has_begun, read_config
 from iwin_dit.runtime.seeds import derive_seed
+from iwin_dit.training.attention import any_attention
 from iwin_dit.training.classification import class_scores, classification_loss
 from iwin_dit.training.state import State
 

@@ -6,25 +6,23 @@ import difflib
 import math
 import re
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from iwin_dit.config_bounds import MAX_TOKENS, check_bounds
-from iwin_dit.evaluation.rules import chosen_metrics
+from iwin_dit.config.bounds import MAX_TOKENS, check_bounds
+from iwin_dit.config.metrics import chosen_metrics
+from iwin_dit.config.schema import (
+    Config,
+    DataConfig,
+    EmaConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from iwin_dit.layers.blindness import blind_spots
 from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    from iwin_dit.config_schema import (
-        Config,
-        DataConfig,
-        EmaConfig,
-        ModelConfig,
-        ObjectiveConfig,
-        OptimizerConfig,
-        TrainConfig,
-    )
 
 # Samplers of each objective; a test compares them with the objectives' own.
 SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "ddpm", "dpm++")}

@@ -1,6 +1,6 @@
-"""Sampling larger images than a model was trained on: ``python -m iwin_dit.evaluation.transfer``.
+"""Sampling larger images than a model was trained on: ``python -m studies.transfer``.
 
-Takes the runs of :mod:`iwin_dit.evaluation.compare`, which are trained first where they are missing, and
+Takes the runs of :mod:`studies.compare`, which are trained first where they are missing, and
 draws at 1, 1.5 and 2 times the size that they were trained at, without any change; then trains each for a few
 steps on digits of twice the size, and draws those again. Writes tables and a picture; what is trained and
 judged is kept.
@@ -22,14 +22,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from iwin_dit.build_pipeline import load_pipeline
-from iwin_dit.config import Config
+from iwin_dit.build.loading import load_pipeline
+from iwin_dit.config.schema import Config
 from iwin_dit.data.digits import IMAGE_SIZE
-from iwin_dit.evaluation.compare import CONFIGS
-from iwin_dit.evaluation.compare_report import with_spread
-from iwin_dit.evaluation.digits_report import CLASSIFIER
-from iwin_dit.evaluation.judge import Judge, unguided
-from iwin_dit.evaluation.runs import TRAINER, Run, check_once, hold_runs, kept, runs_of, train_all
 from iwin_dit.layers.specs import MixerSpec
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -38,6 +33,11 @@ from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, DataError, run_script
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.seeds import generator
+from studies.compare import CONFIGS
+from studies.compare_report import with_spread
+from studies.digits_report import CLASSIFIER
+from studies.judge import Judge, unguided
+from studies.runs import TRAINER, Run, check_once, hold_runs, kept, runs_of, train_all
 
 SIDES = IMAGE_SIZE, 3 * IMAGE_SIZE // 2, 2 * IMAGE_SIZE  # of the images, in pixels
 PIXELS_PER_TOKEN = 4  # the autoencoder's factor, at a patch size of 1
@@ -310,7 +310,7 @@ def text(
         classifier=judge.classifier,
         images=judge.num_images,
         picture=arguments.out.with_suffix(".png").name,
-        command=shlex.join(["python", "-m", "iwin_dit.evaluation.transfer", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "studies.transfer", *sys.argv[1:]]),
         **tables,
     )
 

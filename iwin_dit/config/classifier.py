@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from iwin_dit.config_bounds import check_bounds, check_options, check_rand_augment
-from iwin_dit.config_rules import (
+from iwin_dit.config.bounds import check_bounds, check_options, check_rand_augment
+from iwin_dit.config.rules import (
     TRAIN_ABOVE_ZERO,
     TRAIN_ZERO_OR_MORE,
     check_ema,
@@ -17,7 +17,7 @@ from iwin_dit.config_rules import (
     check_ranges,
     check_train,
 )
-from iwin_dit.config_schema import EmaConfig, OptimizerConfig, TrainConfig, lists
+from iwin_dit.config.schema import EmaConfig, OptimizerConfig, TrainConfig, lists
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
@@ -184,39 +184,40 @@ class ClassifierConfig:
         """Nested dictionaries and lists, as YAML writes them."""
         return lists(asdict(self))
 
-    def check(self) -> None:
-        """All rules. Raises ConfigError."""
-        check_bounds(self)
-        check_ranges(self, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
-        check_options(self.model.options, "model.options")
-        check_rand_augment(self.augment.rand_augment)
-        check_optimizer(self.optimizer)
-        check_ema(self.ema)
-        check_train(self)
-        _check_clips(self)
-        _check_pixels(self.data, self.augment)
-        if self.train.sharding != "none":
-            raise ConfigError(
-                f"train.sharding {self.train.sharding} is for train_dit.py; a classifier fits on one device: "
-                "set none"
-            )
-        if self.train.gradient_checkpointing > 1:
-            raise ConfigError(
-                f"train.gradient_checkpointing is {self.train.gradient_checkpointing}, but a classifier "
-                "computes all of its blocks twice, or none, as timm's models do: set 1 or 0"
-            )
-        for key in ("batch_images", "micro_batch"):
-            images = getattr(self.train, key)
-            if self.mixes and isinstance(images, int) and images % 2:
-                raise ConfigError(
-                    f"train.{key} is {images}, but mixup and CutMix join images two by two; take "
-                    f"{images + 1}, or set augment.mixup and augment.cutmix to 0"
-                )
-
     @property
     def mixes(self) -> bool:
         """Whether images are mixed with each other."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+
+def check(config: ClassifierConfig) -> None:
+    """All rules. Raises ConfigError."""
+    check_bounds(config)
+    check_ranges(config, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
+    check_options(config.model.options, "model.options")
+    check_rand_augment(config.augment.rand_augment)
+    check_optimizer(config.optimizer)
+    check_ema(config.ema)
+    check_train(config)
+    _check_clips(config)
+    _check_pixels(config.data, config.augment)
+    if config.train.sharding != "none":
+        raise ConfigError(
+            f"train.sharding {config.train.sharding} is for train_dit.py; a classifier fits on one device: "
+            "set none"
+        )
+    if config.train.gradient_checkpointing > 1:
+        raise ConfigError(
+            f"train.gradient_checkpointing is {config.train.gradient_checkpointing}, but a classifier "
+            "computes all of its blocks twice, or none, as timm's models do: set 1 or 0"
+        )
+    for key in ("batch_images", "micro_batch"):
+        images = getattr(config.train, key)
+        if config.mixes and isinstance(images, int) and images % 2:
+            raise ConfigError(
+                f"train.{key} is {images}, but mixup and CutMix join images two by two; take "
+                f"{images + 1}, or set augment.mixup and augment.cutmix to 0"
+            )
 
 
 def _check_pixels(data: ClassifierDataConfig, augment: AugmentConfig) -> None:
