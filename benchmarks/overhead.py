@@ -20,7 +20,7 @@ from accelerate import Accelerator
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_dit  # noqa: E402
+from iwin_dit.commands import train  # noqa: E402
 from iwin_dit.config.parse import parse_arguments  # noqa: E402
 from iwin_dit.diffusion.flow_matching import FlowMatching  # noqa: E402
 from iwin_dit.training import loop  # noqa: E402
@@ -63,7 +63,7 @@ def main() -> None:
             "train.sample_every_steps": 0,
         }
         texts = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-        train_dit.train(parse_arguments(texts, train_dit.QUICKSTART)[0])
+        train.train(parse_arguments(texts, train.QUICKSTART)[0])
     total = seconds.pop("all")
     steps = total - seconds["checkpoints"]
     seconds["loop"] = steps - seconds["model"] - seconds["update"]

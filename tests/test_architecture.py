@@ -25,6 +25,7 @@ MAY_IMPORT = {  # rooms, from the bottom up; a file of a room may import these b
         *("layers", "models", "pipelines", "runtime", "training"),
     },
 }
+MAY_IMPORT["commands"] = set(MAY_IMPORT)
 WITHOUT_TORCH = {"iwin_dit.layers.specs", "iwin_dit.layers.blindness"}  # what a config may know of layers
 THIRD_PARTY = {  # of the heavy ones
     "layers": {"torch", "einops", "triton"},

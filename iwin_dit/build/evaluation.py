@@ -66,8 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         keep_freed_memory()
     reading = _reading(arguments)
     reference = on_main(
-        accelerator,
-        lambda: open_reference(arguments.reference, metrics, arguments.extractor, reading),
+        accelerator, lambda: open_reference(arguments.reference, metrics, arguments.extractor, reading)
     )
     _check_save_reference(arguments.save_reference, metrics, reference)
     generated = _generated(arguments, reading, accelerator)

@@ -21,9 +21,9 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, assert_equal, logged_steps, read_checkpoint, start
 from PIL import Image
 
-import train_dit
 from iwin_dit.build import loading, trainer
 from iwin_dit.build.classifier import held_out_loader
+from iwin_dit.commands import train
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config
 from iwin_dit.config.schema import TrainConfig
@@ -301,7 +301,7 @@ def test_a_signal_that_was_ignored_stays_ignored(handlers):
 
 def test_training_in_a_thread_has_no_handlers(recipe, tmp_path, capfd, handlers):
     config, found = load_config(recipe(train={**SHORT, "max_steps": 2})), []
-    thread = threading.Thread(target=lambda: found.append(train_dit.train(config)))
+    thread = threading.Thread(target=lambda: found.append(train.train(config)))
     thread.start()
     thread.join(timeout=120)
     AcceleratorState._reset_state(reset_partial_state=True)

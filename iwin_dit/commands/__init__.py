@@ -1,0 +1,1 @@
+"""The commands of ``iwin-dit``, one module each; the scripts of a checkout call the same ones."""
