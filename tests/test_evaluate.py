@@ -27,13 +27,13 @@ from torch import nn
 from evaluate_fid import parse_arguments
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPipeline
 from iwin_dit.build import evaluation
-from iwin_dit.build.classifier import build_evaluation
 from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
 from iwin_dit.evaluation.archives import NpzImages
+from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.export import NpzFile, PngFolder
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages, SampledImages, label_plan
@@ -309,9 +309,7 @@ def test_other_extractors_have_names_of_their_own(sets, evaluate, tmp_path, monk
     loaded = namedtuple("LoadedClassifier", "model image_size mean std sha256")(
         Colours(), (16, 16), (0.5,) * 3, (0.25,) * 3, "f" * 64
     )
-    monkeypatch.setattr(
-        build_evaluation, "load_classifier", lambda run: loaded if run == "runs/mine" else None
-    )
+    monkeypatch.setattr(evaluation, "load_classifier", lambda run: loaded if run == "runs/mine" else None)
     found, result = evaluate("other", "--extractor", "iwin:runs/mine", "--metrics", "fd,kid,pr")
     assert list(found) == ["FD (iwin)", "KID (iwin)", "KID_std (iwin)", "precision (iwin)", "recall (iwin)"]
     assert result["extractor"]["sha256"] == "f" * 64
@@ -381,9 +379,7 @@ def test_clips_that_a_model_draws_are_those_that_sampling_writes(
     common = ("--extractor", "i3d:weights.pt", "--reference", tmp_path / "real")
     drawing = ("--num-images", 9, "--steps", 2, "--guidance-scale", 2)
     found, result = evaluate(tmp_path / "model", *common, *drawing)
-    draw = drawing.drawer(
-        load_pipeline(str(tmp_path / "model")), {"num_inference_steps": 2, "guidance_scale": 2.0}
-    )
+    draw = drawer(load_pipeline(str(tmp_path / "model")), {"num_inference_steps": 2, "guidance_scale": 2.0})
     labels = [0, 1, 2] * 3
     clips = draw(labels, [generator(0, "image", label, k // 3) for k, label in enumerate(labels)])
     assert clips.shape == (9, 3, 3, 16, 16)

@@ -19,7 +19,7 @@ from iwin_dit.data.codec import weights_sha256
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.evaluate import features_key, read_features
-from iwin_dit.evaluation.export import open_export
+from iwin_dit.evaluation.export import Export, open_export
 from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
 from iwin_dit.evaluation.i3d import I3D
 from iwin_dit.evaluation.images import Images, Reading, SampledImages, label_plan
@@ -59,7 +59,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, CheckpointError: for what is found to be of no use before images are drawn.
     """
-    metrics, kind = arguments.metrics.split(","), arguments.extractor.partition(":")[0]
+    metrics = arguments.metrics.split(",")
     accelerator = Accelerator(kwargs_handlers=[group_timeout()])
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
@@ -80,35 +80,21 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     works = _works(arguments)
     # to the end: another evaluation with one of these outputs is refused
     held = together(accelerator, lambda: [hold(scratch.make(work)) for work in works.values()])
-    export = None
-    if arguments.save_images is not None:
-        parts = works["save_images"] / f"images-{generated.fingerprint[:32]}"
-        with accelerator.main_process_first():
-            export = open_export(Path(arguments.save_images), generated, parts)
+    with accelerator.main_process_first():
+        export = _export(arguments.save_images, generated, works)
     if reference is not None:  # before images are drawn: what is wrong with one of them shows now
         extract_reference(reference, extractor, arguments.batch_size, accelerator)
     folder = works["out"] / features_key(generated, extractor)
     extract(generated, extractor, folder, arguments.batch_size, accelerator, "generated", export)
+    if export is not None:
+        together(accelerator, export.finish)
 
-    def measure() -> dict[str, float]:
-        if export is not None:
-            export.finish()
-        other = None if reference is None else reference.read(metrics, extractor)
-        if arguments.save_reference is not None:
-            write_statistics(Path(arguments.save_reference), other, extractor, reference.describe())
+    def measure() -> dict[str, Any]:
         own = read_features(folder, len(generated), metrics)
-        figures = compute(metrics, own, other, accelerator.device)
-        _warn_of_few_images(metrics, own)
-        return name_figures(figures, kind)
+        figures = _figures(arguments, own, reference, extractor, accelerator.device)
+        return _result(arguments, figures, generated, reference, extractor)
 
-    result = {
-        "figures": on_main(accelerator, measure),
-        "generated": generated.description | {"sha256": generated.fingerprint},
-        "reference": None if reference is None else on_main(accelerator, reference.describe),
-        "extractor": identity(extractor),
-        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
-    }
+    result = on_main(accelerator, measure)
 
     def finish() -> None:
         files.replace(Path(arguments.out), files.to_json(result))
@@ -118,6 +104,47 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     together(accelerator, finish)
     return result
+
+
+def _figures(
+    arguments: argparse.Namespace,
+    own: Features,
+    reference: Reference | None,
+    extractor: nn.Module,
+    device: torch.device,
+) -> dict[str, float]:
+    """The metrics of generated samples by their features, named after the extractor."""
+    metrics = arguments.metrics.split(",")
+    other = None if reference is None else reference.read(metrics, extractor)
+    if arguments.save_reference is not None:
+        write_statistics(Path(arguments.save_reference), other, extractor, reference.describe())
+    figures = compute(metrics, own, other, device)
+    _warn_of_few_images(metrics, own)
+    return name_figures(figures, arguments.extractor.partition(":")[0])
+
+
+def _result(
+    arguments: argparse.Namespace,
+    figures: dict[str, float],
+    generated: Images,
+    reference: Reference | None,
+    extractor: nn.Module,
+) -> dict[str, Any]:
+    return {
+        "figures": figures,
+        "generated": generated.description | {"sha256": generated.fingerprint},
+        "reference": None if reference is None else reference.describe(),
+        "extractor": identity(extractor),
+        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+    }
+
+
+def _export(path: str | None, generated: Images, works: dict[str, Path]) -> Export | None:
+    """Where the images go that ``--save-images`` keeps."""
+    if path is None:
+        return None
+    return open_export(Path(path), generated, works["save_images"] / f"images-{generated.fingerprint[:32]}")
 
 
 def _works(arguments: argparse.Namespace) -> dict[str, Path]:
