@@ -471,6 +471,25 @@ def test_a_small_parquet_does_not_become_a_large_one(tmp_path, kind):
 
 
 @needs_datasets
+def test_one_large_image_beside_many_repeated_small_ones_is_no_bomb(tmp_path):
+    """The rows are counted where their number times the largest value would be too much."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rng = np.random.default_rng(0)
+    large, small = io.BytesIO(), io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (150, 150, 3), dtype=np.uint8)).save(large, "PNG")
+    Image.new("RGB", (1, 1)).save(small, "PNG")
+    rows = 5_000
+    chosen = pa.array(np.minimum(np.arange(rows), 1).astype(np.int32))
+    column = pa.DictionaryArray.from_arrays(chosen, pa.array([large.getvalue(), small.getvalue()]))
+    table = pa.table({"image": column, "label": np.arange(rows) % 2})
+    parquet.write_table(table, tmp_path / "0.parquet", dictionary_pagesize_limit=1 << 22)
+    with pytest.raises(DataError, match="choose by --image-column"):  # it was opened: bytes are no images yet
+        open_source(str(tmp_path))
+
+
+@needs_datasets
 def test_a_usual_parquet_is_no_bomb(tmp_path, monkeypatch):
     """Many small images of one kind, with few labels: repetition alone is no reason."""
     import datasets

@@ -265,7 +265,7 @@ def build_evaluation(
     @torch.no_grad()
     def evaluate(step: int, stop: Any) -> dict[str, float] | None:
         if step == 0 and config.model.init_from is None:
-            return None
+            return {}
         model = state.emas["ema"].to(accelerator.device)
         found = torch.zeros(4, device=accelerator.device)  # top-1, top-5, images, stopped
         for pixels, labels in progress(

@@ -60,7 +60,7 @@ def build_monitor(
     @any_attention
     def evaluate(step: int, stop: Any) -> dict[str, float] | None:
         if step == 0:  # noise
-            return None
+            return {}
         weights = {name: tensor.to(accelerator.device) for name, tensor in full_ema(state).items()}
         pipeline = build_pipeline(config, model_of(config, weights), dataset)
         pipeline.set_progress_bar_config(disable=True)

@@ -69,9 +69,9 @@ def train(
         loader: ``loader(step)`` yields this process's micro-batches from that step on, as tuples of tensors.
         micro_batches: how many of them make a step.
         preview: ``preview(ema, step, stop)`` draws samples with these weights, on the main process.
-        evaluate: ``evaluate(step, stop)`` gives figures of the EMA, by all processes together; None where
-            there are none, or it was stopped: then the resumed run asks again. Only needed with
-            ``evaluate_every_steps``.
+        evaluate: ``evaluate(step, stop)`` gives figures of the EMA, by all processes together; none of them
+            where there is nothing to say yet, and None where it was stopped: then training stops at this
+            step, and the resumed run asks again. Only needed with ``evaluate_every_steps``.
         flops_per_image: of a training step on one image, for the log.
 
     Returns:
@@ -120,15 +120,17 @@ def train(
                 raise storage_error(error, "run the same command again", what) from error
             raise
 
-    def evaluate_once() -> None:
+    def evaluate_once() -> bool:
+        """Whether training goes on: not where a signal stopped the evaluation."""
         if step in evaluated or not options.evaluate_every_steps:
-            return
+            return True
         with meter.paused(), saved_first("the evaluation stopped", of_all=False):
             figures = evaluate(step, stop)
-        if figures is not None:
+        if figures:
             evaluated.add(step)
             with saved_first("the log cannot be written"):
                 write_log(accelerator, run, {"step": step, "evaluated": step} | figures)
+        return figures is not None
 
     with progress(
         total=options.max_steps,
@@ -137,9 +139,10 @@ def train(
         desc="train",
         disable=run is None or step >= options.max_steps,
     ) as bar:
+        goes_on = True
         if due(step, options.evaluate_every_steps):
-            evaluate_once()  # of what the run begins with; or it was stopped in the middle of it
-        while step < options.max_steps:
+            goes_on = evaluate_once()  # of what the run begins with; or it was stopped in the middle of it
+        while goes_on and step < options.max_steps:
             rate = learning_rate(step, optim, options.max_steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -215,7 +218,7 @@ def train(
                     with saved_first("the samples cannot be written"):
                         together(accelerator, partial(preview, full_ema(state), step, stop))
             if due(step, options.evaluate_every_steps) and not last:
-                evaluate_once()
+                goes_on = evaluate_once()
     save_now()
     if step >= options.max_steps:
         evaluate_once()
