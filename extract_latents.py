@@ -60,28 +60,33 @@ def parse_arguments() -> argparse.Namespace:
     add("--info", type=Path, metavar="DIR", help="say what a set holds, and draw contact.png beside it")
     arguments = parser.parse_args()
     if not (arguments.verify or arguments.info):
-        missing = [name for name in ("images", "vae", "out") if not getattr(arguments, name)]
-        if missing:  # an empty --out would be the working directory
-            raise ConfigError(f"--{missing[0]} is missing or empty; see --help")
-        arguments.out = Path(arguments.out)
-        numbers = [*arguments.size, arguments.batch_images, arguments.shard_images, arguments.frame_stride]
-        numbers += [arguments.clips_per_video, 1 if arguments.frames is None else arguments.frames]
-        if min(numbers) < 1 or len(arguments.size) > 2:
-            raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
-        colour(arguments.background)
-        if not 1 <= arguments.worker_timeout <= 1e6:
-            raise ConfigError(f"--worker-timeout {arguments.worker_timeout} is not 1 to 1,000,000 seconds")
-        if min(arguments.workers or 0, arguments.max_bad_images) < 0:
-            raise ConfigError("--workers and --max-bad-images are at least 0")
-        if arguments.vae_config and not Path(arguments.vae).is_file():
-            raise ConfigError(f"--vae-config is for an original file; --vae {arguments.vae} is none")
-        if arguments.frames is None and (arguments.frame_stride, arguments.clips_per_video) != (1, 1):
-            raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
-        if arguments.frames is not None and arguments.labels is not None:
-            raise ConfigError("--labels is for images; videos lie in a folder per class")
-        if not files.can_write_folder(arguments.out):
-            raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
+        _check(arguments)
     return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be extracted. Raises ConfigError."""
+    missing = [name for name in ("images", "vae", "out") if not getattr(arguments, name)]
+    if missing:  # an empty --out would be the working directory
+        raise ConfigError(f"--{missing[0]} is missing or empty; see --help")
+    arguments.out = Path(arguments.out)
+    numbers = [*arguments.size, arguments.batch_images, arguments.shard_images, arguments.frame_stride]
+    numbers += [arguments.clips_per_video, 1 if arguments.frames is None else arguments.frames]
+    if min(numbers) < 1 or len(arguments.size) > 2:
+        raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
+    colour(arguments.background)
+    if not 1 <= arguments.worker_timeout <= 1e6:
+        raise ConfigError(f"--worker-timeout {arguments.worker_timeout} is not 1 to 1,000,000 seconds")
+    if min(arguments.workers or 0, arguments.max_bad_images) < 0:
+        raise ConfigError("--workers and --max-bad-images are at least 0")
+    if arguments.vae_config and not Path(arguments.vae).is_file():
+        raise ConfigError(f"--vae-config is for an original file; --vae {arguments.vae} is none")
+    if arguments.frames is None and (arguments.frame_stride, arguments.clips_per_video) != (1, 1):
+        raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
+    if arguments.frames is not None and arguments.labels is not None:
+        raise ConfigError("--labels is for images; videos lie in a folder per class")
+    if not files.can_write_folder(arguments.out):
+        raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
 
 
 def main() -> None:

@@ -91,5 +91,5 @@ NAMED = [  # (file, text that occurs once, what takes its place)
         "precision_and_recall(others, own, device)",
     ),
     ("iwin_dit/evaluation/metrics.py", "kernel_distance(own, others)", "kernel_distance(own, own)"),
-    ("iwin_dit/build/evaluation.py", "(images.float() * 255).round()", "(images.float() * 255)"),
+    ("iwin_dit/evaluation/drawing.py", "(images.float() * 255).round()", "(images.float() * 255)"),
 ]

@@ -175,7 +175,7 @@ def test_any_model_of_timm_trains(write, classify_here, tmp_path):
 
 
 def test_pairs_stay_in_one_micro_batch(write, classify_here, monkeypatch):
-    monkeypatch.setattr("iwin_dit.build.largest_that_fits", lambda attempt, most: 1)
+    monkeypatch.setattr("iwin_dit.build.trainer.largest_that_fits", lambda attempt, most: 1)
     code, output = classify_here("--config", write(), "--train.micro_batch", "auto")
     assert code == 0, output
     assert "micro-batches of 2 images, 4 to a step" in output

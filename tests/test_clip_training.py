@@ -14,7 +14,8 @@ from conftest import ROOT, make_vae, read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
-from iwin_dit.build import data, loading, trainer
+from iwin_dit.build import data as build_data
+from iwin_dit.build import loading, trainer
 from iwin_dit.config.parse import load_config
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode
@@ -71,7 +72,7 @@ def latents(workshop):
         command = extract(workshop, workshop / f"latents of {name}", *more, videos=name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", list(map(str, command)))
-            data.extract_latents(parse())
+            build_data.extract_latents(parse())
     return workshop
 
 
@@ -257,8 +258,8 @@ def test_images_have_steps_of_their_own(latents, recipe, tmp_path):
             model=CLIPS,
         )
     )
-    clips = data.build_dataset(config)
-    images = data.build_images(config, clips)
+    clips = build_data.build_dataset(config)
+    images = build_data.build_images(config, clips)
     examples = trainer.build_examples(config, clips, images)
     frames = []
     for step in range(200):
@@ -310,7 +311,7 @@ def test_straight_from_videos(latents, recipe, tmp_path, run_here, refused_here)
     short = {"max_steps": 3, "save_every_steps": 3, "num_workers": 1}
     config = recipe(data=data, model=CLIPS, train=short)
     run_here("train_dit.py", "--config", config)
-    dataset = data.build_dataset(load_config(config))
+    dataset = build_data.build_dataset(load_config(config))
     x0, labels = dataset.draw([0, 5], [False, True], [torch.Generator().manual_seed(s) for s in (0, 1)])
     assert x0.shape == (2, 3, FRAMES, 16, 16)
     assert x0.dtype == torch.uint8

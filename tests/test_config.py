@@ -17,12 +17,14 @@ from evaluation_stub import COUNT, Stub, make_sets
 from iwin_dit.build import evaluation as build_evaluation
 from iwin_dit.build import network, trainer
 from iwin_dit.build.describe import describe_classifier, describe_run
-from iwin_dit.config import rules, strict_yaml
+from iwin_dit.config import rules
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config, parse_arguments
 from iwin_dit.config.rules import local_batch
 from iwin_dit.config.schema import MAY_CHANGE, Config
-from iwin_dit.config.types import build
+from iwin_dit.diffusion.ddpm import DDPM
+from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.run import flatten
 from iwin_dit.training import attention
@@ -59,10 +61,10 @@ def test_every_recipe_of_a_classifier_is_built(path):
 
 
 def test_samplers_are_those_of_the_objectives():
-    for name, objective in (("flow_matching", trainer.FlowMatching), ("ddpm", trainer.DDPM)):
+    for name, objective in (("flow_matching", FlowMatching), ("ddpm", DDPM)):
         assert rules.SAMPLERS[name] == objective.samplers
         assert objective.default_sampler in objective.samplers
-    assert trainer.DDPM().scheduler().config.num_train_timesteps == rules.DDPM_TIMESTEPS
+    assert DDPM().scheduler().config.num_train_timesteps == rules.DDPM_TIMESTEPS
 
 
 def test_a_resolved_config_is_a_config(tmp_path):
@@ -428,7 +430,7 @@ def test_tf32_is_float32_but_for_products(recipe, train_here, monkeypatch, tmp_p
     asked, real = [], trainer.Accelerator
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr(
-        build, "Accelerator", lambda **options: asked.append(options["mixed_precision"]) or real(**options)
+        trainer, "Accelerator", lambda **options: asked.append(options["mixed_precision"]) or real(**options)
     )
     for precision in ("tf32", "fp32"):
         config = recipe(output_dir=str(tmp_path / precision), train={"max_steps": 1, "precision": precision})

@@ -96,7 +96,7 @@ def test_auto_takes_pairs_where_images_are_mixed(classifier, classify_here, monk
             raise RuntimeError(OUT_OF_MEMORY)
         return real(model, images, *arguments, **options)
 
-    monkeypatch.setattr(classifier, "classification_loss", loss)
+    monkeypatch.setattr(build_classifier, "classification_loss", loss)
     code, output = classify_here("--config", classifier, *AUTO)
     assert code == 0, output
     assert "micro-batches of 2 images, 6 to a step" in output

@@ -449,7 +449,7 @@ def test_a_preview_without_memory_does_not_stop_training(tmp_path, monkeypatch):
     config, pipeline = Config(), crowded(make_pipeline_of(), 0)
     monkeypatch.setattr(build_pipeline_module, "model_of", lambda *arguments: None)
     monkeypatch.setattr(build_pipeline_module, "build_pipeline", lambda *arguments: pipeline)
-    preview = pipeline.build_preview(config, None, None, Accelerator(cpu=True))
+    preview = build_pipeline_module.build_preview(config, None, None, Accelerator(cpu=True))
     with pytest.warns(UserWarning, match="no samples of step 7: CUDA out of memory"):
         preview({}, 7, False)
     assert pipeline.asked == [40, 20, 10, 5, 2, 1]
@@ -464,6 +464,6 @@ def test_a_preview_that_is_not_finite_does_not_stop_training(tmp_path, monkeypat
     monkeypatch.setattr(build_pipeline_module, "sample_classes", not_finite)
     monkeypatch.setattr(build_pipeline_module, "model_of", lambda *arguments: None)
     monkeypatch.setattr(build_pipeline_module, "build_pipeline", lambda *arguments: pipeline)
-    preview = pipeline.build_preview(config, None, None, Accelerator(cpu=True))
+    preview = build_pipeline_module.build_preview(config, None, None, Accelerator(cpu=True))
     with pytest.warns(UserWarning, match="no samples of step 7: the model draws images that are not finite"):
         preview({}, 7, False)

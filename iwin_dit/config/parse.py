@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Con
         elif name != "dry-run":
             _merge(content, _override(name, value, kind), kind)
     config = build(expand_home(content), kind)
-    CHECKS[kind](config)
+    CHECKS.get(kind, getattr(kind, "check", None))(config)
     return config, "dry-run" in names
 
 

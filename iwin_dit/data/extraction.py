@@ -172,10 +172,7 @@ def extract(
             if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
                 _take_along(vae, out)
         wait()
-        if not is_of_videos(vae):
-            vae.to(memory_format=torch.channels_last)
-        if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, settings.precision))):
-            vae.to(dtype=dtype)
+        _make_ready(vae, settings.precision)
         workers = min(4, cores()) if num_workers is None else num_workers
         mine = numbers[process::num_processes]
         with worker_errors("lower --workers", ", or raise --worker-timeout"):
@@ -194,6 +191,14 @@ def extract(
             write_index(out, [entry for entry in entries if entry["count"]], description)
         wait()
     return bad
+
+
+def _make_ready(vae: Any, precision: str) -> None:
+    """Gives the VAE the layout and the precision that it computes in."""
+    if not is_of_videos(vae):
+        vae.to(memory_format=torch.channels_last)
+    if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, precision))):
+        vae.to(dtype=dtype)
 
 
 def _make_shards(

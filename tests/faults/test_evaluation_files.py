@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from iwin_dit.build import evaluation
-from iwin_dit.evaluation import drawing, export, images
+from iwin_dit.evaluation import export, images
 from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.images import FolderImages, Reading, read_batches
@@ -60,13 +60,13 @@ def copied(sets, folder, name="real"):
 
 def test_a_broken_reference_is_found_before_anything_is_drawn(sets, evaluate, tmp_path, monkeypatch):
     """The last image has another size, is no image, or is cut off within its pixels."""
-    real, drawn = drawing.drawer, []
+    real, drawn = evaluation.drawer, []
 
     def drawer(*arguments):
         draw = real(*arguments)
         return lambda labels, generators: (drawn.append(len(labels)), draw(labels, generators))[1]
 
-    monkeypatch.setattr(drawing, "drawer", drawer)
+    monkeypatch.setattr(evaluation, "drawer", drawer)
     first = ("--generated", sets / "pipeline", "--num-images", 64, "--steps", 1, "--draw-batch", 4)
     for name, damage, message, seen in (
         ("size", lambda path: Image.new("RGB", (8, 8)).save(path), "11.png has 8 x 8 pixels", 0),

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, assert_equal, logged_steps, read_checkpoint, start
 from PIL import Image
 
-from iwin_dit.build import loading, trainer
+from iwin_dit.build import pipeline, trainer
 from iwin_dit.build.classifier import held_out_loader
 from iwin_dit.commands import train
 from iwin_dit.config.classifier import ClassifierConfig
@@ -200,7 +200,7 @@ def test_a_signal_while_saving_lets_the_checkpoint_be_finished(recipe, train_her
 def test_a_signal_while_drawing_stops_between_batches(recipe, train_here, tmp_path, monkeypatch):
     call_at(
         monkeypatch,
-        loading.IwinDiTPipeline,
+        pipeline.IwinDiTPipeline,
         "__call__",
         1,
         lambda: os.kill(os.getpid(), signal.SIGTERM),
