@@ -101,7 +101,7 @@ def blocks_to_connect(grid: tuple[int, ...], spec: MixerSpec, sources: int = 256
 
     Followed from each token of an octant: mirrored along an axis, windows are windows and kernels kernels.
     """
-    window, kernel = spec.window(grid), spec.kernel(grid)
+    window, kernel = spec.window(grid), spec.kernel_sides(grid)
     octant = torch.cartesian_prod(*(torch.arange((side + 1) // 2) for side in grid))
     most = 0
     for places in octant.split(sources):

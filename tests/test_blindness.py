@@ -329,6 +329,6 @@ def test_windows_are_found_at_once_for_any_side(recipe):
 
 
 def test_replacing_keeps_the_mixer_valid():
-    mixer = MixerSpec(convolution_on="values")
+    mixer = MixerSpec(window_size=["auto", 4])
     assert resolve(mixer, (7, 7), "none") == replace(mixer, convolution=True)
-    assert resolve(mixer, (7, 7), "sincos").convolution_on == "input"
+    assert resolve(mixer, (7, 4), "sincos") == replace(mixer, convolution=False, window_size=["all", 4])

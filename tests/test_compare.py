@@ -65,8 +65,6 @@ def test_rows_have_every_mixer_and_one_budget(tmp_path):
         (dict(window_size=2), 8, 4),  # G = 4 > K
         (dict(window_size=2, kernel_size=7), 8, 2),  # G = 4 = (7 + 1) / 2
         (dict(window_size=4, convolution=False), 8, None),
-        (dict(window_size=4, convolution_on="attention"), 8, 1),
-        (dict(window_size=4, convolution_on="values"), 8, 2),
     ],
 )
 def test_blocks_to_connect_in_closed_form(mixer, side, expected):

@@ -109,8 +109,8 @@ def test_padding_takes_part_where_it_is_not_masked():
     x = tokens((7, 9))
     padded = F.pad(x, (0, 0, 0, 3, 0, 1))
     expected = masked_attention(iwin.attention, padded, same_window((8, 12), (4, 4)))[:, :7, :9]
-    torch.testing.assert_close(iwin.window_attention(x), expected)
-    masked = mixer((7, 9), window_size=4).window_attention(x)
+    torch.testing.assert_close(iwin.attention(x), expected)
+    masked = mixer((7, 9), window_size=4).attention(x)
     assert not torch.allclose(masked, expected)
 
 
@@ -130,7 +130,7 @@ def test_rope_follows_the_tokens_into_their_windows(grid, window):
     expected = masked_attention(
         iwin.attention, x, same_window(grid, iwin.spec.window(grid)), rope.flatten(0, 1)
     )
-    torch.testing.assert_close(iwin.window_attention(x, rope), expected)
+    torch.testing.assert_close(iwin.attention(x, rope), expected)
 
 
 def test_rope_scores_depend_on_differences_of_positions_only():

@@ -2,13 +2,14 @@
 
 import math
 import re
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import give_zeros_noise, make_model
-from test_layers import HEADS, WIDTH, coordinates, masked_attention, same_window, shifted_convolution, tokens
+from test_layers import HEADS, WIDTH, coordinates, masked_attention, tokens
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
@@ -205,48 +206,11 @@ def test_factorised_attention_is_over_each_frame_then_over_each_place():
         make_mixer("factorised", (4, 4))
 
 
-# -- Iwin with its convolution elsewhere
-
-
-@pytest.mark.parametrize(
-    ("grid", "window"), [((8, 8), 4), ((7, 9), 4), ((4, 6, 10), [2, 3, 5]), ((3, 5, 7), 2)]
-)
-def test_the_convolution_on_the_values_is_added_before_the_projection(grid, window):
-    mixer = make_mixer("iwin", grid, window_size=window, convolution_on="values")
-    assert mixer.num_branches == 1
-    x = tokens(grid).requires_grad_()
-    attention, allowed = mixer.attention, same_window(grid, mixer.spec.window(grid))
-    values = attention.qkv(x)[..., 2 * WIDTH :]
-    local = shifted_convolution(mixer.convolution, values)
-    expected = masked_attention(attention, x, allowed) + local @ attention.proj.weight.T
-    got = mixer(x)
-    torch.testing.assert_close(got, expected)
-    inputs = [x, *mixer.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
-    )
-
-
-def test_the_serial_convolution_reads_what_attention_returns():
-    mixer = make_mixer("iwin", (7, 9), window_size=4, convolution_on="attention")
-    x = tokens((7, 9))
-    attended = masked_attention(mixer.attention, x, same_window((7, 9), (4, 4)))
-    one, two = mixer.branches(x)
-    torch.testing.assert_close(one, attended)
-    torch.testing.assert_close(two, shifted_convolution(mixer.convolution, attended))
-
-
 def reached(mixer, grid):
     """Which tokens depend on which, by the Jacobian's pattern: ``(N, N)``."""
     x = tokens(grid, batch=1)[0]
     jacobian = torch.autograd.functional.jacobian(lambda x: mixer(x[None])[0].sum(-1), x, vectorize=True)
     return (jacobian.abs().sum(-1) > 0).view(math.prod(grid), math.prod(grid))
-
-
-def test_one_serial_block_connects_everything_where_one_parallel_block_does_not():
-    for on, connected in (("attention", True), ("input", False), ("values", False)):
-        mixer = make_mixer("iwin", (8, 8), window_size=4, convolution_on=on)
-        assert reached(mixer, (8, 8)).all() == connected, on
 
 
 # -- all of them in a network
@@ -350,7 +314,6 @@ def test_automatic_windows_leave_no_token_alone_on_short_axes(name, rank):
         *(options_of(name) for name in MIXERS if name != "factorised"),
         {"mixer": {"name": "swin", "window_size": [4, 2]}},
         {"mixer": {"name": "neighborhood", "window_size": [3, 5]}},
-        {"mixer": {"window_size": 8, "convolution_on": "values"}},  # covers the grid: no convolution
     ],
     ids=str,
 )
@@ -367,7 +330,6 @@ def test_fields_that_a_mixer_does_not_read_are_refused():
         ("global", dict(window_size=4)),
         ("swin", dict(kernel_size=5)),
         ("neighborhood", dict(convolution=False)),
-        ("swin_v2", dict(convolution_on="values")),
     ):
         with pytest.raises(ValueError, match=f"the {name} mixer has no {next(iter(options))}"):
             MixerSpec(name, **options)
@@ -375,21 +337,24 @@ def test_fields_that_a_mixer_does_not_read_are_refused():
         ValueError, match=re.escape("mixer.name is 'mamba', expected one of iwin, global, swin")
     ):
         MixerSpec("mamba")
-    with pytest.raises(ValueError, match="convolution_on is 'values' beside convolution false"):
-        MixerSpec(convolution_on="values", convolution=False)
-    with pytest.raises(ValueError, match="convolution_on is 'output', expected input, values or attention"):
-        MixerSpec(convolution_on="output")
     with pytest.raises(ValueError, match="swin_v2 normalises queries and keys already"):
         BlockSpec(WIDTH, HEADS, mixer=MixerSpec("swin_v2"), qk_norm=True)
+
+
+def test_a_key_of_version_0_1_is_read_where_it_says_what_is_done_now():
+    assert MixerSpec(convolution_on="input") == MixerSpec()
+    assert "convolution_on" not in asdict(MixerSpec())
+    make_model(mixer={"window_size": 4, "convolution_on": "input"})
+    with pytest.raises(ValueError, match="convolution_on is 'values', which version"):
+        MixerSpec(convolution_on="values")
 
 
 # -- Triton's kernels in the network
 
 
-@pytest.mark.parametrize("convolution_on", ["input", "values", "attention"])
-def test_a_model_with_kernels_is_the_model_without(convolution_on):
+def test_a_model_with_kernels_is_the_model_without():
     """In Triton's interpreter on a CPU; (6, 10) is padded."""
-    model = make_model(mixer={"window_size": 4, "convolution_on": convolution_on})
+    model = make_model(mixer={"window_size": 4})
     x, labels = torch.randn(1, 4, 6, 10), torch.tensor([1])
     results = []
     for name in ("torch", "triton"):

@@ -236,6 +236,8 @@ def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
     if isinstance(config, Config) and (Path(config.output_dir) / "config.yaml").exists():
         _check_earlier_version(config)
     defaults = type(config)().to_dict()
+    if isinstance(config, Config):  # version 0.1 knew other values
+        defaults["model"]["mixer"]["convolution_on"] = "input"
     if getattr(config.data, "kind", "images") == "images":  # earlier versions dropped the transparency
         defaults["data"]["background"] = None
     run = RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults)

@@ -10,7 +10,7 @@ import functools
 import math
 import reprlib
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import InitVar, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from iwin_dit.runtime.errors import ConfigError
@@ -47,7 +47,8 @@ def _section(value: Any, hint: Any, key: str) -> Any:
 @functools.cache
 def types_of(kind: type) -> dict[str, Any]:
     """The type of each key of a dataclass."""
-    return get_type_hints(kind)
+    hints = get_type_hints(kind)
+    return {name: hint.type if isinstance(hint, InitVar) else hint for name, hint in hints.items()}
 
 
 def check_keys(content: dict[str, Any], kind: type, where: str = "", prefix: str = "") -> None:

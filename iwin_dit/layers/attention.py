@@ -17,8 +17,8 @@ from iwin_dit.layers.norm import QK_NORMS
 from iwin_dit.layers.specs import BlockSpec
 
 
-class SelfAttention(nn.Module):
-    """Scaled dot-product attention: ``(B, N, C) -> (B, N, C)``."""
+class Attention(nn.Module):
+    """The projections of scaled dot-product attention, and what happens between them."""
 
     def __init__(self, spec: BlockSpec):
         super().__init__()
@@ -30,18 +30,13 @@ class SelfAttention(nn.Module):
         self.q_norm = QK_NORMS[spec.norm](head_width) if spec.qk_norm else nn.Identity()
         self.k_norm = QK_NORMS[spec.norm](head_width) if spec.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens in, tokens out.
+    def attend(self, qkv: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """``(B, N, 3 C) -> (B, N, C)``.
 
         Args:
-            x: ``(B, N, C)``.
             rope: angles ``(B, 1, N, d/2)`` or broadcastable.
             mask: broadcastable to ``(B, K, N, N)``: True for visible keys, or what is added to the scores.
         """
-        return self.proj(self.attend(self.qkv(x), rope, mask))
-
-    def attend(self, qkv: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Between the projections: ``(B, N, 3 C) -> (B, N, C)``."""
         q, k, v = rearrange(
             qkv, "b n (three k d) -> three b k n d", three=3, k=self.heads
         )  # (B, K, N, d) each
@@ -50,6 +45,14 @@ class SelfAttention(nn.Module):
             q, k = apply_rope(rope, q, k)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return rearrange(x, "b k n d -> b n (k d)")
+
+
+class SelfAttention(Attention):
+    """Attention of each row: ``(B, N, C) -> (B, N, C)``."""
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Tokens in, tokens out; rope and mask as :meth:`Attention.attend` takes them."""
+        return self.proj(self.attend(self.qkv(x), rope, mask))
 
 
 class CosineAttention(nn.Module):

@@ -44,7 +44,9 @@ def blind_spots(mixer: MixerSpec, grid: tuple[int, ...], positions: str, depth: 
         depth: number of blocks; a single one of Swin has no shift.
     """
     window = mixer.window(grid) if mixer.has_windows else grid
-    kernel = mixer.kernel(grid) if mixer.name == "iwin" and mixer.has_convolution(grid) else [1] * len(grid)
+    kernel = (
+        mixer.kernel_sides(grid) if mixer.name == "iwin" and mixer.has_convolution(grid) else [1] * len(grid)
+    )
     found = BlindSpots([], [])
     for axis, m, k, side in zip(AXES[len(grid)], window, kernel, grid, strict=True):
         if side == 1:
@@ -102,6 +104,5 @@ def _without_convolution(mixer: MixerSpec, window: str) -> MixerSpec:
     return replace(
         mixer,
         convolution=False,
-        convolution_on="input",
         window_size=sizes if isinstance(mixer.window_size, list) else sizes[0],
     )

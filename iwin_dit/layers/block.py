@@ -7,6 +7,8 @@ Legend: B batch, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,16 +20,17 @@ from iwin_dit.layers.token_mixer import add
 
 
 class Modulation(nn.Module):
-    """The condition's shifts, scales and gates: ``(B, D) -> chunks x (B, 1, .., 1, D)``."""
+    """The condition's shifts, scales and gates, by name: ``(B, D) -> {name: (B, 1, .., 1, D)}``."""
 
-    def __init__(self, width: int, chunks: int):
+    def __init__(self, width: int, names: Sequence[str]):
         super().__init__()
-        self.chunks = chunks
-        self.linear = nn.Linear(width, chunks * width)
+        self.names = tuple(names)
+        self.linear = nn.Linear(width, len(self.names) * width)
 
-    def forward(self, condition: Tensor, rank: int) -> tuple[Tensor, ...]:
+    def forward(self, condition: Tensor, rank: int) -> dict[str, Tensor]:
         modulation = self.linear(F.silu(condition))
-        return modulation[(slice(None), *[None] * rank)].chunk(self.chunks, dim=-1)
+        chunks = modulation[(slice(None), *[None] * rank)].chunk(len(self.names), dim=-1)
+        return dict(zip(self.names, chunks, strict=True))
 
 
 class Block(nn.Module):
@@ -48,27 +51,30 @@ class Block(nn.Module):
         self.mixer = MIXERS[spec.mixer.name](spec, grid, index)
         self.norm_2 = NORMS[spec.norm](spec.width)
         self.mlp = MLPS[spec.mlp](spec.width, spec.mlp_hidden)
-        # shift (unless left out), scale and gate of attention, the same of the MLP, gates of further branches
-        self.modulation = Modulation(
-            spec.width, (6 if spec.modulation_shift else 4) + self.mixer.num_branches - 1
-        )
+        parts = ("shift", "scale", "gate") if spec.modulation_shift else ("scale", "gate")
+        further_gates = [f"gate_1_{branch}" for branch in range(2, self.mixer.num_branches + 1)]
+        self.mixer_gates = ["gate_1", *further_gates]  # one for each branch
+        names = [f"{part}_{half}" for half in (1, 2) for part in parts]
+        self.modulation = Modulation(spec.width, [*names, *further_gates])
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None = None) -> Tensor:
         chunks = self.modulation(condition, rank=x.ndim - 2)
-        if self.spec.modulation_shift:
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, *branch_gates = chunks
-        else:
-            (scale_1, gate_1, scale_2, gate_2, *branch_gates), shift_1, shift_2 = chunks, None, None
-        gates = gate_1, *branch_gates, gate_2
-        if self.spec.open_gates:  # in half precision 1 + gate would have nothing between 1 and 1.008
-            gates = [1 + gate.float() for gate in gates]
-        *mixer_gates, mlp_gate = gates
+        shift_1, scale_1 = chunks.get("shift_1"), chunks["scale_1"]
+        shift_2, scale_2 = chunks.get("shift_2"), chunks["scale_2"]
+        gates_1, gate_2 = (
+            [self._gate(chunks[name]) for name in self.mixer_gates],
+            self._gate(chunks["gate_2"]),
+        )
 
         if self.spec.post_norm:
             branches = self.mixer.branches(x.to(scale_1.dtype), rope)
-            for gate, branch in zip(mixer_gates, branches, strict=True):
+            for gate, branch in zip(gates_1, branches, strict=True):
                 x = add(x, gate, self.norm_1(branch, shift_1, scale_1))
-            return add(x, mlp_gate, self.norm_2(self.mlp(x.to(scale_2.dtype)), shift_2, scale_2))
+            return add(x, gate_2, self.norm_2(self.mlp(x.to(scale_2.dtype)), shift_2, scale_2))
 
-        x = self.mixer.add_branches(x, self.norm_1(x, shift_1, scale_1), mixer_gates, rope)
-        return add(x, mlp_gate, self.mlp(self.norm_2(x, shift_2, scale_2)))
+        x = self.mixer.add_branches(x, self.norm_1(x, shift_1, scale_1), gates_1, rope)
+        return add(x, gate_2, self.mlp(self.norm_2(x, shift_2, scale_2)))
+
+    def _gate(self, gate: Tensor) -> Tensor:
+        """In half precision ``1 + gate`` would have nothing between 1 and 1.008."""
+        return 1 + gate.float() if self.spec.open_gates else gate

@@ -5,6 +5,8 @@ Legend: B batch, T frames, H, W sides of the grid, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ class TokenConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, *added: Tensor) -> Tensor:
         if added:
+            assert self.bias is not None
             return kernels.depthwise_convolution(x, self.weight, self.bias, *added)
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
@@ -34,10 +37,11 @@ class TokenConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, *added: Tensor) -> Tensor:
         if added:
+            assert self.bias is not None
             return kernels.depthwise_convolution(x, self.weight, self.bias, *added)
         length, middle = x.shape[1], self.kernel_size[0] // 2
         frames = x.flatten(0, 1).movedim(-1, 1)  # (B T, C, H, W)
-        total = None
+        parts = []
         for step in range(-middle, middle + 1):
             if abs(step) >= length:  # it meets zeros only
                 continue
@@ -49,22 +53,23 @@ class TokenConv3d(nn.Conv3d):
             if step:
                 y = y[:, max(step, 0) : length + min(step, 0)]
                 y = F.pad(y, (0, 0, 0, 0, 0, 0, max(-step, 0), max(step, 0)))
-            total = y if total is None else total + y
-        return total
+            parts.append(y)
+        return sum(parts[1:], parts[0])
 
 
 class DepthwiseConvolution(nn.Module):
     """Convolves each channel by itself over the grid, zero padding: ``(B, *grid, C) -> (B, *grid, C)``.
 
     Args:
-        kernel: its sides, two of images or three of clips.
+        sides: of its window, two of images or three of clips.
     """
 
-    def __init__(self, width: int, kernel: tuple[int, ...]):
+    def __init__(self, width: int, sides: tuple[int, ...]):
         super().__init__()
-        convolution = TokenConv2d if len(kernel) == 2 else TokenConv3d
-        self.conv = convolution(width, width, kernel, padding=[side // 2 for side in kernel], groups=width)
+        self.sides = sides
+        convolution: Callable[..., nn.Module] = TokenConv2d if len(sides) == 2 else TokenConv3d
+        self.conv = convolution(width, width, sides, padding=[side // 2 for side in sides], groups=width)
 
     def forward(self, x: Tensor, *added: Tensor) -> Tensor:
-        """By the kernel, given what it adds (:func:`iwin_dit.layers.kernels.depthwise_convolution`)."""
+        """In Triton, given what it adds (:func:`iwin_dit.layers.kernels.depthwise_convolution`)."""
         return self.conv(x, *added)

@@ -6,7 +6,7 @@ Imports no torch, so that a config can use it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, Literal, get_args
 
 # depth, width, heads. XL is DiT's (Peebles & Xie 2023, table 1), 1p0B and 1p6B are LightningDiT's.
@@ -24,7 +24,7 @@ WindowWord = Literal["auto", "all", "divisor"]
 
 # Which fields of a MixerSpec each mixer reads.
 MIXER_FIELDS: dict[str, tuple[str, ...]] = {
-    "iwin": ("window_size", "kernel_size", "convolution", "convolution_on", "mask_padding"),
+    "iwin": ("window_size", "kernel_size", "convolution", "mask_padding"),
     "global": (),
     "swin": ("window_size",),
     "swin_v2": ("window_size",),
@@ -53,21 +53,19 @@ class MixerSpec:
         convolution: whether there is one; ``auto`` leaves it out where one window covers the whole grid,
             since attention connects everything there. A generator keeps it even so where nothing else tells
             it positions (:func:`iwin_dit.layers.blindness.resolve`). Only ``iwin`` uses it.
-        convolution_on: what it reads: ``input``, beside attention as in the paper; ``values``, whose
-            convolution is added to what attention makes of them (locally enhanced, Dong et al. 2022); or
-            ``attention``, one after the other, so that one block connects more. Only ``iwin`` uses it.
         mask_padding: hide the padded keys where the window does not divide the grid. ``False`` is what the
             official weights were trained with. Only ``iwin`` uses it.
+        convolution_on: is ``input``. Version 0.1 saved it, and knew two other values.
     """
 
     name: Literal["iwin", "global", "swin", "swin_v2", "neighborhood", "factorised"] = "iwin"
     window_size: int | list[int | WindowWord] | WindowWord = "auto"
     kernel_size: int | list[int] = 3
     convolution: bool | Literal["auto"] = "auto"
-    convolution_on: Literal["input", "values", "attention"] = "input"
     mask_padding: bool = True
+    convolution_on: InitVar[str] = "input"
 
-    def __post_init__(self):
+    def __post_init__(self, convolution_on: str) -> None:
         for name in (
             "window_size",
             "kernel_size",
@@ -82,14 +80,10 @@ class MixerSpec:
             raise ValueError(
                 f"the {self.name} mixer has no {' or '.join(unused)}: remove it, or take mixer.name iwin"
             )
-        if self.convolution_on not in ("input", "values", "attention"):
+        if convolution_on != "input":
             raise ValueError(
-                f"mixer.convolution_on is {self.convolution_on!r}, expected input, values or attention"
-            )
-        if self.convolution_on != "input" and (self.convolution is False or not self.mask_padding):
-            given = "convolution false" if self.convolution is False else "mask_padding false"
-            raise ValueError(
-                f"mixer.convolution_on is {self.convolution_on!r} beside {given}: remove one of them"
+                f"mixer.convolution_on is {convolution_on!r}, which version 0.1 alone can do: now the "
+                "convolution reads the mixer's input; remove the key"
             )
         for side in _as_list(self.window_size):
             if side not in get_args(WindowWord) and not (isinstance(side, int) and side >= 1):
@@ -110,7 +104,7 @@ class MixerSpec:
             else side
             if size == "all"
             else min(size, side)
-            for size, kernel, side in zip(sizes, self.kernel(grid), grid, strict=True)
+            for size, kernel, side in zip(sizes, self.kernel_sides(grid), grid, strict=True)
         )
         if self.name == "neighborhood":
             window = tuple(min(side, max(3, m - (m % 2 == 0))) for m, side in zip(window, grid, strict=True))
@@ -121,7 +115,7 @@ class MixerSpec:
         """Whether :meth:`window` means anything."""
         return "window_size" in MIXER_FIELDS[self.name]
 
-    def kernel(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+    def kernel_sides(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The sides of the depthwise convolution, one number per axis of the grid."""
         return tuple(_per_axis("kernel_size", self.kernel_size, grid))
 

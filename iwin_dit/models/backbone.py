@@ -4,7 +4,8 @@ Legend: B batch, C channels of the image, D width of a stage; the grid is the im
 size, halved from stage to stage. Tokens have their channels last: ``(B, *grid, D)``.
 """
 
-# No postponed annotations here: torch.fx would write their text into code that TorchScript compiles.
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, is_scriptable
+from timm.layers import ClassifierHead
 from timm.models import register_notrace_function
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.official_names import checkpoint_filter_fn, is_official, serves_later_stages, unwrap
 from iwin_dit.models.stages import Downsample, IwinBlock, IwinStage, PaddedIwinMixer, PatchEmbedding
-from iwin_dit.models.torchscript import ScriptableIwinMixer
 
 
 class IwinTransformer(nn.Module):
@@ -159,8 +159,6 @@ class IwinTransformer(nn.Module):
 
     def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
         """The token mixer of a block on this grid."""
-        if is_scriptable():
-            return ScriptableIwinMixer(spec, grid, clip_window or spec.mixer.mask_padding)
         clips = clip_window or spec.mixer.mask_padding
         return (IwinMixer if clips else PaddedIwinMixer)(spec, grid)
 
@@ -308,7 +306,7 @@ class IwinFeatures(FeatureGetterNet):
 def resize_positions(positions: Tensor, x: Tensor) -> Tensor:
     """A position embedding for the grid of x ``(B, *grid, D)``, interpolated; axes of 1 stay."""
     have = positions.shape[1:-1]
-    grid = [1 if side == 1 else want for side, want in zip(have, x.shape[1:-1])]  # noqa: B905, for TorchScript
+    grid = [1 if side == 1 else want for side, want in zip(have, x.shape[1:-1], strict=True)]
     if list(have) == grid:
         return positions
     mode = "bicubic" if len(grid) == 2 else "trilinear"

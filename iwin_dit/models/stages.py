@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor, nn
 
 from iwin_dit.layers import windows
-from iwin_dit.layers.iwin import IwinMixer
+from iwin_dit.layers.iwin import InterleavedAttention, IwinMixer
 from iwin_dit.layers.specs import BlockSpec
-from iwin_dit.models.torchscript import ScriptableIwinMixer
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -26,15 +24,15 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_chans: int, width: int, patch_size: tuple[int, ...], norm: bool):
         super().__init__()
-        self.patch_size = list(patch_size)
+        self.patch_size = patch_size
         self.proj = CONVOLUTIONS[len(patch_size)](in_chans, width, patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        missing: list[int] = []
-        for axis in range(len(self.patch_size)):  # F.pad takes the last axis first
-            patch = self.patch_size[-1 - axis]
-            missing += [0, (patch - x.shape[-1 - axis] % patch) % patch]
+        missing = []
+        for axis in range(1, 1 + len(self.patch_size)):  # F.pad takes the last axis first
+            patch = self.patch_size[-axis]
+            missing += [0, (patch - x.shape[-axis] % patch) % patch]
         return self.norm(self.proj(F.pad(x, missing)).movedim(1, -1))
 
 
@@ -56,20 +54,26 @@ class Downsample(nn.Module):
         return self.conv(x).movedim(1, -1)
 
 
-class PaddedIwinMixer(IwinMixer):
+class PaddedAttention(InterleavedAttention):
     """Zeros fill up rows and columns that are fewer than the window's, and take part in attention."""
 
-    def window_attention(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        grid, window = x.shape[1:-1], self.spec.window_size
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        grid, window = x.shape[1:-1], self.mixer_spec.window_size
         sides = window[-2:] if isinstance(window, list) else [window] * 2
         padded = (
             *grid[:-2],
             *(max(n, m) if isinstance(m, int) else n for n, m in zip(grid[-2:], sides, strict=True)),
         )
-        return windows.crop(super().window_attention(windows.pad(x, padded), rope), grid)
+        return windows.crop(super().forward(windows.pad(x, padded), rope), grid)
 
 
-for _leaf in (IwinMixer, PaddedIwinMixer, ScriptableIwinMixer):
+class PaddedIwinMixer(IwinMixer):
+    """The mixer of the official dense backbones, whose windows are never clipped to the grid."""
+
+    attention_type = PaddedAttention
+
+
+for _leaf in (IwinMixer, PaddedIwinMixer):
     register_notrace_module(_leaf)  # windows depend on the grid, which torch.fx does not know
 
 
@@ -101,6 +105,6 @@ class IwinStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)

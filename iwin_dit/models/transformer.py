@@ -148,7 +148,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.label_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), width)
         self.blocks = nn.ModuleList(Block(spec, grid, index) for index in range(num_layers))
         self.norm_out = NORMS[norm](width)
-        self.modulation_out = Modulation(width, chunks=2)  # shift and scale in every variant
+        self.modulation_out = Modulation(width, ["shift", "scale"])  # both, in every variant
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
         self.initialize_weights()
 
@@ -266,8 +266,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             else:
                 x = block(x, condition, rope)
 
-        shift, scale = self.modulation_out(condition, self.rank)
-        x = self.proj_out(self.norm_out(x, shift, scale))  # (B, *grid, p p out_channels)
+        x = self.norm_out(x, **self.modulation_out(condition, self.rank))
+        x = self.proj_out(x)  # (B, *grid, p p out_channels)
         sample = unpatchify(x, self.patch_size).to(dtype)  # (B, out_channels, [T,] H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -314,8 +314,8 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
             mixer["window_size"] = ["auto", *(window if isinstance(window, list) else [window] * 2)]
         if spec.name == "iwin":
             grid = model.grid(*model.latent_size)
-            kernel = spec.kernel(grid)
-            mixer["kernel_size"] = [kernel[0], *kernel]
+            sides = spec.kernel_sides(grid)
+            mixer["kernel_size"] = [sides[0], *sides]
         names = inspect.signature(IwinDiTTransformer2DModel).parameters
         config = {name: value for name, value in model.config.items() if name in names}
         config |= {"sample_frames": sample_frames, "mixer": mixer | changes.pop("mixer", {})} | changes

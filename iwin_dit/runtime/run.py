@@ -74,7 +74,7 @@ class RunDirectory:
 
     def _check_config(self, may_change: frozenset[str], defaults: dict[str, Any]) -> None:
         if (self.path / "config.yaml").exists():
-            before, now = defaults | flatten(read_config(self.path)), flatten(self.config)
+            before, now = (defaults | flatten(config) for config in (read_config(self.path), self.config))
             changed = [
                 f"{key}: {before.get(key)!r:.200} -> {now.get(key)!r:.200}"
                 for key in sorted({*before, *now})
