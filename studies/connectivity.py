@@ -13,8 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from iwin_dit.layers.mixers import MIXERS
 from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.token_mixer import make_mixer
 
 MOST_BLOCKS = 16  # beyond, tokens count as never connected
 ALTERNATING = 2  # every second block of Swin is another one
@@ -33,7 +33,7 @@ def dependencies(spec: BlockSpec, grid: tuple[int, ...], index: int = 0) -> Tens
     count = prod(grid)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        mixer = MIXERS[spec.mixer.name](replace(spec, width=8, heads=2), grid, index).double()
+        mixer = make_mixer(replace(spec, width=8, heads=2), grid, index).double()
         x = torch.randn(1, *grid, 8, dtype=torch.float64, requires_grad=True)
         weights = torch.randn(8, dtype=torch.float64)
     outputs = (mixer(x) @ weights).flatten()  # (N,)

@@ -161,7 +161,7 @@ def figures(run: Run, window: str | None, side: int, judge: Judge, folder: Path)
 def window_tokens(run: Run, window: str | None, side: int) -> int:
     """Tokens of a window along an axis, for images of ``side x side``; all of them where there are none."""
     spec, tokens = run.config.model.mixer, side // PIXELS_PER_TOKEN
-    if not spec.has_windows:
+    if not spec.reads("window_size"):
         return tokens
     return (spec if window is None else MixerSpec(spec.name, window)).window((tokens, tokens))[0]
 

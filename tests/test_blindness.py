@@ -245,9 +245,10 @@ def test_what_a_model_saves_has_one_meaning(tmp_path):
             assert torch.equal(answer(loaded, x), answer(model, x))
 
 
-def of_version_0_1(path, **model):
+def of_version_0_1(path, convolution_on="input", **model):
     config = load_config(path).to_dict()
     config["model"] |= model
+    config["model"]["mixer"]["convolution_on"] = convolution_on
     del config["model"]["allow_blind"]
     path.write_text(yaml.safe_dump(config))
 
@@ -273,6 +274,11 @@ def test_runs_of_the_earlier_version_are_sampled_but_not_made_other_ones(recipe,
     of_version_0_1(path)
     assert load_run(run).model.resolved_mixer == config.model.resolved_mixer
     trainer.build_run(config, {})  # not blind: it goes on
+    of_version_0_1(path, convolution_on="attention")
+    with pytest.raises(ConfigError, match=r"mixer.convolution_on: 'attention' -> 'input'"):
+        trainer.build_run(config, {})
+    with pytest.raises(ConfigError, match=r"convolution_on is 'attention', which version"):
+        load_run(run)
 
 
 # -- configs

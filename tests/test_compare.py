@@ -20,7 +20,7 @@ from iwin_dit.build import budget, network
 from iwin_dit.build.classifier import LoadedClassifier
 from iwin_dit.config.parse import load_config
 from iwin_dit.data import digits
-from iwin_dit.layers.specs import MIXER_FIELDS, BlockSpec, MixerSpec
+from iwin_dit.layers.specs import MIXERS, BlockSpec, MixerSpec
 from iwin_dit.runtime.errors import ConfigError, DataError
 from studies import compare, compare_report, connectivity, costs, digits_report, runs, transfer
 from studies.judge import Judge
@@ -46,7 +46,7 @@ def test_rows_differ_in_one_line_and_are_built(path):
 
 def test_rows_have_every_mixer_and_one_budget(tmp_path):
     configs = {path: load_config(path) for path in RECIPES}
-    assert {c.model.mixer.name for c in configs.values()} == {*MIXER_FIELDS} - {"factorised"}
+    assert {c.model.mixer.name for c in configs.values()} == {*MIXERS} - {"factorised"}
     models = [str(config.model) for config in configs.values()]
     assert len(set(models)) == len(models) >= 10
     compare.check_budgets(configs)

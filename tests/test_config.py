@@ -87,7 +87,7 @@ MISTAKES = [
     ("--train.max_step 5", "did you mean --train.max_steps?"),
     ("--model.depth many", "model.depth is 'many', expected a whole number or null"),
     ("--train.precision fp16", "train.precision is 'fp16', expected one of fp32, tf32, bf16"),
-    ("--model.mixer.name swim", "model.mixer.name is 'swim', expected one of iwin, global, swin, swin_v2"),
+    ("--model.mixer.name swim", "mixer.name is 'swim', expected one of iwin, global, swin, swin_v2"),
     ("--model.heads 3", "3 heads do not divide the width 128; nearest that do: 1, 2, 4"),
     (
         "--model.patch_size 3",
@@ -104,7 +104,7 @@ MISTAKES = [
     ("--model.mixer.name global", "the global mixer has no window_size"),
     (
         "--model.mixer.name factorised --model.mixer.window_size auto",
-        "set model.sample_frames, or take another mixer",
+        "the factorised mixer is for clips: set sample_frames, or take another mixer",
     ),
     ("--model.mixer.name swin_v2 --model.qk_norm true", "swin_v2 normalises queries and keys already"),
     ("--objective.name ddpm --objective.cosine_weight 1", "objective.cosine_weight has no meaning for ddpm"),

@@ -14,7 +14,7 @@ from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import Guidance
-from iwin_dit.layers.mixers import MIXERS
+from iwin_dit.layers.specs import MIXERS
 from iwin_dit.runtime.seeds import generator
 
 FLOW = "flow_prediction"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from iwin_dit.layers import windows
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.embeddings import apply_rope, rope_angles, sincos_positions
+from iwin_dit.layers.global_attention import GlobalMixer
 from iwin_dit.layers.iwin import IwinMixer
-from iwin_dit.layers.mixers import MIXERS, GlobalMixer
-from iwin_dit.layers.specs import MIXER_FIELDS, BlockSpec, MixerSpec
+from iwin_dit.layers.specs import MIXERS, BlockSpec, MixerSpec
 
 WIDTH, HEADS = 16, 2
 
@@ -234,7 +234,7 @@ def test_the_convolution_is_left_out_where_a_window_covers_the_grid():
 @pytest.mark.parametrize(("mlp", "norm"), [("swiglu", "rms_norm"), ("gelu", "layer_norm")])
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_block_compiles_without_a_graph_break(name, mlp, norm):
-    options = {"window_size": 4} if "window_size" in MIXER_FIELDS[name] else {}
+    options = {"window_size": 4} if "window_size" in MIXERS[name].fields else {}
     mixer = MixerSpec(name, **options)
     spec = BlockSpec(WIDTH, HEADS, mixer=mixer, mlp=mlp, norm=norm, qk_norm=name != "swin_v2")
     frames = (2,) if name == "factorised" else ()

@@ -18,14 +18,14 @@ from iwin_dit.build.budget import multiply_adds
 from iwin_dit.layers import kernels
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.embeddings import rope_angles
-from iwin_dit.layers.mixers import MIXERS
-from iwin_dit.layers.specs import MIXER_FIELDS, BlockSpec, MixerSpec
+from iwin_dit.layers.specs import MIXERS, BlockSpec, MixerSpec
+from iwin_dit.layers.token_mixer import make_mixer as make
 from iwin_dit.models.transformer import IwinDiTTransformer3DModel
 
 
 def make_mixer(name, grid, index=0, **options):
     torch.manual_seed(0)
-    return MIXERS[name](BlockSpec(WIDTH, HEADS, mixer=MixerSpec(name, **options)), grid, index).double()
+    return make(BlockSpec(WIDTH, HEADS, mixer=MixerSpec(name, **options)), grid, index).double()
 
 
 def noisy(module, seed=0):
@@ -202,7 +202,7 @@ def test_factorised_attention_is_over_each_frame_then_over_each_place():
     expected = masked_attention(mixer.spatial.attention, x, same_frame)
     expected = masked_attention(mixer.temporal.attention, expected, same_place)
     torch.testing.assert_close(mixer(x), expected)
-    with pytest.raises(ValueError, match="factorised attention is for clips"):
+    with pytest.raises(ValueError, match="the factorised mixer is for clips: set sample_frames"):
         make_mixer("factorised", (4, 4))
 
 
@@ -217,7 +217,7 @@ def reached(mixer, grid):
 
 
 def options_of(name):
-    options = {"mixer": {"name": name} | ({"window_size": 4} if "window_size" in MIXER_FIELDS[name] else {})}
+    options = {"mixer": {"name": name} | ({"window_size": 4} if "window_size" in MIXERS[name].fields else {})}
     return options | ({"post_norm": True} if name == "swin_v2" else {})
 
 

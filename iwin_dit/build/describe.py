@@ -28,7 +28,7 @@ def describe_run(config: Config) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     grid = model.grid(*model.latent_size)
     mixer = config.model.resolved_mixer
-    window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.has_windows else ""
+    window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.reads("window_size") else ""
     ignored = None
     try:
         images, ignored = count_images(config)

@@ -210,14 +210,10 @@ def _check_block(model: ModelConfig) -> None:
     _, width, heads, _ = model.shape
     try:
         BlockSpec(width=width, heads=heads, mixer=model.mixer, qk_norm=model.qk_norm)
+        model.mixer.check_rank(model.grid)
         model.mixer.window(model.grid)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    if model.mixer.name == "factorised" and model.sample_frames is None:
-        raise ConfigError(
-            "model.mixer factorised attends over space, then over time: it is for clips; "
-            "set model.sample_frames, or take another mixer"
-        )
     _check_blindness(model)
     if "sincos" in model.position_embedding and width % 4:
         raise ConfigError(f"sin-cos positions need a model.width that 4 divides, found {width}")
@@ -230,7 +226,7 @@ def _check_blindness(model: ModelConfig) -> None:
     spots = blind_spots(mixer, model.grid, positions, model.shape[0])
     if not spots or model.allow_blind:
         return
-    keeps_none = mixer.name == "iwin" and not mixer.convolution
+    keeps_none = mixer.reads("convolution") and not mixer.convolution
     missing = [f"model.position_embedding {'time' if spots.unordered == ['frames'] else 'sincos'}"]
     missing = (missing if spots.unordered else []) + (["model.mixer.window_size all"] if spots.apart else [])
     fix = ("remove model.mixer.convolution false, or " if keeps_none else "") + f"set {' and '.join(missing)}"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from iwin_dit.layers.blindness import resolve
-from iwin_dit.layers.specs import SIZES, MixerSpec
+from iwin_dit.layers.specs import SIZES, MixerSpec, MlpName, NormName
 
 # What a resumed run may set anew without being another run; max_steps only under a constant learning rate.
 MAY_CHANGE = frozenset(
@@ -133,8 +133,8 @@ class ModelConfig:
     label_dropout: float = 0.1
     mixer: MixerSpec = field(default_factory=MixerSpec)
     position_embedding: Literal["none", "time", "sincos", "rope", "sincos+rope"] = "none"
-    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: NormName = "rms_norm"
+    mlp: MlpName = "swiglu"
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     modulation_shift: bool = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from iwin_dit.layers.specs import MixerSpec
+from iwin_dit.layers.specs import Axis, MixerSpec, WindowWord, as_list
 
 AXES = {2: ("rows", "columns"), 3: ("frames", "rows", "columns")}  # by the rank of the grid
 
@@ -43,25 +43,16 @@ def blind_spots(mixer: MixerSpec, grid: tuple[int, ...], positions: str, depth: 
         positions: the ``position_embedding`` of the model.
         depth: number of blocks; a single one of Swin has no shift.
     """
-    window = mixer.window(grid) if mixer.has_windows else grid
-    kernel = (
-        mixer.kernel_sides(grid) if mixer.name == "iwin" and mixer.has_convolution(grid) else [1] * len(grid)
-    )
+    window = mixer.window(grid) if mixer.reads("window_size") else grid
+    kernel = mixer.kernel_sides(grid) if mixer.has_convolution(grid) else (1,) * len(grid)
     found = BlindSpots([], [])
-    for axis, m, k, side in zip(AXES[len(grid)], window, kernel, grid, strict=True):
-        if side == 1:
+    for name, *tokens in zip(AXES[len(grid)], grid, window, kernel, strict=True):
+        axis = Axis(*tokens, depth)
+        if axis.side == 1:
             continue
-        meet, ordered = {
-            "iwin": (m == side or k > 1, k > 1),
-            "global": (True, False),
-            "factorised": (True, False),
-            "swin": (m == side or (m > 1 and depth > 1), m > 1),
-            "swin_v2": (m == side or (m > 1 and depth > 1), m > 1),
-            "neighborhood": (m > 1, m < side),
-        }[mixer.name]
-        embedded = "sincos" in positions or "rope" in positions or (positions == "time" and axis == "frames")
-        found.apart.extend([] if meet else [axis])
-        found.unordered.extend([] if ordered or embedded else [axis])
+        embedded = "sincos" in positions or "rope" in positions or (positions == "time" and name == "frames")
+        found.apart.extend([] if mixer.kind.meets(axis) else [name])
+        found.unordered.extend([] if mixer.kind.tells_order(axis) or embedded else [name])
     return found
 
 
@@ -71,7 +62,7 @@ def resolve(mixer: MixerSpec, grid: tuple[int, ...], positions: str) -> MixerSpe
     The convolution is left out where one window covers the grid and positions come from elsewhere; without a
     convolution an automatic window is the whole side.
     """
-    if mixer.name != "iwin":
+    if not mixer.reads("convolution"):
         return mixer
     without = _without_convolution(mixer, "all")
     if mixer.convolution is False:
@@ -88,7 +79,7 @@ def of_earlier_version(mixer: MixerSpec, grid: tuple[int, ...]) -> MixerSpec:
     A window that covered the grid left out the convolution, whether or not the model had positions, and
     automatic windows did not depend on it.
     """
-    if mixer.name != "iwin":
+    if not mixer.reads("convolution"):
         return mixer
     return (
         replace(mixer, convolution=True)
@@ -97,12 +88,8 @@ def of_earlier_version(mixer: MixerSpec, grid: tuple[int, ...]) -> MixerSpec:
     )
 
 
-def _without_convolution(mixer: MixerSpec, window: str) -> MixerSpec:
-    """Without what only a convolution has, and with automatic windows of this kind."""
-    sizes = mixer.window_size
-    sizes = [window if size == "auto" else size for size in (sizes if isinstance(sizes, list) else [sizes])]
-    return replace(
-        mixer,
-        convolution=False,
-        window_size=sizes if isinstance(mixer.window_size, list) else sizes[0],
-    )
+def _without_convolution(mixer: MixerSpec, window: WindowWord) -> MixerSpec:
+    """Without the convolution, and with automatic windows of this kind."""
+    several, sizes = isinstance(mixer.window_size, list), as_list(mixer.window_size)
+    sizes = [window if size == "auto" else size for size in sizes]
+    return replace(mixer, convolution=False, window_size=sizes if several else sizes[0])

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwin_dit.layers.mixers import MIXERS
 from iwin_dit.layers.mlp import MLPS
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import BlockSpec
-from iwin_dit.layers.token_mixer import add
+from iwin_dit.layers.token_mixer import add, make_mixer
 
 
 class Modulation(nn.Module):
@@ -48,7 +47,7 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.norm_1 = NORMS[spec.norm](spec.width)
-        self.mixer = MIXERS[spec.mixer.name](spec, grid, index)
+        self.mixer = make_mixer(spec, grid, index)
         self.norm_2 = NORMS[spec.norm](spec.width)
         self.mlp = MLPS[spec.mlp](spec.width, spec.mlp_hidden)
         parts = ("shift", "scale", "gate") if spec.modulation_shift else ("scale", "gate")

@@ -18,11 +18,6 @@ class SpatialMixer(TokenMixer):
 
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
         super().__init__()
-        if len(grid) != 3:
-            raise ValueError(
-                f"factorised attention is for clips, the grid {grid} has {len(grid)} axes: "
-                "set sample_frames, or take another mixer"
-            )
         self.attention = SelfAttention(spec)
 
     def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iwin_dit.layers.specs import MlpName
+
 
 class GeluMLP(nn.Module):
     """Linear, GELU (tanh approximation), linear (DiT)."""
@@ -31,4 +33,4 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-MLPS: dict[str, type[nn.Module]] = {"gelu": GeluMLP, "swiglu": SwiGLU}
+MLPS: dict[MlpName, type[nn.Module]] = {"gelu": GeluMLP, "swiglu": SwiGLU}

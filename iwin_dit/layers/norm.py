@@ -6,9 +6,13 @@ learned weight is folded into the scale, which is one vector an image, so that t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from iwin_dit.layers.specs import NormName
 
 
 class AdaptiveLayerNorm(nn.Module):
@@ -60,5 +64,5 @@ class QKRMSNorm(nn.RMSNorm):
         return (F.rms_norm(x.float(), self.normalized_shape, eps=self.eps) * self.weight).to(x.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rms_norm": AdaptiveRMSNorm, "layer_norm": AdaptiveLayerNorm}
-QK_NORMS: dict[str, type[nn.Module]] = {"rms_norm": QKRMSNorm, "layer_norm": QKLayerNorm}
+NORMS: dict[NormName, type[nn.Module]] = {"rms_norm": AdaptiveRMSNorm, "layer_norm": AdaptiveLayerNorm}
+QK_NORMS: dict[NormName, Callable[[int], nn.Module]] = {"rms_norm": QKRMSNorm, "layer_norm": QKLayerNorm}

@@ -6,8 +6,9 @@ Imports no torch, so that a config can use it.
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 # depth, width, heads. XL is DiT's (Peebles & Xie 2023, table 1), 1p0B and 1p6B are LightningDiT's.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -21,15 +22,69 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 
 WindowWord = Literal["auto", "all", "divisor"]
+NormName = Literal["rms_norm", "layer_norm"]
+MlpName = Literal["swiglu", "gelu"]
 
-# Which fields of a MixerSpec each mixer reads.
-MIXER_FIELDS: dict[str, tuple[str, ...]] = {
-    "iwin": ("window_size", "kernel_size", "convolution", "mask_padding"),
-    "global": (),
-    "swin": ("window_size",),
-    "swin_v2": ("window_size",),
-    "neighborhood": ("window_size",),
-    "factorised": (),
+
+class Axis(NamedTuple):
+    """Tokens along an axis: of the grid, of a window, and of the convolution; and the number of blocks."""
+
+    side: int
+    window: int
+    kernel: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class MixerKind:
+    """What a config knows of a token mixer. The defaults are those of attention over all tokens.
+
+    Args:
+        implementation: its class, a :class:`~iwin_dit.layers.token_mixer.TokenMixer`: module, colon and name.
+        fields: of :class:`MixerSpec` that it reads.
+        meets: whether all tokens along an axis meet, in so many blocks or more.
+        tells_order: whether it tells the order of the tokens along an axis, without position embeddings.
+        least_window: of an automatic window; 2 where a window of 1 would join nothing.
+        odd_window: a window has a middle: it is an odd number of at least 3, or the whole side.
+        ranks: of the grids that it takes, 2 of images and 3 of clips.
+        normalises_queries: whether it does so anyhow, so that ``qk_norm`` has no meaning.
+    """
+
+    implementation: str
+    fields: tuple[str, ...] = ()
+    meets: Callable[[Axis], bool] = lambda axis: True
+    tells_order: Callable[[Axis], bool] = lambda axis: False
+    least_window: int = 2
+    odd_window: bool = False
+    ranks: tuple[int, ...] = (2, 3)
+    normalises_queries: bool = False
+
+
+SWIN = MixerKind(
+    "iwin_dit.layers.swin:SwinMixer",
+    fields=("window_size",),
+    meets=lambda axis: axis.window == axis.side or (axis.window > 1 and axis.depth > 1),  # shifted in the 2nd
+    tells_order=lambda axis: axis.window > 1,
+)
+MIXERS: dict[str, MixerKind] = {
+    "iwin": MixerKind(
+        "iwin_dit.layers.iwin:IwinMixer",
+        fields=("window_size", "kernel_size", "convolution", "mask_padding"),
+        meets=lambda axis: axis.window == axis.side or axis.kernel > 1,
+        tells_order=lambda axis: axis.kernel > 1,
+        least_window=1,
+    ),
+    "global": MixerKind("iwin_dit.layers.global_attention:GlobalMixer"),
+    "swin": SWIN,
+    "swin_v2": replace(SWIN, implementation="iwin_dit.layers.swin:SwinV2Mixer", normalises_queries=True),
+    "neighborhood": MixerKind(
+        "iwin_dit.layers.neighborhood:NeighborhoodMixer",
+        fields=("window_size",),
+        meets=lambda axis: axis.window > 1,
+        tells_order=lambda axis: axis.window < axis.side,
+        odd_window=True,
+    ),
+    "factorised": MixerKind("iwin_dit.layers.factorised:FactorisedMixer", ranks=(3,)),
 }
 
 
@@ -38,10 +93,10 @@ class MixerSpec:
     """How the tokens of a block exchange information.
 
     Args:
-        name: ``iwin`` is interleaved-window attention beside a depthwise convolution (arXiv 2507.18405);
-            ``global`` is attention over all tokens; ``swin`` and ``swin_v2`` are windows that every second
-            block shifts (Liu et al. 2021, 2022); ``neighborhood`` is the window around each token (Hassani et
-            al. 2023); ``factorised``, of clips, is attention over space, then over time.
+        name: of :data:`MIXERS`: ``iwin`` is interleaved-window attention beside a depthwise convolution
+            (arXiv 2507.18405); ``global`` is attention over all tokens; ``swin`` and ``swin_v2`` are windows
+            that every second block shifts (Liu et al. 2021, 2022); ``neighborhood`` is the window around each
+            token (Hassani et al. 2023); ``factorised``, of clips, is attention over space, then over time.
         window_size: tokens per axis of one window: a number, or ``auto``, the smallest divisor M of the side
             with ``kernel_size * M >= side``, or ``all``, the whole side. One for all axes, or one per axis,
             such as ``[all, 8, 8]`` for clips, whose first axis is time. A neighbourhood is odd, the largest
@@ -58,7 +113,7 @@ class MixerSpec:
         convolution_on: is ``input``. Version 0.1 saved it, and knew two other values.
     """
 
-    name: Literal["iwin", "global", "swin", "swin_v2", "neighborhood", "factorised"] = "iwin"
+    name: str = "iwin"
     window_size: int | list[int | WindowWord] | WindowWord = "auto"
     kernel_size: int | list[int] = 3
     convolution: bool | Literal["auto"] = "auto"
@@ -72,9 +127,9 @@ class MixerSpec:
         ):  # JSON and YAML know lists only: one form, to compare equal
             if isinstance(getattr(self, name), tuple):
                 object.__setattr__(self, name, list(getattr(self, name)))
-        if self.name not in MIXER_FIELDS:
-            raise ValueError(f"mixer.name is {self.name!r}, expected one of {', '.join(MIXER_FIELDS)}")
-        known = ("name", *MIXER_FIELDS[self.name])
+        if self.name not in MIXERS:
+            raise ValueError(f"mixer.name is {self.name!r}, expected one of {', '.join(MIXERS)}")
+        known = ("name", *self.kind.fields)
         unused = [f.name for f in fields(self) if f.name not in known and getattr(self, f.name) != f.default]
         if unused:
             raise ValueError(
@@ -85,35 +140,46 @@ class MixerSpec:
                 f"mixer.convolution_on is {convolution_on!r}, which version 0.1 alone can do: now the "
                 "convolution reads the mixer's input; remove the key"
             )
-        for side in _as_list(self.window_size):
+        for side in as_list(self.window_size):
             if side not in get_args(WindowWord) and not (isinstance(side, int) and side >= 1):
                 raise ValueError(
                     f"mixer.window_size is {self.window_size!r}, expected positive integers, 'auto' or 'all'"
                 )
-        for side in _as_list(self.kernel_size):
+        for side in as_list(self.kernel_size):
             if side < 1 or side % 2 == 0:
                 raise ValueError(f"mixer.kernel_size is {self.kernel_size}, expected an odd number such as 3")
 
     def window(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The window on this grid, one number per axis; never larger than the grid."""
         sizes = _per_axis("window_size", self.window_size, grid)
-        least = 1 if self.name == "iwin" else 2  # without a convolution a window of 1 joins nothing
         window = tuple(
-            _smallest_connecting_divisor(side, kernel, least)
+            _smallest_connecting_divisor(side, kernel, self.kind.least_window)
             if size in ("auto", "divisor")
             else side
             if size == "all"
             else min(size, side)
             for size, kernel, side in zip(sizes, self.kernel_sides(grid), grid, strict=True)
         )
-        if self.name == "neighborhood":
+        if self.kind.odd_window:
             window = tuple(min(side, max(3, m - (m % 2 == 0))) for m, side in zip(window, grid, strict=True))
         return window
 
     @property
-    def has_windows(self) -> bool:
-        """Whether :meth:`window` means anything."""
-        return "window_size" in MIXER_FIELDS[self.name]
+    def kind(self) -> MixerKind:
+        """The mixer's row."""
+        return MIXERS[self.name]
+
+    def reads(self, field: str) -> bool:
+        """Whether this field means anything to the mixer."""
+        return field in self.kind.fields
+
+    def check_rank(self, grid: tuple[int, ...]) -> None:
+        """Raises ValueError where the mixer does not take grids of so many axes."""
+        if len(grid) not in self.kind.ranks:
+            only = (
+                "clips: set sample_frames" if self.kind.ranks == (3,) else "images: leave out sample_frames"
+            )
+            raise ValueError(f"the {self.name} mixer is for {only}, or take another mixer")
 
     def kernel_sides(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The sides of the depthwise convolution, one number per axis of the grid."""
@@ -121,10 +187,13 @@ class MixerSpec:
 
     def has_convolution(self, grid: tuple[int, ...]) -> bool:
         """Whether a mixer that is made for this grid has the depthwise convolution."""
+        if not self.reads("convolution"):
+            return False
         return self.window(grid) != tuple(grid) if self.convolution == "auto" else self.convolution
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """One value for all axes, or one per axis, as a list."""
     return value if isinstance(value, list) else [value]
 
 
@@ -165,17 +234,17 @@ class BlockSpec:
     heads: int
     mlp_ratio: float = 4.0
     mixer: MixerSpec = MixerSpec()
-    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: NormName = "rms_norm"
+    mlp: MlpName = "swiglu"
     qk_norm: bool = False
     modulation_shift: bool = True
     open_gates: bool = True
     post_norm: bool = False
 
-    def __post_init__(self):
-        if self.qk_norm and self.mixer.name == "swin_v2":
-            raise ValueError("qk_norm: swin_v2 normalises queries and keys already; remove it")
-        for name, choices in (("norm", ("rms_norm", "layer_norm")), ("mlp", ("swiglu", "gelu"))):
+    def __post_init__(self) -> None:
+        if self.qk_norm and self.mixer.kind.normalises_queries:
+            raise ValueError(f"qk_norm: {self.mixer.name} normalises queries and keys already; remove it")
+        for name, choices in (("norm", get_args(NormName)), ("mlp", get_args(MlpName))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")
         if self.width % self.heads:

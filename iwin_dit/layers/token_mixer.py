@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from iwin_dit.layers.specs import BlockSpec
 
 
 class TokenMixer(nn.Module, ABC):
@@ -14,9 +17,8 @@ class TokenMixer(nn.Module, ABC):
 
     Windowing, padding and masks live inside; modulation and gates are the block's. A mixer may have several
     branches, each with a gate of its own; called by itself it returns their sum. Its parameters are those of
-    modules that it calls, so that hooks on these (offloading, layer-wise casting) find them. One is made by
-    ``Mixer(spec, grid, index)``: the :class:`~iwin_dit.layers.specs.BlockSpec`, the grid that the model is
-    made for (others are valid input), and the number of the block.
+    modules that it calls, so that hooks on these (offloading, layer-wise casting) find them. A class takes
+    the arguments of :func:`make_mixer`.
     """
 
     num_branches: int = 1
@@ -36,6 +38,20 @@ class TokenMixer(nn.Module, ABC):
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         first, *others = self.branches(x, rope)
         return sum(others, first)
+
+
+def make_mixer(spec: BlockSpec, grid: tuple[int, ...], index: int = 0) -> TokenMixer:
+    """The token mixer of a block, by its row in :data:`iwin_dit.layers.specs.MIXERS`.
+
+    Args:
+        grid: that the model is made for; others are valid input.
+        index: number of the block.
+
+    Raises:
+        ValueError: where the mixer does not take grids of so many axes.
+    """
+    spec.mixer.check_rank(grid)
+    return pkgutil.resolve_name(spec.mixer.kind.implementation)(spec, grid, index)
 
 
 def add(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

@@ -309,10 +309,10 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         """
         spec = MixerSpec(**model.config.mixer)
         mixer = dict(model.config.mixer)
-        if spec.has_windows:
+        if spec.reads("window_size"):
             window = mixer["window_size"]
             mixer["window_size"] = ["auto", *(window if isinstance(window, list) else [window] * 2)]
-        if spec.name == "iwin":
+        if spec.reads("kernel_size"):
             grid = model.grid(*model.latent_size)
             sides = spec.kernel_sides(grid)
             mixer["kernel_size"] = [sides[0], *sides]
