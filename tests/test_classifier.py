@@ -202,8 +202,8 @@ def test_pairs_stay_in_one_micro_batch(write, classify_here, monkeypatch):
         (("--augment.ratio", "[0, 0]"), "augment.ratio is [0.0, 0.0], expected 0.01 <= low <= high <= 100"),
         (("--augment.ratio", "[2, 1]"), "augment.ratio is [2.0, 1.0], expected 0.01 <= low <= high <= 100"),
         (("--augment.mixup", "1e-300"), "augment.mixup is 1e-300, expected 0 or at least 0.001"),
-        (("--data.image_size", "-32"), "data.image_size is -32, expected sides of at least 1 pixel"),
-        (("--data.image_size", "[8, 0]"), "data.image_size is [8, 0], expected sides of at least 1 pixel"),
+        (("--data.image_size", "-32"), "data.image_size is -32, expected a number above 0"),
+        (("--data.image_size", "[8, 0]"), "data.image_size is [8, 0], expected a number above 0"),
         (("--data.image_size", "100000"), "data.image_size is 100000, expected at most 8,192"),
         (("--data.std", "[0, 1, 1]"), "data.std is [0.0, 1.0, 1.0], expected numbers above 0"),
         (

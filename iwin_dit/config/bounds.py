@@ -1,84 +1,63 @@
-"""The largest of every number of a recipe, and the words that another library reads.
+"""The ranges of a recipe's numbers, which stand beside its keys, and the words that another library reads.
 
-What is above is a slip of the keyboard: it would not return, exhaust the machine, or end deep in a library.
+What is beyond a range is a slip of the keyboard: it would not return, exhaust the machine, or end deep in a
+library.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
+from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import ConfigError
 
-MAX_NUMBER = 1e30  # of any number; more is infinite in float32 soon
 MAX_TOKENS = 2**24
 MAX_BLOCKS = 1_000
 MAX_OPTION = 1_000_000
-AT_MOST = {  # by the name of the key, in whatever section
-    "depth": 128,
-    "width": 65_536,
-    "heads": 65_536,
-    "patch_size": 1_024,
-    "sample_size": 65_536,
-    "sample_frames": 65_536,
-    "in_channels": 65_536,
-    "num_classes": 10_000_000,
-    "mlp_ratio": 64,
-    "label_embedding_std": 1e3,
-    "window_size": 65_536,
-    "kernel_size": 1_023,
-    "frame_stride": 1_000_000,
-    "max_bad_images": 10**9,
-    "frames": 4_096,
-    "views": 1_000,
-    "image_size": 8_192,
-    "logit_std": 1e3,
-    "cosine_weight": 1e6,
-    "warmup_steps": 10**9,
-    "snapshot_every_steps": 10**9,
-    "max_steps": 10**9,
-    "batch_images": 10**7,
-    "micro_batch": 10**7,
-    "gradient_checkpointing": MAX_BLOCKS,
-    "num_workers": 1_024,
-    "worker_timeout_seconds": 10**6,
-    "max_skipped_steps": 10**9,
-    "keep_checkpoints": 10**9,
-    "log_every_steps": 10**9,
-    "health_every_steps": 10**9,
-    "sample_every_steps": 10**9,
-    "evaluate_every_steps": 10**9,
-    "save_every_steps": 10**9,
-    "num_inference_steps": 100_000,
-    "guidance_scale": 1e6,
-    "guidance_channels": 65_536,
-    "num_per_class": 1_000,
-    "num_images": 10**9,
-    "color_jitter": 10,
-    "mixup": 1e6,
-    "cutmix": 1e6,
-    "layer_decay": 1,
-    "backbone_lr_scale": 1e6,
-    "seed": 2**63 - 1,
-}
 
 
-def check_bounds(section: Any, prefix: str = "") -> None:
-    """Every number of a recipe is at most what the table says.
+class Rule(NamedTuple):
+    """What each number of a key has to be, and how an error says it: ``Annotated[int, ABOVE_ZERO]``."""
+
+    fits: Callable[[float], bool]
+    words: str
+
+
+def at_most(most: float) -> Rule:
+    """No more than so many, and no less than minus so many."""
+    return Rule(lambda number: abs(number) <= most, f"at most {most:,}")
+
+
+ABOVE_ZERO = Rule(lambda number: number > 0, "a number above 0")
+ZERO_OR_MORE = Rule(lambda number: number >= 0, "0 or more")
+OF_ANY = at_most(1e30)  # more is infinite in float32 soon
+OF_MIXER = {"window_size": (at_most(limits.SIDE),), "kernel_size": (at_most(limits.KERNEL),)}
+
+Count = Annotated[int, ABOVE_ZERO, at_most(10**9)]
+CountFromZero = Annotated[int, ZERO_OR_MORE, at_most(10**9)]  # 0 for none, or never
+Share = Annotated[float, Rule(lambda number: 0 <= number < 1, "a number in [0, 1)")]
+Seed = Annotated[int, at_most(2**63 - 1)]
+
+
+def check_ranges(section: Any, prefix: str = "") -> None:
+    """Every number of a recipe is in the range that stands beside its key.
 
     Raises:
         ConfigError: naming the key.
     """
-    for f in fields(section):
-        value = getattr(section, f.name)
+    hints = get_type_hints(type(section), include_extras=True)
+    for name in (f.name for f in fields(section)):
+        value = getattr(section, name)
         if is_dataclass(value):
-            check_bounds(value, f"{prefix}{f.name}.")
+            check_ranges(value, f"{prefix}{name}.")
             continue
-        most = AT_MOST.get(f.name, MAX_NUMBER)
-        if any(abs(number) > most for number in numbers(value)):
-            raise ConfigError(f"{prefix}{f.name} is {value}, expected at most {most:,}")
+        for rule in (*getattr(hints[name], "__metadata__", OF_MIXER.get(name, ())), OF_ANY):
+            if not all(map(rule.fits, numbers(value))):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ConfigError(f"{prefix}{name} is {shown}, expected {rule.words}")
 
 
 def numbers(value: Any) -> Iterator[int | float]:

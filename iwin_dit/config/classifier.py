@@ -6,18 +6,22 @@ Imports no torch, so that ``--help`` and an error in a config answer at once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from iwin_dit.config.bounds import check_bounds, check_options, check_rand_augment
-from iwin_dit.config.rules import (
-    TRAIN_ABOVE_ZERO,
-    TRAIN_ZERO_OR_MORE,
-    check_ema,
-    check_optimizer,
+from iwin_dit.config.bounds import (
+    ABOVE_ZERO,
+    ZERO_OR_MORE,
+    Rule,
+    Seed,
+    Share,
+    at_most,
+    check_options,
+    check_rand_augment,
     check_ranges,
-    check_train,
 )
+from iwin_dit.config.rules import check_ema, check_optimizer, check_train
 from iwin_dit.config.schema import EmaConfig, OptimizerConfig, TrainConfig, lists
+from iwin_dit.runtime import limits
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
@@ -67,11 +71,11 @@ class ClassifierDataConfig:
     allow_odd_classes: bool = False
     background: str | None = "white"
     prepare: Literal["digits", "moving_digits"] | None = None
-    frames: int | None = None
-    frame_stride: int = 1
-    views: tuple[int, int] = (1, 1)
-    image_size: int | list[int] = 224
-    crop_share: float = 0.875
+    frames: Annotated[int | None, ABOVE_ZERO, at_most(4_096)] = None
+    frame_stride: Annotated[int, ABOVE_ZERO, at_most(1_000_000)] = 1
+    views: Annotated[tuple[int, int], at_most(1_000)] = (1, 1)
+    image_size: Annotated[int | list[int], ABOVE_ZERO, at_most(8_192)] = 224
+    crop_share: Annotated[float, Rule(lambda share: 0.1 <= share <= 1, "a number from 0.1 to 1")] = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -107,12 +111,12 @@ class AugmentConfig:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     random_flip: bool = True
-    color_jitter: float = 0.4
+    color_jitter: Annotated[float, ZERO_OR_MORE, at_most(10)] = 0.4
     rand_augment: str = "rand-m9-mstd0.5-inc1-mmax9"
-    random_erasing: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
+    random_erasing: Share = 0.25
+    mixup: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 0.8
+    cutmix: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 1.0
+    label_smoothing: Share = 0.1
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,8 @@ class ClassifierModelConfig:
 
     name: str = "iwin_tiny_patch4_window7_224"
     options: dict[str, Any] = field(default_factory=dict)
-    num_classes: int = 1000
-    drop_path: float = 0.0
+    num_classes: Annotated[int, ABOVE_ZERO, at_most(limits.LABELS)] = 1000
+    drop_path: Share = 0.0
     init_from: str | None = None
 
 
@@ -147,13 +151,13 @@ class ClassifierOptimizerConfig(OptimizerConfig):
             ``learning_rate`` is.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, ABOVE_ZERO] = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    max_grad_norm: float | None = 5.0
-    layer_decay: float = 1.0
-    backbone_lr_scale: float = 1.0
+    weight_decay: Annotated[float, ZERO_OR_MORE] = 0.05
+    max_grad_norm: Annotated[float | None, ABOVE_ZERO] = 5.0
+    layer_decay: Annotated[float, ABOVE_ZERO, at_most(1)] = 1.0
+    backbone_lr_scale: Annotated[float, ABOVE_ZERO, at_most(1e6)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class ClassifierConfig:
     """
 
     output_dir: str = "runs/classifier"
-    seed: int = 0
+    seed: Seed = 0
     data: ClassifierDataConfig = field(default_factory=ClassifierDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
@@ -192,13 +196,12 @@ class ClassifierConfig:
 
 def check(config: ClassifierConfig) -> None:
     """All rules. Raises ConfigError."""
-    check_bounds(config)
-    check_ranges(config, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
+    check_ranges(config)
     check_options(config.model.options, "model.options")
     check_rand_augment(config.augment.rand_augment)
     check_optimizer(config.optimizer)
     check_ema(config.ema)
-    check_train(config)
+    check_train(config.train, config.ema)
     _check_clips(config)
     _check_pixels(config.data, config.augment)
     if config.train.sharding != "none":
@@ -225,10 +228,6 @@ def _check_pixels(data: ClassifierDataConfig, augment: AugmentConfig) -> None:
     background(data.background)
     if isinstance(data.image_size, list) and len(data.image_size) != 2:
         raise ConfigError(f"data.image_size is {data.image_size}, expected a side or [height, width]")
-    if min(data.size) < 1:
-        raise ConfigError(f"data.image_size is {data.image_size}, expected sides of at least 1 pixel")
-    if not 0.1 <= data.crop_share <= 1:
-        raise ConfigError(f"data.crop_share is {data.crop_share}, expected a number from 0.1 to 1")
     if min(data.std) < 1e-6:
         raise ConfigError(
             f"data.std is {list(data.std)}, expected numbers above 0, which colours are divided by"
@@ -274,18 +273,3 @@ def _check_clips(config: ClassifierConfig) -> None:
             f"model.name {name} does not take clips (data.frames {data.frames}); expected one of "
             f"{', '.join(VIDEO_MODELS)}"
         )
-
-
-ABOVE_ZERO = {
-    "data": ("frames", "frame_stride"),
-    "model": ("num_classes",),
-    "optimizer": ("learning_rate", "eps", "max_grad_norm", "layer_decay", "backbone_lr_scale"),
-    "train": TRAIN_ABOVE_ZERO,
-}
-ZERO_OR_MORE = {
-    "augment": ("color_jitter", "mixup", "cutmix"),
-    "optimizer": ("warmup_steps", "weight_decay", "min_learning_rate"),
-    "ema": ("snapshot_every_steps",),
-    "train": TRAIN_ZERO_OR_MORE,
-}
-SHARES = {"augment": ("random_erasing", "label_smoothing"), "model": ("drop_path",)}

@@ -6,24 +6,36 @@ Imports no torch, so that ``--help`` and an error in a config answer at once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, overload
 
 from iwin_dit.config import classifier, rules
 from iwin_dit.config.schema import Config
-from iwin_dit.config.types import build, check_keys, types_of
+from iwin_dit.config.types import build, check_keys, is_section, types_of
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError, expand_home
 
 T = TypeVar("T")  # Config, or ClassifierConfig
-CHECKS = {Config: rules.check, classifier.ClassifierConfig: classifier.check}
+# A recipe of another program, such as those of examples/, has a method ``check``.
+CHECKS: dict[type, Callable[[Any], None]] = {
+    Config: rules.check,
+    classifier.ClassifierConfig: classifier.check,
+}
 load_yaml = strict_yaml.load
 
 
-def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Config) -> tuple[T, bool]:
+@overload
+def parse_arguments(arguments: Sequence[str], default: Path) -> tuple[Config, bool]: ...
+
+
+@overload
+def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T]) -> tuple[T, bool]: ...
+
+
+def parse_arguments(arguments: Sequence[str], default: Path, kind: type[Any] = Config) -> tuple[Any, bool]:
     """The checked config, and whether ``--dry-run`` was asked for.
 
     Args:
@@ -49,11 +61,19 @@ def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T] = Con
         elif name != "dry-run":
             _merge(content, _override(name, value, kind), kind)
     config = build(expand_home(content), kind)
-    CHECKS.get(kind, getattr(kind, "check", None))(config)
+    CHECKS[kind](config) if kind in CHECKS else config.check()
     return config, "dry-run" in names
 
 
-def load_config(path: Path, kind: type[T] = Config) -> T:
+@overload
+def load_config(path: Path) -> Config: ...
+
+
+@overload
+def load_config(path: Path, kind: type[T]) -> T: ...
+
+
+def load_config(path: Path, kind: type[Any] = Config) -> Any:
     """A checked config from a file."""
     return parse_arguments(["--config", str(path)], path, kind)[0]
 
@@ -114,7 +134,7 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
     """All keys with dots, sections among them."""
     for name, hint in types_of(kind).items():
         yield prefix + name
-        if is_dataclass(hint):
+        if is_section(hint):
             yield from _keys(hint, f"{prefix}{name}.")
 
 
@@ -139,8 +159,8 @@ def _merge(content: dict[str, Any], more: dict[str, Any], kind: type) -> None:
     """Sets keys; of sections, the keys in them."""
     check_keys(more, kind)
     for key, value in more.items():
-        if is_dataclass(types_of(kind)[key]):
-            _merge(content.setdefault(key, {}), value, types_of(kind)[key])
+        if is_section(hint := types_of(kind)[key]):
+            _merge(content.setdefault(key, {}), value, hint)
         else:
             content[key] = value
 

@@ -6,9 +6,8 @@ import difflib
 import math
 import re
 from dataclasses import fields
-from typing import Any
 
-from iwin_dit.config.bounds import MAX_TOKENS, check_bounds
+from iwin_dit.config.bounds import MAX_TOKENS, check_ranges
 from iwin_dit.config.metrics import chosen_metrics
 from iwin_dit.config.schema import (
     Config,
@@ -31,9 +30,8 @@ DDPM_TIMESTEPS = 1000  # the same test
 
 def check(config: Config) -> None:
     """All rules. Raises ConfigError."""
-    check_bounds(config)
+    check_ranges(config)
     _check_shape(config.model)
-    check_ranges(config, ABOVE_ZERO, ZERO_OR_MORE, SHARES)
     _check_block(config.model)
     _check_sampling(config)
     _check_data(config.data)
@@ -41,7 +39,7 @@ def check(config: Config) -> None:
     _check_objective(config.objective)
     check_optimizer(config.optimizer)
     check_ema(config.ema)
-    check_train(config)
+    check_train(config.train, config.ema)
     asked = config.evaluation
     names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
     draws_clips, of_clips = config.model.sample_frames is not None, asked.extractor.startswith("i3d:")
@@ -89,36 +87,36 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         )
 
 
-def check_train(config: Any) -> None:
+def check_train(train: TrainConfig, ema: EmaConfig) -> None:
     """The rules of ``train`` that all trainers have."""
-    if config.train.micro_batch == "auto" and config.train.sharding != "none":
+    if train.micro_batch == "auto" and train.sharding != "none":
         raise ConfigError(
             "train.micro_batch auto tries sizes on each process by itself, which a model that is split over "
             "the processes cannot; give a number"
         )
-    if config.ema.on_cpu and config.train.sharding != "none":
+    if ema.on_cpu and train.sharding != "none":
         raise ConfigError(
             "ema.on_cpu and train.sharding fsdp2 exclude each other: split over the processes, the averages "
             "are small; set ema.on_cpu false"
         )
-    if config.train.spike_factor is not None and config.train.spike_factor <= 1:
-        raise ConfigError(f"train.spike_factor is {config.train.spike_factor}, expected above 1, such as 3")
-    if config.train.spike_factor is not None and config.train.save_every_steps % config.train.log_every_steps:
+    if train.spike_factor is not None and train.spike_factor <= 1:
+        raise ConfigError(f"train.spike_factor is {train.spike_factor}, expected above 1, such as 3")
+    if train.spike_factor is not None and train.save_every_steps % train.log_every_steps:
         raise ConfigError(
-            f"train.save_every_steps {config.train.save_every_steps} is no multiple of train.log_every_steps "
-            f"{config.train.log_every_steps}, whose losses train.spike_factor looks at: it would go back to "
+            f"train.save_every_steps {train.save_every_steps} is no multiple of train.log_every_steps "
+            f"{train.log_every_steps}, whose losses train.spike_factor looks at: it would go back to "
             "a checkpoint whose loss nothing has looked at; take one"
         )
-    most = config.train.max_skipped_steps
-    if config.train.on_nonfinite == "stop" and most != type(config.train)().max_skipped_steps:
+    most = train.max_skipped_steps
+    if train.on_nonfinite == "stop" and most != TrainConfig().max_skipped_steps:
         raise ConfigError(
             f"train.max_skipped_steps is {most}, but train.on_nonfinite stop skips none; set skip, or remove "
             "max_skipped_steps"
         )
-    if config.train.health_every_steps % config.train.log_every_steps:
+    if train.health_every_steps % train.log_every_steps:
         raise ConfigError(
-            f"train.health_every_steps {config.train.health_every_steps} is no multiple of "
-            f"train.log_every_steps {config.train.log_every_steps}, in whose lines it is written; take one"
+            f"train.health_every_steps {train.health_every_steps} is no multiple of "
+            f"train.log_every_steps {train.log_every_steps}, in whose lines it is written; take one"
         )
 
 
@@ -273,23 +271,21 @@ def _check_shape(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.size {model.size} and model.{given[0]} are both given; remove one of them"
             )
-        name, _, patch = model.size.partition("/")
-        if name not in SIZES or not re.fullmatch("[1-9][0-9]{0,3}", patch):
+        name, _, side = model.size.partition("/")
+        if name not in SIZES or not re.fullmatch("[1-9][0-9]{0,3}", side):
             near = difflib.get_close_matches(name, SIZES, n=1)
-            hint = f"; did you mean {near[0]}/{patch or 1}?" if near else ""
+            hint = f"; did you mean {near[0]}/{side or 1}?" if near else ""
             raise ConfigError(
                 f"model.size is {model.size!r}, expected {', '.join(SIZES)}, a slash and the patch size{hint}"
             )
     if isinstance(model.sample_size, list) and len(model.sample_size) != 2:
         raise ConfigError(f"model.sample_size is {model.sample_size}, expected a side or [height, width]")
     patch = model.shape[3]
-    if patch < 1:
-        raise ConfigError(f"model.patch_size is {patch}, expected at least 1")
-    for side in model.latent_size[-2:]:
-        if side < 1 or side % patch:
-            lower = max(side // patch, 1) * patch
+    for length in model.latent_size[-2:]:
+        if length % patch:
+            lower = max(length // patch, 1) * patch
             raise ConfigError(
-                f"model.patch_size {patch} does not divide model.sample_size {side}; "
+                f"model.patch_size {patch} does not divide model.sample_size {length}; "
                 f"nearest sizes that fit: {lower}, {lower + patch}"
             )
     if math.prod(model.grid) > MAX_TOKENS:
@@ -297,69 +293,6 @@ def _check_shape(model: ModelConfig) -> None:
             f"model.sample_size makes {' x '.join(map(str, model.grid))} tokens of patch_size {patch}, "
             f"expected at most {MAX_TOKENS:,} together"
         )
-
-
-TRAIN_ABOVE_ZERO = (
-    "max_steps",
-    "batch_images",
-    "micro_batch",
-    "worker_timeout_seconds",
-    "max_skipped_steps",
-    "log_every_steps",
-    "save_every_steps",
-    "keep_checkpoints",
-)
-TRAIN_ZERO_OR_MORE = (
-    "save_every_minutes",
-    "compare_weights_every_steps",
-    "sample_every_steps",
-    "evaluate_every_steps",
-    "health_every_steps",
-    "gradient_checkpointing",
-    "num_workers",
-)
-Keys = dict[str, tuple[str, ...]]
-ABOVE_ZERO = {
-    "data": ("frame_stride",),
-    "model": (
-        "depth",
-        "width",
-        "heads",
-        "sample_frames",
-        "in_channels",
-        "num_classes",
-        "mlp_ratio",
-        "label_embedding_std",
-    ),
-    "objective": ("logit_std",),
-    "optimizer": ("learning_rate", "eps", "max_grad_norm"),
-    "train": TRAIN_ABOVE_ZERO,
-    "evaluation": ("num_images", "batch_images"),
-    "sample": ("num_inference_steps", "num_per_class", "guidance_channels"),
-}
-ZERO_OR_MORE = {
-    "data": ("max_bad_images",),
-    "objective": ("cosine_weight",),
-    "optimizer": ("warmup_steps", "weight_decay", "min_learning_rate"),
-    "ema": ("snapshot_every_steps",),
-    "sample": ("guidance_scale",),
-    "train": TRAIN_ZERO_OR_MORE,
-}
-SHARES = {"data": ("image_share",), "model": ("label_dropout",)}
-
-
-def check_ranges(config: Any, above_zero: Keys, zero_or_more: Keys, shares: Keys) -> None:
-    """Numbers are in the range of their table; each is ``{section: keys}``."""
-    for table, fits, words in (
-        (above_zero, lambda value: value > 0, "a number above 0"),
-        (zero_or_more, lambda value: value >= 0, "0 or more"),
-        (shares, lambda value: 0 <= value < 1, "a number in [0, 1)"),
-    ):
-        for section, keys in table.items():
-            for key in keys:
-                value = getattr(getattr(config, section), key)
-                if not (value is None or value == "auto" or fits(value)):
-                    raise ConfigError(f"{section}.{key} is {value}, expected {words}")
 
 
 def local_batch(train: TrainConfig, num_processes: int) -> tuple[int, int]:
@@ -374,7 +307,7 @@ def local_batch(train: TrainConfig, num_processes: int) -> tuple[int, int]:
             f"train.batch_images {train.batch_images} is not divisible by {num_processes} processes; "
             f"nearest that is: {max(local, 1) * num_processes} or {(local + 1) * num_processes}"
         )
-    micro_batch = local if train.micro_batch in (None, "auto") else train.micro_batch
+    micro_batch = train.micro_batch if isinstance(train.micro_batch, int) else local
     if local % micro_batch:
         raise ConfigError(
             f"train.micro_batch {micro_batch} does not divide the {local} images of a process "

@@ -6,10 +6,21 @@ Imports no torch, so that ``--help`` and an error in a config answer at once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
+from iwin_dit.config.bounds import (
+    ABOVE_ZERO,
+    MAX_BLOCKS,
+    ZERO_OR_MORE,
+    Count,
+    CountFromZero,
+    Seed,
+    Share,
+    at_most,
+)
 from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import SIZES, MixerSpec, MlpName, NormName
+from iwin_dit.runtime import limits
 
 # What a resumed run may set anew without being another run; max_steps only under a constant learning rate.
 MAY_CHANGE = frozenset(
@@ -78,12 +89,12 @@ class DataConfig:
     label_column: str | None = None
     allow_odd_classes: bool = False
     background: str | None = "white"
-    max_bad_images: int = 0
+    max_bad_images: CountFromZero = 0
     crop: Literal["center", "random"] = "center"
     prepare: Literal["digits", "moving_digits"] | None = None
-    frame_stride: int = 1
+    frame_stride: Annotated[int, ABOVE_ZERO, at_most(1_000_000)] = 1
     images: str | None = None
-    image_share: float = 0.0
+    image_share: Share = 0.0
     random_flip: bool = True
     normalization: Literal["channel", "vae"] = "channel"
 
@@ -122,25 +133,25 @@ class ModelConfig:
     """
 
     size: str | None = None
-    depth: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    patch_size: int | None = None
-    sample_size: int | list[int] = 16
-    sample_frames: int | None = None
-    in_channels: int = 32
-    num_classes: int = 1000
-    label_dropout: float = 0.1
+    depth: Annotated[int | None, ABOVE_ZERO, at_most(128)] = None
+    width: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
+    heads: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
+    patch_size: Annotated[int | None, ABOVE_ZERO, at_most(limits.PATCH)] = None
+    sample_size: Annotated[int | list[int], ABOVE_ZERO, at_most(limits.SIDE)] = 16
+    sample_frames: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
+    in_channels: Annotated[int, ABOVE_ZERO, at_most(limits.SIDE)] = 32
+    num_classes: Annotated[int, ABOVE_ZERO, at_most(limits.LABELS)] = 1000
+    label_dropout: Share = 0.1
     mixer: MixerSpec = field(default_factory=MixerSpec)
     position_embedding: Literal["none", "time", "sincos", "rope", "sincos+rope"] = "none"
     norm: NormName = "rms_norm"
     mlp: MlpName = "swiglu"
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, ABOVE_ZERO, at_most(limits.MLP_RATIO)] = 4.0
     qk_norm: bool = False
     modulation_shift: bool = True
     open_gates: bool = True
     post_norm: bool = False
-    label_embedding_std: float = 0.02
+    label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
     allow_blind: bool = False
     init_from: str | None = None
 
@@ -148,7 +159,8 @@ class ModelConfig:
     def shape(self) -> tuple[int, int, int, int]:
         """Depth, width, heads and patch size, by name or by number."""
         if self.size is None:
-            return self.depth, self.width, self.heads, self.patch_size
+            numbers = self.depth, self.width, self.heads, self.patch_size
+            return cast(tuple[int, int, int, int], numbers)  # the rules refuse None
         name, _, patch_size = self.size.partition("/")
         return (*SIZES[name], int(patch_size))
 
@@ -187,8 +199,8 @@ class ObjectiveConfig:
     name: Literal["flow_matching", "ddpm"] = "flow_matching"
     time_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
     logit_mean: float = 0.0
-    logit_std: float = 1.0
-    cosine_weight: float = 0.0
+    logit_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 1.0
+    cosine_weight: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,14 +218,14 @@ class OptimizerConfig:
         max_grad_norm: gradients are clipped to this norm; null for never.
     """
 
-    learning_rate: float = 2e-4
-    warmup_steps: int = 0
+    learning_rate: Annotated[float, ABOVE_ZERO] = 2e-4
+    warmup_steps: CountFromZero = 0
     schedule: Literal["constant", "cosine"] = "constant"
-    min_learning_rate: float = 0.0
+    min_learning_rate: Annotated[float, ZERO_OR_MORE] = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
+    eps: Annotated[float, ABOVE_ZERO] = 1e-8
+    weight_decay: Annotated[float, ZERO_OR_MORE] = 0.0
+    max_grad_norm: Annotated[float | None, ABOVE_ZERO] = 1.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,7 @@ class EmaConfig:
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
     power_stds: list[float] = field(default_factory=list)
-    snapshot_every_steps: int = 0
+    snapshot_every_steps: CountFromZero = 0
     on_cpu: bool = False
 
 
@@ -272,28 +284,28 @@ class TrainConfig:
         trackers: where the log and the samples go too; wandb stays offline unless WANDB_MODE says otherwise.
     """
 
-    max_steps: int = 400_000
-    batch_images: int = 256
-    micro_batch: int | Literal["auto"] | None = None
+    max_steps: Count = 400_000
+    batch_images: Annotated[int, ABOVE_ZERO, at_most(10**7)] = 256
+    micro_batch: Annotated[int | Literal["auto"] | None, ABOVE_ZERO, at_most(10**7)] = None
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     sharding: Literal["none", "fsdp2"] = "none"
-    gradient_checkpointing: int = 0
+    gradient_checkpointing: Annotated[int, ZERO_OR_MORE, at_most(MAX_BLOCKS)] = 0
     compile: bool = False
     attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    num_workers: int = 4
-    worker_timeout_seconds: int = 600
+    num_workers: Annotated[int, ZERO_OR_MORE, at_most(1_024)] = 4
+    worker_timeout_seconds: Annotated[int, ABOVE_ZERO, at_most(10**6)] = 600
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped_steps: int = 10
+    max_skipped_steps: Count = 10
     spike_factor: float | None = None
-    log_every_steps: int = 100
-    health_every_steps: int = 0
-    sample_every_steps: int = 5_000
-    evaluate_every_steps: int = 0
-    save_every_steps: int = 5_000
-    save_every_minutes: float = 0.0
-    compare_weights_every_steps: int = 1_000
-    keep_checkpoints: int = 2
+    log_every_steps: Count = 100
+    health_every_steps: CountFromZero = 0
+    sample_every_steps: CountFromZero = 5_000
+    evaluate_every_steps: CountFromZero = 0
+    save_every_steps: Count = 5_000
+    save_every_minutes: Annotated[float, ZERO_OR_MORE] = 0.0
+    compare_weights_every_steps: CountFromZero = 1_000
+    keep_checkpoints: Count = 2
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
 
@@ -312,11 +324,11 @@ class SampleConfig:
     """
 
     sampler: str | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 4.0
+    num_inference_steps: Annotated[int, ABOVE_ZERO, at_most(100_000)] = 50
+    guidance_scale: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 4.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_channels: int | None = None
-    num_per_class: int = 4
+    guidance_channels: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
+    num_per_class: Annotated[int, ABOVE_ZERO, at_most(1_000)] = 4
 
 
 @dataclass(frozen=True)
@@ -339,9 +351,9 @@ class EvaluationConfig:
     metrics: list[str] = field(default_factory=list)
     extractor: str = "inception"
     inception_weights: str | None = None
-    num_images: int = 10_000
-    batch_images: int = 64
-    seed: int = 0
+    num_images: Count = 10_000
+    batch_images: Annotated[int, ABOVE_ZERO, at_most(10**7)] = 64
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -362,7 +374,7 @@ class Config:
     """
 
     output_dir: str = "runs/quickstart"
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -30,8 +30,8 @@ def build(content: dict[str, Any], kind: type[T], prefix: str = "") -> T:
     Raises:
         ConfigError: naming the key, what was found and what its type expects.
     """
-    hints = types_of(kind)
-    values = {}
+    section: type = kind
+    hints, values = types_of(section), {}
     for key, value in content.items():
         values[key] = _section(value, hints[key], f"{prefix}{key}")
     try:
@@ -41,7 +41,12 @@ def build(content: dict[str, Any], kind: type[T], prefix: str = "") -> T:
 
 
 def _section(value: Any, hint: Any, key: str) -> Any:
-    return build(value, hint, f"{key}.") if is_dataclass(hint) else convert(value, hint, key)
+    return build(value, hint, f"{key}.") if is_section(hint) else convert(value, hint, key)
+
+
+def is_section(hint: Any) -> bool:
+    """Whether the type of a key is that of a section, which has keys of its own."""
+    return is_dataclass(hint)
 
 
 @functools.cache
@@ -62,7 +67,7 @@ def check_keys(content: dict[str, Any], kind: type, where: str = "", prefix: str
         if hint is None:
             name = str(key)[:MAX_NAME]
             raise ConfigError(f"{where}{prefix}{name} is not a key; {_did_you_mean(prefix, name, kind)}")
-        if is_dataclass(hint):
+        if is_section(hint):
             if not isinstance(value, dict):
                 some = ", ".join(f.name for f in fields(hint)[:3])
                 raise ConfigError(f"{where}{prefix}{key} is {show(value)}, expected keys such as {some}")

@@ -24,7 +24,7 @@ from iwin_dit.runtime.errors import FULL, CheckpointError, DiskError, StorageErr
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-STEP = re.compile(r"step-(\d{8,})", re.ASCII)
+STEP = re.compile(r"step-\d{8,}", re.ASCII)
 FILE = re.compile(r"\w[\w.-]*\.(safetensors|json)", re.ASCII)  # a plain name: no folder, nothing hidden
 ROOM = 1 << 20  # bytes of a checkpoint beside its tensors: headers, JSON, directories
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -40,7 +40,7 @@ def step_directories(root: Path) -> list[Path]:
 
 def step_of(directory: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(STEP.fullmatch(directory.name).group(1))
+    return int(directory.name.removeprefix("step-"))
 
 
 def tensors_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -107,10 +107,12 @@ def _write(
             files.remove_tree(temporary)
         if isinstance(error, StorageError):
             raise
-        kind, reason = DiskError, error.strerror or str(error)
-        if error.errno not in FULL:
-            kind, advice = StorageError, "look at its storage and permissions, and run the same command again"
-        raise kind(f"{final} cannot be saved ({reason}): {figures}; {advice}") from error
+        told = f"{final} cannot be saved ({error.strerror or error}): {figures}"
+        if error.errno in FULL:
+            raise DiskError(f"{told}; {advice}") from error
+        raise StorageError(
+            f"{told}; look at its storage and permissions, and run the same command again"
+        ) from error
 
 
 def _read_back(temporary: Path, final: Path) -> None:

@@ -86,11 +86,12 @@ def reason(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         path = error.filename or "it"
         return f"permission denied: {path}; its owner can let others read it (chmod a+rX)"
-    chain, cause = [], error
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    kinds = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
     for name, words in HUB_ERRORS.items():
         if name in kinds:
             return words
@@ -116,12 +117,11 @@ def storage_error(error: OSError, then: str, what: str = "") -> UserError:
         then: what to do after the storage has been looked at.
         what: what could not be done.
     """
-    kind, advice = StorageError, "look at its storage and permissions"
-    if error.errno in FULL:
-        kind, advice = DiskError, "make room"
     why = error.strerror or _one_line(error)
-    path = f": {error.filename}" if error.filename else ""
-    return kind(f"{f'{what}: ' if what else ''}{why}{path}; {advice}, and {then}")
+    found = f"{f'{what}: ' if what else ''}{why}{f': {error.filename}' if error.filename else ''}"
+    if error.errno in FULL:
+        return DiskError(f"{found}; make room, and {then}")
+    return StorageError(f"{found}; look at its storage and permissions, and {then}")
 
 
 def _one_line(error: Exception) -> str:

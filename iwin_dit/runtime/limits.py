@@ -19,6 +19,11 @@ INDEX_BYTES = 16 * MIB  # of JSON that lists things: shards, class names, tensor
 HEADER_BYTES = 1 * MIB  # of the header of a shard of latents, which has half a dozen tensors
 CLASSES = 1_000_000  # a label beyond is a mistake, and would cost as many names
 
+# Of a model, of our recipes as of a stranger's config: what decides how much is built or allocated.
+SIDE = 65_536  # of a latent or a window, in channels or in heads
+PATCH, KERNEL, MLP_RATIO = 1_024, 1_023, 64
+LABELS = 10_000_000  # that a model may embed
+
 INFLATED_BYTES, INFLATED_TIMES = 64 * MIB, 50
 
 

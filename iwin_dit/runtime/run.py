@@ -88,7 +88,9 @@ class RunDirectory:
 
     def _check_data(self) -> None:
         before = read_data(self.path)
-        changed = changed_data(self.data if before is None else before, self.data)
+        if before is None:
+            return
+        changed = changed_data(before, self.data)
         if changed == [TIMES]:
             say(
                 f"the files of the data were written or copied since {self.path} was begun; their names, "
@@ -207,7 +209,7 @@ def read_data(run: Path) -> dict[str, Any] | None:
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

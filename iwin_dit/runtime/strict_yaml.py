@@ -64,7 +64,8 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"line {mark.line + 1}: {error.problem or error.context}") from None
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        raise ValueError(f"{where}{error.problem or error.context}") from None
     except yaml.YAMLError as error:  # of the reader, about single characters
         raise ValueError(" ".join(str(error).split())) from None
 
