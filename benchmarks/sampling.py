@@ -32,6 +32,7 @@ from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, l
 from iwin_dit.data.digits import read_images
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.diffusion.objective import Objective
 from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, run_script
 from iwin_dit.runtime.progress import progress, say
@@ -86,7 +87,7 @@ def solver_cases() -> list[Case]:
     """Heun calls the model twice a step, but once in the last: N calls are (N + 1) / 2 steps."""
     return [
         Case(sampler, calls, sampler, calls // 2 if sampler == "heun" else calls, {"guidance_scale": 1.0})
-        for sampler in FlowMatching.samplers
+        for sampler in FlowMatching().samplers
         for calls in CALLS
     ]
 
@@ -125,7 +126,7 @@ def measure(
 def solver_table(cases: list[Case]) -> str:
     lines = ["| sampler | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |"]
     lines.append("|---" * (len(CALLS) + 1) + "|")
-    for sampler in FlowMatching.samplers:
+    for sampler in FlowMatching().samplers:
         row = [case for case in cases if case.curve == sampler]
         odd = any(case.calls != case.x for case in row)
         name = f"{sampler} ({', '.join(f'{case.calls:g}' for case in row)} calls)" if odd else sampler
@@ -197,13 +198,13 @@ def compare(arguments: argparse.Namespace) -> None:
     say(f"\n{PICTURE}; {time.perf_counter() - started:.0f} s")
 
 
-def toy(objective: FlowMatching | DDPM, sampler: str, size: str | None, device: str) -> IwinDiTPipeline:
+def toy(objective: Objective, sampler: str, size: str | None, device: str) -> IwinDiTPipeline:
     """A pipeline with random weights: of the size, on 16 x 16 x 32 latents, or a few blocks on 8 x 8 x 4."""
     common = dict(prediction_type=objective.prediction_type, num_classes=1000)
     if size is not None:
         model = IwinDiTTransformer2DModel.from_size(size, **common)
     else:
-        channels = 8 if isinstance(objective, DDPM) else 4  # DDPM learns sigma
+        channels = 4 * objective.kind.outputs
         common |= dict(sample_size=8, in_channels=4, out_channels=channels, num_layers=2)
         model = IwinDiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, **common)
     pipeline = IwinDiTPipeline(model.eval(), AutoencoderKL(), objective.scheduler(sampler))

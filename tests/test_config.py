@@ -17,13 +17,12 @@ from evaluation_stub import COUNT, Stub, make_sets
 from iwin_dit.build import evaluation as build_evaluation
 from iwin_dit.build import network, trainer
 from iwin_dit.build.describe import describe_classifier, describe_run
-from iwin_dit.config import rules
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config, parse_arguments
 from iwin_dit.config.rules import local_batch
 from iwin_dit.config.schema import MAY_CHANGE, Config
-from iwin_dit.diffusion.ddpm import DDPM
-from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.diffusion.sampling import make_scheduler, prediction_type
+from iwin_dit.diffusion.specs import NUM_TRAIN_TIMESTEPS, SAMPLERS
 from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.run import flatten
@@ -60,11 +59,12 @@ def test_every_recipe_of_a_classifier_is_built(path):
     assert set(flatten(config.to_dict())) > {"augment.mixup", "optimizer.layer_decay"}
 
 
-def test_samplers_are_those_of_the_objectives():
-    for name, objective in (("flow_matching", FlowMatching), ("ddpm", DDPM)):
-        assert rules.SAMPLERS[name] == objective.samplers
-        assert objective.default_sampler in objective.samplers
-    assert DDPM().scheduler().config.num_train_timesteps == rules.DDPM_TIMESTEPS
+def test_samplers_fit_what_the_model_predicts():
+    for predicted, samplers in SAMPLERS.items():
+        for name in samplers:
+            scheduler = make_scheduler(predicted, name)
+            assert prediction_type(scheduler) == predicted
+            assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
 
 
 def test_a_resolved_config_is_a_config(tmp_path):

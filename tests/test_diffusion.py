@@ -10,10 +10,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from iwin_dit.diffusion.ddpm import BETAS, DDPM, discretized_gaussian_log_likelihood, gaussian_kl, tables
+from iwin_dit.diffusion.ddpm import DDPM, discretized_gaussian_log_likelihood, gaussian_kl, tables
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.diffusion.sampling import check_scheduler, set_timesteps, split_sigma, step_arguments
+from iwin_dit.diffusion.specs import BETAS
 
 MEAN, STD = 0.7, 0.3  # of the data in the closed forms below
 SHAPE = (400, 2, 3, 3)
@@ -194,7 +195,7 @@ def sample_with(scheduler, model, steps, seed=5):
 
 @pytest.mark.parametrize(
     ("objective", "sampler", "model", "steps"),
-    [(FlowMatching(), sampler, best_velocity, 50) for sampler in FlowMatching.samplers]
+    [(FlowMatching(), sampler, best_velocity, 50) for sampler in FlowMatching().samplers]
     + [
         (DDPM(), "ddim", best_noise, 100),
         (DDPM(), "dpm++", best_noise, 50),
@@ -221,9 +222,9 @@ def test_schedulers_of_another_objective_are_refused():
         ValueError, match="DDIMScheduler expects 'epsilon', the model predicts 'flow_prediction'"
     ):
         check_scheduler(DDIMScheduler(), "flow_prediction")
-    with pytest.raises(ValueError, match="flow matching has no sampler 'ddim'; it has euler, heun"):
+    with pytest.raises(ValueError, match="flow_prediction has no sampler 'ddim'; it has euler, heun"):
         FlowMatching().scheduler("ddim")
-    with pytest.raises(ValueError, match="DDPM has no sampler 'euler'"):
+    with pytest.raises(ValueError, match="epsilon has no sampler 'euler'; it has ddpm, ddim"):
         DDPM().scheduler("euler")
 
 

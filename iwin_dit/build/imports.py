@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.build.data import load_autoencoder, read_statistics
-from iwin_dit.build.network import OBJECTIVES
 from iwin_dit.data.codec import latent_channels
 from iwin_dit.data.sources import IMAGENET_NAMES
+from iwin_dit.diffusion.sampling import published_scheduler
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.export import export_pipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
@@ -39,7 +39,7 @@ def import_pipeline(
     pipeline = IwinDiTPipeline(
         transformer=model,
         vae=autoencoder,
-        scheduler=OBJECTIVES[model.config.prediction_type].published_scheduler(),
+        scheduler=published_scheduler(model.config.prediction_type),
         id2label=dict(enumerate(names)),
         latents_mean=mean,
         latents_std=std,

@@ -13,13 +13,13 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from iwin_dit.build.data import build_dataset
-from iwin_dit.build.network import OBJECTIVES, build_model
+from iwin_dit.build.network import build_model
 from iwin_dit.build.pipeline import build_pipeline, model_of
 from iwin_dit.config.parse import load_run
 from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import vae_statistics, weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.diffusion.sampling import prediction_type, set_timesteps, with_schedule_of
+from iwin_dit.diffusion.sampling import make_scheduler, prediction_type, set_timesteps, with_schedule_of
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -150,7 +150,7 @@ def choose_sampler(pipeline: ClassConditionalPipeline, name: str | None) -> None
         return
     trained_for = pipeline.transformer.config.prediction_type or prediction_type(pipeline.scheduler)
     try:
-        scheduler = OBJECTIVES[trained_for].scheduler(name)
+        scheduler = make_scheduler(trained_for, name)
         pipeline.scheduler = with_schedule_of(scheduler, pipeline.scheduler)
     except ValueError as error:
         raise ConfigError(f"--sampler: {error}") from None

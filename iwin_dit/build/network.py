@@ -7,18 +7,14 @@ from dataclasses import asdict
 import torch
 
 from iwin_dit.config.schema import Config
-from iwin_dit.diffusion.ddpm import DDPM
-from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.diffusion.objective import Objective, make_objective
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.seeds import derive_seed
-
-OBJECTIVES = {kind.prediction_type: kind() for kind in (FlowMatching, DDPM)}
 
 
 def build_model(config: Config) -> IwinDiTTransformer2DModel:
     """The network, its weights drawn from the config's seed; the global random state is left as it was."""
     depth, width, heads, patch_size = config.model.shape
-    learns_sigma = config.objective.name == "ddpm"
     kind = IwinDiTTransformer2DModel if config.model.sample_frames is None else IwinDiTTransformer3DModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -27,7 +23,7 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
             sample_frames=config.model.sample_frames,
             patch_size=patch_size,
             in_channels=config.model.in_channels,
-            out_channels=config.model.in_channels * (2 if learns_sigma else 1),
+            out_channels=config.model.in_channels * config.objective.kind.outputs,
             num_layers=depth,
             num_attention_heads=heads,
             attention_head_dim=width // heads,
@@ -43,11 +39,10 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
             open_gates=config.model.open_gates,
             post_norm=config.model.post_norm,
             label_embedding_std=config.model.label_embedding_std,
-            prediction_type=build_objective(config).prediction_type,
+            prediction_type=config.objective.kind.prediction_type,
         )
 
 
-def build_objective(config: Config) -> FlowMatching | DDPM:
+def build_objective(config: Config) -> Objective:
     """What the model learns to predict."""
-    options = asdict(config.objective)
-    return DDPM() if options.pop("name") == "ddpm" else FlowMatching(**options)
+    return make_objective(config.objective)

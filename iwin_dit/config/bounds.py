@@ -34,7 +34,12 @@ def at_most(most: float) -> Rule:
 ABOVE_ZERO = Rule(lambda number: number > 0, "a number above 0")
 ZERO_OR_MORE = Rule(lambda number: number >= 0, "0 or more")
 OF_ANY = at_most(1e30)  # more is infinite in float32 soon
-OF_MIXER = {"window_size": (at_most(limits.SIDE),), "kernel_size": (at_most(limits.KERNEL),)}
+OF_SPECS = {  # of the rooms below, by the key
+    "window_size": (at_most(limits.SIDE),),
+    "kernel_size": (at_most(limits.KERNEL),),
+    "logit_std": (ABOVE_ZERO, at_most(1e3)),
+    "cosine_weight": (ZERO_OR_MORE, at_most(1e6)),
+}
 
 Count = Annotated[int, ABOVE_ZERO, at_most(10**9)]
 CountFromZero = Annotated[int, ZERO_OR_MORE, at_most(10**9)]  # 0 for none, or never
@@ -54,7 +59,7 @@ def check_ranges(section: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             check_ranges(value, f"{prefix}{name}.")
             continue
-        for rule in (*getattr(hints[name], "__metadata__", OF_MIXER.get(name, ())), OF_ANY):
+        for rule in (*getattr(hints[name], "__metadata__", OF_SPECS.get(name, ())), OF_ANY):
             if not all(map(rule.fits, numbers(value))):
                 shown = list(value) if isinstance(value, tuple) else value
                 raise ConfigError(f"{prefix}{name} is {shown}, expected {rule.words}")

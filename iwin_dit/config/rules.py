@@ -14,18 +14,14 @@ from iwin_dit.config.schema import (
     DataConfig,
     EmaConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from iwin_dit.diffusion.specs import FLOW, NUM_TRAIN_TIMESTEPS, OBJECTIVES, SAMPLERS, ObjectiveConfig
 from iwin_dit.layers.blindness import blind_spots
 from iwin_dit.layers.specs import SIZES, BlockSpec
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
-
-# Samplers of each objective; a test compares them with the objectives' own.
-SAMPLERS = {"flow_matching": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "ddpm", "dpm++")}
-DDPM_TIMESTEPS = 1000  # the same test
 
 
 def check(config: Config) -> None:
@@ -59,8 +55,11 @@ def check(config: Config) -> None:
 
 def _check_objective(objective: ObjectiveConfig) -> None:
     given = [f.name for f in fields(objective)[1:] if getattr(objective, f.name) != f.default]
-    if objective.name == "ddpm" and given:
-        raise ConfigError(f"objective.{given[0]} has no meaning for ddpm; remove it, or take flow_matching")
+    if unread := [key for key in given if key not in objective.kind.fields]:
+        others = " or ".join(name for name, kind in OBJECTIVES.items() if unread[0] in kind.fields)
+        raise ConfigError(
+            f"objective.{unread[0]} has no meaning for {objective.name}; remove it, or take {others}"
+        )
     of_density = [key for key in given if key.startswith("logit_")]
     if objective.time_sampling == "uniform" and of_density:
         raise ConfigError(
@@ -236,7 +235,7 @@ def _check_blindness(model: ModelConfig) -> None:
 
 
 def _check_sampling(config: Config) -> None:
-    sample, samplers = config.sample, SAMPLERS[config.objective.name]
+    sample, samplers = config.sample, SAMPLERS[config.objective.kind.prediction_type]
     if sample.guidance_scale != 1 and config.model.label_dropout == 0:
         raise ConfigError(
             f"sample.guidance_scale is {sample.guidance_scale}, but model.label_dropout is 0: without label "
@@ -247,10 +246,11 @@ def _check_sampling(config: Config) -> None:
             f"sample.sampler {sample.sampler} does not fit objective {config.objective.name}; "
             f"expected one of {', '.join(samplers)}"
         )
-    if config.objective.name == "ddpm" and sample.num_inference_steps > DDPM_TIMESTEPS:
+    is_continuous = config.objective.kind.prediction_type == FLOW
+    if not is_continuous and sample.num_inference_steps > NUM_TRAIN_TIMESTEPS:
         raise ConfigError(
-            f"sample.num_inference_steps is {sample.num_inference_steps}, but ddpm has {DDPM_TIMESTEPS} "
-            "times; take at most so many"
+            f"sample.num_inference_steps is {sample.num_inference_steps}, but {config.objective.name} has "
+            f"{NUM_TRAIN_TIMESTEPS} times; take at most so many"
         )
     low, high = sample.guidance_interval
     if not 0 <= low <= high <= 1:

@@ -18,6 +18,7 @@ from iwin_dit.config.bounds import (
     Share,
     at_most,
 )
+from iwin_dit.diffusion.specs import ObjectiveConfig
 from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import SIZES, MixerSpec, MlpName, NormName
 from iwin_dit.runtime import limits
@@ -182,25 +183,6 @@ class ModelConfig:
     def resolved_mixer(self) -> MixerSpec:
         """The token mixer, with what ``auto`` comes to here."""
         return resolve(self.mixer, self.grid, self.position_embedding)
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What the model learns to predict.
-
-    Args:
-        name: ``flow_matching`` (velocity), or ``ddpm`` (noise and learned sigma).
-        time_sampling: density of the times in flow matching.
-        logit_mean: of the logit-normal density; above 0 favours noise.
-        logit_std: of the logit-normal density.
-        cosine_weight: weight of LightningDiT's cosine term.
-    """
-
-    name: Literal["flow_matching", "ddpm"] = "flow_matching"
-    time_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 1.0
-    cosine_weight: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000
-BETAS = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=NUM_TRAIN_TIMESTEPS)
+from iwin_dit.diffusion.objective import Objective
+from iwin_dit.diffusion.specs import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS, OBJECTIVES
 
 
 class Tables(NamedTuple):
@@ -36,7 +35,7 @@ def tables(device: torch.device) -> Tables:
 
     The first posterior variance would be zero and takes the value of the next.
     """
-    beta = torch.linspace(BETAS["beta_start"], BETAS["beta_end"], NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    beta = torch.linspace(BETA_START, BETA_END, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
     alpha_bar = (1 - beta).cumprod(0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
@@ -53,16 +52,14 @@ def tables(device: torch.device) -> Tables:
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Objective):
     """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``; the model predicts noise and log sigma^2.
 
     The log sigma^2 takes as many channels again, which say where it lies between its two bounds (Nichol &
     Dhariwal 2021, equation 15).
     """
 
-    prediction_type = "epsilon"
-    samplers = ("ddim", "ddpm", "dpm++")
-    default_sampler = "ddpm"
+    kind = OBJECTIVES["ddpm"]
 
     def times(self, u: Tensor) -> Tensor:
         """Integer timesteps 0..999 from uniform numbers in [0, 1): ``(B,) -> (B,)``."""
@@ -71,7 +68,7 @@ class DDPM:
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """Mean squared error of the noise plus the variational term in bits per dimension: ``(B,)``.
 
-        Arguments as :meth:`FlowMatching.loss`; the model's ``sample`` is ``(B, 2 C, ...)``. The variational
+        Arguments as :meth:`Objective.loss`; the model's ``sample`` is ``(B, 2 C, ...)``. The variational
         term learns the variance only: it sees the predicted mean without its gradient.
         """
         t = self.times(u)  # (B,)
@@ -80,27 +77,6 @@ class DDPM:
         eps, v = model(xt, t, labels).sample.float().chunk(2, dim=1)  # (B, C, ...) each
         mse = (eps - noise).square().flatten(1).mean(1)
         return mse + variational_bits(at, x0, xt, eps.detach(), v, t)
-
-    def published_scheduler(self) -> SchedulerMixin:
-        """That of published models, and of pipelines that version 0.1 saved: it begins at 1000 - 1000 / N."""
-        return self.scheduler(spacing="leading")
-
-    def scheduler(self, sampler: str | None = None, spacing: str = "trailing") -> SchedulerMixin:
-        """The diffusers scheduler of this name in :attr:`samplers`, with the betas of the training.
-
-        Args:
-            spacing: of DDPM's and DDIM's timesteps; ``trailing`` begins at pure noise, from which sampling
-                begins (Lin et al. 2024, section 3.3).
-        """
-        options = BETAS | dict(clip_sample=False, timestep_spacing=spacing)
-        match sampler or self.default_sampler:
-            case "ddim":
-                return DDIMScheduler(**options, set_alpha_to_one=True)
-            case "ddpm":
-                return DDPMScheduler(**options, variance_type="learned_range")
-            case "dpm++":
-                return DPMSolverMultistepScheduler(**BETAS)
-        raise ValueError(f"DDPM has no sampler {sampler!r}; it has {', '.join(self.samplers)}")
 
 
 def variational_bits(at: Tables, x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:

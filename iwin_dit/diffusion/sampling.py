@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
+import diffusers
 import numpy as np
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    SchedulerMixin,
-)
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+from iwin_dit.diffusion.specs import FLOW, NOISE, SAMPLERS
+
 DDIM_AND_DDPM = (DDIMScheduler, DDPMScheduler)
 # Settings of a noise schedule: those that every scheduler of noise prediction has, those of which steps are
 # taken, which two have alike, and those that not every scheduler has.
@@ -27,14 +24,63 @@ OF_ONE_SCHEDULER = (
 )
 
 
-def prediction_type(scheduler: SchedulerMixin) -> str:
+class Scheduler(Protocol):
+    """What is asked of diffusers' schedulers, whose common class promises nothing.
+
+    sigmas: of those that have them.
+    """
+
+    config: Any
+    timesteps: Tensor
+    sigmas: Tensor
+
+    @classmethod
+    def from_config(cls, config: Any, **changes: Any) -> Any: ...
+
+    def set_timesteps(self, *arguments: Any, **options: Any) -> None: ...
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any: ...
+
+
+def make_scheduler(prediction_type: str, sampler: str | None = None, **changes: Any) -> Scheduler:
+    """The scheduler of a sampler, for models that predict this.
+
+    Args:
+        prediction_type: a key of :data:`~iwin_dit.diffusion.specs.SAMPLERS`.
+        sampler: one of its names; the first where None is given.
+        changes: of the scheduler's arguments.
+
+    Raises:
+        ValueError: where there is no such sampler, with those that there are.
+    """
+    samplers = SAMPLERS.get(prediction_type, {})
+    chosen = samplers.get(sampler) if sampler else next(iter(samplers.values()), None)
+    if chosen is None:
+        raise ValueError(
+            f"{prediction_type} has no sampler {sampler!r}; it has {', '.join(samplers) or 'none'}"
+        )
+    return getattr(diffusers, chosen.scheduler)(**{**chosen.options, **changes})
+
+
+def published_scheduler(prediction_type: str) -> Scheduler:
+    """That of published models, and of pipelines that version 0.1 saved: DDPM's begins at 1000 - 1000 / N."""
+    changes = {"timestep_spacing": "leading"} if prediction_type == NOISE else {}
+    return make_scheduler(prediction_type, **changes)
+
+
+def is_of_flows(scheduler: Scheduler) -> bool:
+    """Whether diffusers made it for flow matching alone, so that its config does not say so."""
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def prediction_type(scheduler: Scheduler) -> str:
     """What the scheduler takes a model's output for: ``flow_prediction``, ``epsilon``, ..."""
-    if isinstance(scheduler, FLOW_SCHEDULERS):
-        return "flow_prediction"
+    if is_of_flows(scheduler):
+        return FLOW
     return scheduler.config.get("prediction_type", "epsilon")
 
 
-def check_scheduler(scheduler: SchedulerMixin, trained_for: str | None) -> None:
+def check_scheduler(scheduler: Scheduler, trained_for: str | None) -> None:
     """Refuses a scheduler that takes the output for something else than the model was trained to predict."""
     expected = prediction_type(scheduler)
     if trained_for is not None and expected != trained_for:
@@ -44,7 +90,7 @@ def check_scheduler(scheduler: SchedulerMixin, trained_for: str | None) -> None:
         )
 
 
-def with_schedule_of(scheduler: SchedulerMixin, before: SchedulerMixin) -> SchedulerMixin:
+def with_schedule_of(scheduler: Scheduler, before: Scheduler) -> Scheduler:
     """A scheduler with the noise schedule of another one, which it replaces.
 
     Carried over are the shift of flow matching, or the betas; between DDPM and DDIM also which timesteps are
@@ -63,7 +109,7 @@ def with_schedule_of(scheduler: SchedulerMixin, before: SchedulerMixin) -> Sched
             "over; keep the pipeline's own sampler"
         )
     kept = {"num_train_timesteps": old["num_train_timesteps"]}
-    if prediction_type(before) == "flow_prediction":
+    if prediction_type(before) == FLOW:
         shift = old.get("flow_shift", old.get("shift", 1.0))
         kept["flow_shift" if "flow_shift" in scheduler.config else "shift"] = shift
     else:
@@ -72,7 +118,7 @@ def with_schedule_of(scheduler: SchedulerMixin, before: SchedulerMixin) -> Sched
     return type(scheduler).from_config(scheduler.config, **kept)
 
 
-def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: Any) -> Tensor:
+def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device | str) -> Tensor:
     """Prepares the scheduler; the timesteps, descending.
 
     Flow matching by Euler takes the sigmas 1, 1 - 1/N, ..., 1/N: left alone, diffusers ends the list at sigma
@@ -86,7 +132,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: A
     return scheduler.timesteps
 
 
-def model_timesteps(scheduler: SchedulerMixin) -> Tensor:
+def model_timesteps(scheduler: Scheduler) -> Tensor:
     """The timesteps that the model is asked about: ``1000 t`` in flow matching, integers of DDPM.
 
     On flows DPM++ and UniPC round the timesteps by which they count their steps to integers, but compute with
@@ -97,33 +143,33 @@ def model_timesteps(scheduler: SchedulerMixin) -> Tensor:
     return scheduler.timesteps
 
 
-def times(scheduler: SchedulerMixin) -> list[float]:
+def times(scheduler: Scheduler) -> list[float]:
     """The times t in [0, 1] of the steps, with t = 1 noise.
 
     Where DDPM's integers end each stride, as with ``trailing`` spacing, 999 is pure noise and so t = 1.
     """
-    discrete = prediction_type(scheduler) != "flow_prediction"
+    discrete = prediction_type(scheduler) != FLOW
     first = 1 if discrete and scheduler.config.get("timestep_spacing") == "trailing" else 0
     return ((model_timesteps(scheduler).double() + first) / scheduler.config.num_train_timesteps).tolist()
 
 
-def begins_step(scheduler: SchedulerMixin) -> bool:
+def begins_step(scheduler: Scheduler) -> bool:
     """Whether the next call of the model begins a step, rather than correct the one before (Heun)."""
     return getattr(scheduler, "state_in_first_order", True)
 
 
-def model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+def model_input(scheduler: Scheduler, latents: Tensor, timestep: Tensor) -> Tensor:
     """The latents as the scheduler wants the model to see them."""
     scale = getattr(scheduler, "scale_model_input", None)  # flow matching has none
     return latents if scale is None else scale(latents, timestep)
 
 
-def step_arguments(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
+def step_arguments(scheduler: Scheduler, generator: object) -> dict[str, Any]:
     """The generator, where this scheduler's steps draw noise."""
     return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-def split_sigma(prediction: Tensor, channels: int, scheduler: SchedulerMixin) -> Tensor:
+def split_sigma(prediction: Tensor, channels: int, scheduler: Scheduler) -> Tensor:
     """Keeps the learned sigma only for the schedulers that use it: ``(B, C or 2 C, ...)``."""
     if scheduler.config.get("variance_type") in ("learned", "learned_range"):
         return prediction

@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from iwin_dit.data.codec import VAES
-from iwin_dit.diffusion.ddpm import DDPM
-from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.diffusion.specs import SAMPLERS
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
@@ -34,9 +33,7 @@ MODELS: dict[str, type[IwinDiTTransformer2DModel]] = {  # by the name of their p
     IwinDiTPipeline.__name__: IwinDiTTransformer2DModel,
     IwinDiTVideoPipeline.__name__: IwinDiTTransformer3DModel,
 }
-SCHEDULERS = sorted(
-    {type(kind.scheduler(name)).__name__ for kind in (FlowMatching(), DDPM()) for name in kind.samplers}
-)
+SCHEDULERS = sorted({sampler.scheduler for samplers in SAMPLERS.values() for sampler in samplers.values()})
 COMPONENTS = {  # the package and the classes that each may name, beside the transformer
     "vae": ("diffusers", list(VAES)),
     "scheduler": ("diffusers", SCHEDULERS),

@@ -1,0 +1,62 @@
+"""What training asks of an objective, and sampling of the scheduler that fits it."""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from iwin_dit.diffusion.sampling import Scheduler, make_scheduler, published_scheduler
+from iwin_dit.diffusion.specs import SAMPLERS, ObjectiveConfig, ObjectiveKind
+
+
+class Objective(ABC):
+    """What a model learns to predict.
+
+    kind: the objective's row in :data:`iwin_dit.diffusion.specs.OBJECTIVES`.
+    """
+
+    kind: ClassVar[ObjectiveKind]
+
+    @abstractmethod
+    def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        """Loss per image.
+
+        Args:
+            model: ``model(hidden_states, timestep, class_labels)`` with a ``sample`` ``(B, C, ...)``, or of
+                more channels where the row says so.
+            x0: latents ``(B, C, ...)``.
+            labels: ``(B,)``.
+            noise: standard normal, of the shape of ``x0``.
+            u: ``(B,)``, uniform in [0, 1).
+
+        Returns:
+            ``(B,)``.
+        """
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model predicts, in the words of diffusers' schedulers."""
+        return self.kind.prediction_type
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers that fit."""
+        return tuple(SAMPLERS[self.prediction_type])
+
+    def scheduler(self, sampler: str | None = None) -> Scheduler:
+        """See :func:`iwin_dit.diffusion.sampling.make_scheduler`."""
+        return make_scheduler(self.prediction_type, sampler)
+
+    def published_scheduler(self) -> Scheduler:
+        """See :func:`iwin_dit.diffusion.sampling.published_scheduler`."""
+        return published_scheduler(self.prediction_type)
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that a recipe names."""
+    options = {name: getattr(config, name) for name in config.kind.fields}
+    return pkgutil.resolve_name(config.kind.implementation)(**options)
