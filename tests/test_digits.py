@@ -62,7 +62,7 @@ def test_a_digit_moves_through_the_middle_at_one_speed(direction, along, sign):
 
 def test_each_scan_moves_along_both_axes(tmp_path, monkeypatch):
     some = {split: scans[:6] for split, scans in digits.scans(0).items()}
-    monkeypatch.setattr(moving_digits, "scans", lambda seed: some)
+    monkeypatch.setattr(digits, "scans", lambda seed: some)
     moving_digits.write_clips(tmp_path / "new" / "one", seed=0)
     moving_digits.write_clips(tmp_path / "two", seed=0)
     for split, scans in some.items():
@@ -127,7 +127,7 @@ def test_what_was_prepared_is_kept(tmp_path, monkeypatch):
 
 def test_moving_digits_become_latents_of_their_clips(tmp_path, monkeypatch):
     some = {split: scans[:4] for split, scans in digits.scans(0).items()}
-    monkeypatch.setattr(moving_digits, "scans", lambda seed: some)
+    monkeypatch.setattr(digits, "scans", lambda seed: some)
     seen = []
 
     def train_vae(frames, seed, steps):

@@ -561,15 +561,15 @@ def test_class_folders_are_read_in_order(tmp_path):
     assert len(source) == 4
     paths = [str(tmp_path / name) for name in ("a/clip", "b/1.GIF", "b/2.mp4", "b/deep/clip")]
     assert [source.path(i) for i in range(4)] == [source.name(i) for i in range(4)] == paths
-    assert [source.label(i) for i in range(4)] == [0, 1, 1, 1]
+    assert [source.labels[i] for i in range(4)] == [0, 1, 1, 1]
     assert [count_frames(source.path(i)) for i in range(4)] == [4, 6, 5, 7]
     for i, spec in itertools.product(range(4), [ClipSpec(2), ClipSpec(2, 2)]):
         frames, label = source.read(i, spec, rng(i))
         assert_equal(frames, choose_clip(source.path(i), spec, rng(i)))
-        assert label == source.label(i)
+        assert label == source.labels[i]
         clips, label = source.views(i, spec, 2)
         assert [numbers(clip)[0] for clip in clips] == [0, count_frames(source.path(i)) - spec.span]
-        assert label == source.label(i)
+        assert label == source.labels[i]
 
 
 def test_a_clip_that_cannot_be_read_is_named(tmp_path):

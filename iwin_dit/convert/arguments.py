@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
+
+from iwin_dit.runtime.errors import listed
+
+
+def check_known(given: Collection[Any], known: Collection[str], what: str = "constructor has") -> None:
+    """Every argument is one of the official constructor's.
+
+    Raises:
+        ValueError: listing those that are not.
+    """
+    if unknown := sorted(map(str, set(given) - set(known))):
+        raise ValueError(f"unknown arguments {listed(unknown)}; the official {what} {', '.join(known)}")
 
 
 def check_values(

@@ -10,14 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from iwin_dit.convert.arguments import check_values
-from iwin_dit.convert.names import check_names, find_tensors
+from iwin_dit.convert.arguments import check_known, check_values
+from iwin_dit.convert.names import check_fit, find_tensors
 from iwin_dit.models.backbone import IwinFeatures, IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.official_names import WRAPPERS, official_name, serves_later_stages, to_our_names, unwrap
-from iwin_dit.runtime.checkpoint import listed
 
 # Arguments of the official constructors: those that weights tell as well, those that they do not (with
 # defaults), and those that matter in training only or choose an implementation.
@@ -83,6 +82,8 @@ def from_iwin_transformer(
         patch_norm=told["patch_norm"],
         drop_path_rate=chosen["drop_path_rate"],
     )
+    model: IwinTransformer | IwinFeatures | IwinTransformer3D
+    inner: IwinTransformer | IwinTransformer3D
     if "time_embed" in weights:
         frames = weights["time_embed"].shape[2] * told["patch_size"][0]
         model = inner = IwinTransformer3D(img_size=(frames, *_pair(chosen["img_size"])), **arguments)
@@ -137,12 +138,7 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _arguments(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """The other arguments, with defaults; what config and weights both tell has to agree."""
-    unknown = sorted(map(str, set(config) - {*TOLD, *CHOSEN, *WITHOUT_EFFECT}))
-    if unknown:
-        raise ValueError(
-            f"unknown arguments {listed(unknown)}; "
-            f"the official constructors have {', '.join((*TOLD, *CHOSEN, *WITHOUT_EFFECT))}"
-        )
+    check_known(config, (*TOLD, *CHOSEN, *WITHOUT_EFFECT), "constructors have")
     if config.get("num_heads") is None:
         raise ValueError("the config lacks num_heads, which the weights do not tell")
     check_values(config, EXAMPLES, optional=("qk_scale",))
@@ -177,17 +173,11 @@ def _fold_scale(weights: dict[str, Tensor], heads: list[int], scale: float) -> N
         weights[name] = rows
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def _load(model: IwinTransformer | IwinTransformer3D, weights: dict[str, Tensor]) -> None:
     """Copies the official weights in by name. Every name must be used, and none may be missing."""
     ours = model.state_dict()
     official = {name: official_name(name, model.rank) for name in ours}
     found = to_our_names(weights, ours, model.rank)
-    check_names(official.values(), [official.get(name, name) for name in found])
-    wrong = [
-        f"{official[name]} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in ours.items()
-        if found[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
+    expected = {official[name]: tensor.shape for name, tensor in ours.items()}
+    check_fit(expected, {official.get(name, name): tensor for name, tensor in found.items()})
     model.load_state_dict(found)

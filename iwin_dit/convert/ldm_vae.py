@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from iwin_dit.convert.arguments import check_values
-from iwin_dit.convert.names import check_names, find_tensors
-from iwin_dit.runtime.checkpoint import listed
+from iwin_dit.convert.names import check_fit, find_tensors
+from iwin_dit.runtime.errors import listed
 
 # LDM's ddconfig with embed_dim: arguments that must be given, and the others' defaults.
 REQUIRED = ("ch", "ch_mult", "num_res_blocks", "resolution", "attn_resolutions", "z_channels")
@@ -120,16 +120,10 @@ def _load(model: AutoencoderKL, weights: dict[str, Tensor]) -> AutoencoderKL:
     """Copies the official weights in by name. Every name must be used, and none may be missing."""
     levels = len(model.config.block_out_channels)
     ours = model.state_dict()
-    expected = {name: _official_name(name, levels) for name in ours}
-    check_names(expected.values(), weights)
-    wrong = []
-    for name, official in expected.items():
-        shape = (*ours[name].shape, 1, 1) if PROJECTION.search(official) else tuple(ours[name].shape)
-        if tuple(weights[official].shape) != shape:
-            wrong.append(f"{official} {tuple(weights[official].shape)} instead of {shape}")
-    if wrong:
-        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
-    model.load_state_dict({name: weights[expected[name]].reshape(ours[name].shape) for name in ours})
+    official = {name: _official_name(name, levels) for name in ours}
+    ends = {name: (1, 1) if PROJECTION.search(official[name]) else () for name in ours}
+    check_fit({official[name]: (*ours[name].shape, *ends[name]) for name in ours}, weights)
+    model.load_state_dict({name: weights[official[name]].reshape(ours[name].shape) for name in ours})
     return model.eval()
 
 

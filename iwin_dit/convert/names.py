@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from iwin_dit.runtime.checkpoint import listed
+from iwin_dit.runtime.errors import listed
 
 # Parts of names that no official file has, and what they tell.
 OTHERS = {
@@ -41,16 +41,20 @@ def find_tensors(
                 f"give the weights alone, or under {' or '.join(wrappers)}"
             )
     for part, words in others.items():
-        if name := next((name for name in state_dict if part in name), None):
-            raise ValueError(f"the state dict has names such as {name:.80}: {words}")
+        if alike := [name for name in state_dict if part in name]:
+            raise ValueError(f"the state dict has names such as {alike[0]:.80}: {words}")
     return state_dict
 
 
-def check_names(expected: Collection[str], found: Collection[str]) -> None:
-    """Every official name must be used, and none may be missing.
+def check_fit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> None:
+    """Every official name must be used, none may be missing, and the shapes must agree.
+
+    Args:
+        expected: official names, and the shapes of their tensors.
 
     Raises:
-        ValueError: listing the names that are missing and those that are unexpected, the first ten of each.
+        ValueError: listing the names that are missing, that are unexpected or whose tensors have another
+            shape, the first ten of each.
     """
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unexpected:
@@ -58,3 +62,10 @@ def check_names(expected: Collection[str], found: Collection[str]) -> None:
             f"the state dict does not fit the config: missing {listed(missing) or 'none'}; "
             f"unexpected {listed(unexpected) or 'none'}"
         )
+    wrong = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if tuple(found[name].shape) != tuple(shape)
+    ]
+    if wrong:
+        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def _number(kind: _Kind, data: bytes) -> float | int | bool:
     return struct.unpack(kind.order + kind.format, data)[0]
 
 
-STAND_INS = [
+STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,  # DiT's training checkpoints carry their arguments
     (_Kind, "numpy.dtype"),
     (_number, "numpy.core.multiarray.scalar"),

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwin_dit.convert.arguments import check_values
-from iwin_dit.convert.names import check_names, find_tensors
+from iwin_dit.convert.arguments import check_known, check_values
+from iwin_dit.convert.names import check_fit, find_tensors
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
 from iwin_dit.models.official_names import PREFIX
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.runtime.checkpoint import listed
 
 # The official constructors' arguments and their defaults.
 DIT = dict(
@@ -126,11 +125,7 @@ def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> I
 
 
 def _arguments(config: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(map(str, set(config) - set(defaults)))
-    if unknown:
-        raise ValueError(
-            f"unknown arguments {listed(unknown)}; the official constructor has {', '.join(defaults)}"
-        )
+    check_known(config, defaults)
     check_values(config, defaults)
     official = defaults | dict(config)
     width, heads = official["hidden_size"], official["num_heads"]
@@ -170,7 +165,7 @@ def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel
     width = config.num_attention_heads * config.attention_head_dim
     tables = {"pos_embed": sincos_positions(grid, width, torch.device("cpu")).flatten(0, 1)[None]}
     if model.use_rope:
-        angles = rope_angles(grid, config.attention_head_dim, torch.device("cpu"))
+        angles = rope_angles((grid[0], grid[1]), config.attention_head_dim, torch.device("cpu"))
         angles = angles.flatten(0, 1).repeat_interleave(2, dim=-1)
         tables |= {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
     missing = [name for name in tables if name not in weights]
@@ -203,20 +198,13 @@ def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, l
 
 def _load(model: IwinDiTTransformer2DModel, weights: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
     """Copies the official weights in by name. Every name must be used, and none may be missing."""
-    expected = {name: _official_name(name, model.config.mlp) for name in model.state_dict()}
-    check_names(expected.values(), weights)
-    ours = {name: weights[official] for name, official in expected.items()}
-    patches = ours["patch_embed.proj.weight"]
-    if patches.ndim == 4:  # theirs is a convolution, (D, C, p, p)
-        ours["patch_embed.proj.weight"] = patches.flatten(1)
-    wrong = [
-        f"{expected[name]} {tuple(ours[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in model.state_dict().items()
-        if ours[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
-    model.load_state_dict(ours)
+    ours = model.state_dict()
+    official = {name: _official_name(name, model.config.mlp) for name in ours}
+    patches = official["patch_embed.proj.weight"]
+    if patches in weights and weights[patches].ndim == 4:  # theirs is a convolution, (D, C, p, p)
+        weights[patches] = weights[patches].flatten(1)
+    check_fit({official[name]: tensor.shape for name, tensor in ours.items()}, weights)
+    model.load_state_dict({name: weights[official[name]] for name in ours})
     return model.eval()
 
 

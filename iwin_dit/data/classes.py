@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from iwin_dit.data.folders import listed
 from iwin_dit.runtime import limits
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, listed
 
 MISSING = {"nan", "<na>", "n/a", "null"}  # what pandas and databases write for a label that is not there
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
@@ -56,18 +55,19 @@ def classes_of(texts: Sequence[str | None], places: Sequence[str]) -> tuple[list
         if found:
             shown = listed([f"{places[i]}: {texts[i]!r}" for i in found], 5)
             raise DataError(f"labels {what} ({shown}); mend them or drop them")
-    if all(re.fullmatch(r"-?[0-9]+", text) for text in texts):
-        labels = [label_of(text, place) for text, place in zip(texts, places, strict=True)]
+    given = [text for text in texts if text]  # all of them
+    if all(re.fullmatch(r"-?[0-9]+", text) for text in given):
+        labels = [label_of(text, place) for text, place in zip(given, places, strict=True)]
         return [str(i) for i in range(max(labels) + 1)], labels
-    if all(re.fullmatch(r"-?[0-9]*\.?[0-9]+(e-?[0-9]+)?|-?[0-9]+\.", text.lower()) for text in texts):
-        i = next(i for i, text in enumerate(texts) if not re.fullmatch(r"-?[0-9]+", text))
+    if all(re.fullmatch(r"-?[0-9]*\.?[0-9]+(e-?[0-9]+)?|-?[0-9]+\.", text.lower()) for text in given):
+        i = next(i for i, text in enumerate(given) if not re.fullmatch(r"-?[0-9]+", text))
         raise DataError(
             f"the labels are numbers, but not whole ones ({places[i]}: {texts[i]!r}); write them as "
             "0, 1, ..., or write names"
         )
-    names = sorted(set(texts))
+    names = sorted(set(given))
     number_of = {name: i for i, name in enumerate(names)}
-    return names, [number_of[text] for text in texts]
+    return names, [number_of[text] for text in given]
 
 
 def in_order(folders: Sequence[str], where: str, known: Sequence[str] | None = None) -> list[str]:
@@ -113,7 +113,7 @@ def check_classes(source: Any, where: str) -> None:
 
 
 def _oddity(names: Sequence[str], counts: np.ndarray) -> str | None:
-    empty = [names[i] for i in np.flatnonzero(counts == 0)]
+    empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
     if empty == [names[0]] == ["0"]:
         return "has no image of class 0, which would be trained and drawn: write labels from 0, not from 1"
     if empty:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from iwin_dit.data.folders import Folder, printable
+from iwin_dit.data.folders import Folder
 from iwin_dit.data.packed_sources import stamped
 from iwin_dit.data.sources import by_class
 from iwin_dit.data.video import (
@@ -25,7 +25,7 @@ from iwin_dit.data.video import (
     spread_clips,
 )
 from iwin_dit.runtime.colours import Colour
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, printable
 
 
 class ClipFolderSource:
@@ -68,17 +68,9 @@ class ClipFolderSource:
         stamps = [stamped(self.root, file) for file in files]
         return f"{self.labels[i]} {' '.join(found for found, _ in stamps)}", max(time for _, time in stamps)
 
-    def fingerprint(self, i: int) -> str:
-        """Label, sizes and names of clip i's files, without reading them."""
-        return self.stamp(i)[0]
-
     def path(self, i: int) -> str:
         """The video file or the folder of frames."""
         return os.path.join(self.root, self._clips[i])
-
-    def label(self, i: int) -> int:
-        """The number of its class."""
-        return self.labels[i]
 
     def read(
         self, i: int, spec: ClipSpec, rng: torch.Generator | None, background: Colour | None = None

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from iwin_dit.runtime.errors import ConfigError, DataError, reason
 
-# Autoencoders that a folder or a hub repository may name.
-IMAGE_VAES: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-VIDEO_VAES: dict[str, type] = {
+# Autoencoders that a folder or a hub repository may name; diffusers' classes have no types.
+IMAGE_VAES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+VIDEO_VAES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)
 }
@@ -37,22 +37,19 @@ FRAMES_AT_ONCE = 64  # through an autoencoder of images
 
 
 class Preset(NamedTuple):
-    """A published autoencoder: where it is, latent channels, pixels per latent, and its scaling."""
+    """Where a published autoencoder is on the hub."""
 
     source: str
-    channels: int
-    factor: int
-    scaling: float
     subfolder: str = ""
 
 
 PRESETS = {
-    "sd-vae-ft-ema": Preset("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215),
-    "sd-vae-ft-mse": Preset("stabilityai/sd-vae-ft-mse", 4, 8, 0.18215),
-    "sdxl-vae": Preset("stabilityai/sdxl-vae", 4, 8, 0.13025),
-    "sd3-vae": Preset("stabilityai/stable-diffusion-3-medium-diffusers", 16, 8, 1.5305, "vae"),
-    "flux-vae": Preset("black-forest-labs/FLUX.1-dev", 16, 8, 0.3611, "vae"),
-    "dc-ae-f32c32": Preset("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
+    "sd-vae-ft-ema": Preset("stabilityai/sd-vae-ft-ema"),
+    "sd-vae-ft-mse": Preset("stabilityai/sd-vae-ft-mse"),
+    "sdxl-vae": Preset("stabilityai/sdxl-vae"),
+    "sd3-vae": Preset("stabilityai/stable-diffusion-3-medium-diffusers", "vae"),
+    "flux-vae": Preset("black-forest-labs/FLUX.1-dev", "vae"),
+    "dc-ae-f32c32": Preset("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"),
 }
 # VA-VAE f16d32 (Yao et al. 2025), the autoencoder of LightningDiT and of the Iwin authors' generator. It is
 # published as an original file, not for diffusers, so that build/data.py loads it.
@@ -112,7 +109,7 @@ def load_vae(name_or_path: str) -> Any:
     Raises:
         DataError: where it is not there, or is no autoencoder that is known here.
     """
-    preset = PRESETS.get(name_or_path, Preset(name_or_path, 0, 0, 0.0))
+    preset = PRESETS.get(name_or_path, Preset(name_or_path))
     where = dict(subfolder=preset.subfolder) if preset.subfolder else {}
     names = [*PRESETS, VA_VAE_PRESET]
     known = f"presets: {', '.join(names)}"

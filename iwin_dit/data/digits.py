@@ -11,6 +11,8 @@ data/digits/
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,14 +40,21 @@ VAE_STEPS = 120
 
 def prepare(root: Path, seed: int = 0) -> None:
     """Makes ``root``; what is there already is kept, so that an interrupted call is simply repeated."""
-    root.mkdir(parents=True, exist_ok=True)
-    with hold(root, wait=True):
+    with alone_in(root):
         if not (root / "index.json").is_file():  # made by who held it before
             _prepare(root, seed)
 
 
+@contextlib.contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Makes a folder, in which one process at a time works."""
+    root.mkdir(parents=True, exist_ok=True)
+    with hold(root, wait=True):
+        yield
+
+
 def _prepare(root: Path, seed: int) -> None:
-    _write_images(root, seed)
+    write_splits(root, seed, _write_image)
     images, labels, class_names = read_images(root / "train")
     if not (root / "vae" / "config.json").is_file():
         trained = train_vae(images, seed)
@@ -84,20 +93,23 @@ def scans(seed: int) -> dict[str, list[Scan]]:
 
 def write_images(root: Path, seed: int) -> None:
     """The scans, scaled to 32 x 32, as PNG in a folder per class."""
-    root.mkdir(parents=True, exist_ok=True)
-    with hold(root, wait=True):
-        _write_images(root, seed)
+    with alone_in(root):
+        write_splits(root, seed, _write_image)
 
 
-def _write_images(root: Path, seed: int) -> None:
+def _write_image(scan: Scan, split: Path) -> None:
+    folder = split / str(scan.digit)
+    folder.mkdir(exist_ok=True)
+    scan.resized(IMAGE_SIZE).save(folder / f"{scan.number:04d}.png")
+
+
+def write_splits(root: Path, seed: int, write: Callable[[Scan, Path], None]) -> None:
+    """The folders ``train`` and ``test``, where missing; ``write(scan, folder)`` puts one scan there."""
     for split, chosen in scans(seed).items():
-        if (root / split).is_dir():
-            continue
-        with scratch.replacement(root / split) as new:
-            for scan in chosen:
-                folder = new / str(scan.digit)
-                folder.mkdir(exist_ok=True)
-                scan.resized(IMAGE_SIZE).save(folder / f"{scan.number:04d}.png")
+        if not (root / split).is_dir():
+            with scratch.replacement(root / split) as new:
+                for scan in progress(chosen, desc=split, unit="scan", delay=3):
+                    write(scan, new)
 
 
 def read_images(folder: Path) -> tuple[Tensor, Tensor, list[str]]:

@@ -29,7 +29,6 @@ from iwin_dit.data.codec import (
     usable_dtype,
 )
 from iwin_dit.data.entries import ENTRIES, check_is_ours, entry_path, read_entry, read_record, settings_path
-from iwin_dit.data.folders import listed
 from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import Shard, write_index, write_shard
 from iwin_dit.data.provenance import content_sha256, source_of, stamps
@@ -38,7 +37,7 @@ from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import cores
-from iwin_dit.runtime.errors import DataError, DiskError
+from iwin_dit.runtime.errors import DataError, DiskError, listed
 from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
@@ -181,7 +180,9 @@ def extract(
         bad = _bad_so_far(out, numbers)
         _check_bad(bad, max_bad_images, settings)
         if process == 0:
-            entries = [read_entry(out, number) for number in numbers]
+            entries = [entry for number in numbers if (entry := read_entry(out, number))]
+            if len(entries) < len(numbers):
+                raise DataError(f"shards of {out} went away meanwhile; run the same command again")
             _say_transparent(entries, settings)
             if settings.background is not None:
                 description["background"] = settings.background
@@ -217,7 +218,7 @@ def _make_shards(
     found = {number: _stamps(reader, settings, number) for number in missing}  # before they are read
     for made in _encode_shards(reader, vae, settings, missing, workers, main, timeout):
         _check_bad([*made.bad, *_bad_so_far(out, mine)], max_bad_images, settings)
-        entry = {"count": 0}
+        entry: dict[str, Any] = {"count": 0}
         if made.shard is not None:
             entry = write_shard(out, made.number, made.shard, settings.background is not None)
         entry |= {"bad": made.bad, "transparent": made.transparent, **found[made.number]}
@@ -345,17 +346,17 @@ def _encode_shards(
                 images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
                 mean, std = encode_posterior(vae, images)
                 mean_flip, std_flip = encode_posterior(vae, images.flip(-1))
-                stored = [tensor.to("cpu", dtype) for tensor in (mean, mean_flip)]
-                stds = [t.to("cpu", dtype) if settings.posterior else None for t in (std, std_flip)]
-                parts.append(Shard(*stored, batch.labels, *stds))
+                latents, flipped = mean.to("cpu", dtype), mean_flip.to("cpu", dtype)
+                stds = [t.to("cpu", dtype) for t in (std, std_flip) if settings.posterior]
+                parts.append(Shard(latents, flipped, batch.labels, *stds))
             bad += batch.bad
             hashes += batch.hashes
             transparent += batch.transparent
             bar.update(len(batches[position][1]))
             number = batches[position][0]
             if position + 1 == len(batches) or batches[position + 1][0] != number:
-                columns = zip(*parts, strict=True)
-                joined = [None if column[0] is None else torch.cat(column) for column in columns]
+                columns = zip(*parts, strict=True)  # the last ones, of deviations, may be None
+                joined = [torch.cat(column) for column in columns if column[0] is not None]
                 shard = Shard(*joined) if parts else None
                 yield Made(number, shard, bad, transparent, content_sha256(hashes))
                 parts, bad, hashes, transparent = [], [], [], 0

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, listed, printable
 from iwin_dit.runtime.progress import progress
 
 ALLOW_LINKS = "copy it there, or allow such links with --follow-links (in a recipe, data.follow_links true)"
@@ -154,7 +154,9 @@ class Folder:
 
     def _entries(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of folders and of files that are taken; the others are noted."""
-        path, folders, names = os.path.join(self.root, folder), [], []
+        path = os.path.join(self.root, folder)
+        folders: list[str] = []
+        names: list[str] = []
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -215,14 +217,3 @@ def _blobs_of_hub_cache(root: str) -> list[str]:
 
 def _is_below(folder: str, real: str) -> bool:
     return real == folder or real.startswith(os.path.join(folder, ""))
-
-
-def printable(path: str) -> str:
-    """Names of files need not be UTF-8."""
-    return path.encode(errors="replace").decode()
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(printable(name) for name in names[:most]) + more

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.data.classes import SPLITS, classes_of, label_of
-from iwin_dit.data.folders import list_files, listed, printable
+from iwin_dit.data.folders import list_files
 from iwin_dit.data.formats import Wanted
 from iwin_dit.data.packed_sources import read_file, refuse_pointer, stamped
 from iwin_dit.runtime import limits
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, listed, printable
 
 PARQUET = Wanted(frozenset({".parquet"}), frozenset())
 TINY_IMAGE_BYTES = 32  # fewer than any image takes
@@ -53,7 +53,8 @@ class HuggingFaceSource:
         label_column: str | None = None,
         follow_links: bool = False,
     ):
-        self.location, self.ignored = str(name_or_path), []
+        self.location = str(name_or_path)
+        self.ignored: list[str] = []
         self._is_local = os.path.isdir(self.location)
         data = self._load(split, follow_links)
         features = data.features
@@ -122,9 +123,6 @@ class HuggingFaceSource:
     def stamp(self, i: int) -> tuple[str, int]:
         """Of all rows together: none has a size or a time of its own."""
         return f"{self.labels[i]} {i} {self._version}", self._modified
-
-    def fingerprint(self, i: int) -> str:
-        return self.stamp(i)[0]
 
 
 def _datasets(location: str) -> Any:

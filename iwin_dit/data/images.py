@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -147,7 +147,9 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
     if image.mode in ("F", "I") and image.format != "PNG":  # which has 16 at most, and is I in old Pillows
         raise BadImage(f"{name} has channels of 32 bits; convert it to 8 or 16")
-    if image.format == "TIFF":  # libtiff holds a whole tile, which may be larger than the image
+    if isinstance(
+        image, TiffImagePlugin.TiffImageFile
+    ):  # libtiff holds a whole tile, which may be larger than the image
         tile = [int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE]
         pixels = max(pixels, tile[0] * tile[1])
     codec = PROGRESSIVE_BYTES if image.info.get("progressive") else CODEC_BYTES.get(image.format or "", 0)
@@ -190,7 +192,7 @@ def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
         alpha = None if background is None else _alpha(strip)
         strip = _strip_to_rgb(strip)
-        if alpha is not None and alpha.getextrema()[0] < 255:
+        if alpha is not None and alpha.getextrema()[0] != 255:
             is_transparent = True
             strip = Image.composite(strip, Image.new("RGB", strip.size, background), alpha)
         rgb.paste(strip, (0, top))

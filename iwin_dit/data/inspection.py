@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def verify(folder: Path) -> str:
     for entry, shard in zip(
         progress(dataset.index["shards"], unit="shard", desc="verify"), dataset.shards, strict=True
     ):
-        found = files.retry(lambda path=shard.path: files.fingerprint(path))["sha256"]
+        found = files.retry(partial(files.fingerprint, shard.path))["sha256"]
         latents = shard.all("latents").double().movedim(1, 0).flatten(1)  # (C, N h w)
         if found != entry.get("sha256", found) or not torch.isfinite(latents).all():
             damaged.append(entry["file"])

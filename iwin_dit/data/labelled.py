@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,19 @@ class LabelledExample(NamedTuple):
     image: Tensor
     label: int | Tensor
     mixing: Tensor
+
+
+class Labelled(Protocol):
+    """What a classifier learns from: images, or clips, each with its label."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        """Image or clip i, normalised, and its class."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the data the same to a run that is resumed."""
 
 
 class LabelledImages(Dataset):
@@ -75,7 +88,7 @@ class LabelledExamples(Dataset):
         cutmix: alpha of CutMix; 0 for none.
     """
 
-    def __init__(self, images: Dataset, seed: int, mixup: float, cutmix: float):
+    def __init__(self, images: Labelled, seed: int, mixup: float, cutmix: float):
         self.images, self.seed, self.mixup, self.cutmix = images, seed, mixup, cutmix
 
     def __getitem__(self, position: int) -> LabelledExample:

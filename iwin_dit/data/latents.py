@@ -214,18 +214,18 @@ class LatentDataset(Dataset):
             DataError: where one is not what was written, by its checksum; where there is none, not finite.
             StorageError: where a shard cannot be read.
         """
-        indices, key = np.asarray(indices), f"{name}_flip" if mirrored else name
-        numbers, rows = self._place(indices)
+        images, key = np.asarray(indices), f"{name}_flip" if mirrored else name
+        numbers, rows = self._place(images)
         values = read_rows(self.shards, key, numbers, rows)
         if self.has_checksums:
-            wanted = self._checksums[indices, self._columns[key]].tolist()
+            wanted = self._checksums[images, self._columns[key]].tolist()
             self._check(
-                [zlib.crc32(row) == crc for row, crc in zip(values, wanted, strict=True)], indices, key
+                [zlib.crc32(row) == crc for row, crc in zip(values, wanted, strict=True)], images, key
             )
         dtype = self.shards[0].entries[key].dtype
-        latents = torch.from_numpy(values).view(dtype).reshape(len(indices), *self.latent_shape).float()
+        latents = torch.from_numpy(values).view(dtype).reshape(len(images), *self.latent_shape).float()
         if not self.has_checksums and not math.isfinite(latents.sum()):  # a sum is the cheapest look at all
-            self._check(torch.isfinite(latents).flatten(1).all(1).tolist(), indices, key)
+            self._check(torch.isfinite(latents).flatten(1).all(1).tolist(), images, key)
         return latents
 
     def _place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ data/moving_digits/
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,11 @@ from PIL import Image
 
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import weights_sha256
-from iwin_dit.data.digits import Scan, scans, train_vae
+from iwin_dit.data.digits import Scan, alone_in, train_vae, write_splits
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.video import ClipSpec, write_gif
 from iwin_dit.runtime import scratch
-from iwin_dit.runtime.lock import hold
-from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
 SIDE, NUM_FRAMES, DIGIT_SIDE = 32, 8, 20
@@ -40,14 +39,13 @@ FPS = 8
 
 def prepare(root: Path, seed: int = 0) -> None:
     """Makes ``root``; what is there already is kept, so that an interrupted call is simply repeated."""
-    root.mkdir(parents=True, exist_ok=True)
-    with hold(root, wait=True):
+    with alone_in(root):
         if not (root / "index.json").is_file():  # made by who held it before
             _prepare(root, seed)
 
 
 def _prepare(root: Path, seed: int) -> None:
-    _write_clips(root, seed)
+    write_splits(root, seed, partial(_write_clip, seed))
     source, spec = ClipFolderSource(root / "train"), ClipSpec(NUM_FRAMES)
     if not (root / LOCAL_VAE).is_dir():
         reader = Reader(source, (SIDE, SIDE), clip=spec)
@@ -64,23 +62,17 @@ def _prepare(root: Path, seed: int) -> None:
 
 def write_clips(root: Path, seed: int) -> None:
     """The clips as GIF, a folder per class, such as ``3 left``."""
-    root.mkdir(parents=True, exist_ok=True)
-    with hold(root, wait=True):
-        _write_clips(root, seed)
+    with alone_in(root):
+        write_splits(root, seed, partial(_write_clip, seed))
 
 
-def _write_clips(root: Path, seed: int) -> None:
-    for split, chosen in scans(seed).items():
-        if (root / split).is_dir():
-            continue
-        with scratch.replacement(root / split) as new:
-            for scan in progress(chosen, desc=f"{split} clips", unit="scan"):
-                for pair in PAIRS:
-                    rng = generator(seed, "motion", scan.number, pair[0])
-                    direction = pair[int(torch.randint(2, (), generator=rng))]
-                    folder = new / f"{scan.digit} {direction}"
-                    folder.mkdir(exist_ok=True)
-                    write_gif(move(scan, direction, rng), folder / f"{scan.number:04d}.gif", FPS)
+def _write_clip(seed: int, scan: Scan, split: Path) -> None:
+    for pair in PAIRS:
+        rng = generator(seed, "motion", scan.number, pair[0])
+        direction = pair[int(torch.randint(2, (), generator=rng))]
+        folder = split / f"{scan.digit} {direction}"
+        folder.mkdir(exist_ok=True)
+        write_gif(move(scan, direction, rng), folder / f"{scan.number:04d}.gif", FPS)
 
 
 def move(scan: Scan, direction: str, rng: torch.Generator) -> list[Image.Image]:

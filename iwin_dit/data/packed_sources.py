@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from iwin_dit.data.classes import label_of
-from iwin_dit.data.folders import Folder, listed, printable
+from iwin_dit.data.folders import Folder
 from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, listed, printable
 
 RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")  # of a shell and of WebDataset: shard-{000..123}.tar
 TARS = Wanted(frozenset({".tar"}), frozenset())
@@ -92,9 +92,6 @@ class WebDatasetSource:
         name = f"{os.path.basename(self._tars[number])}:{self._names[i]}"
         return f"{size} {label} {name}", self._stamps[number]
 
-    def fingerprint(self, i: int) -> str:
-        return self.stamp(i)[0]
-
 
 def _tars_of(location: str, follow_links: bool) -> list[str]:
     if os.path.isdir(location):
@@ -149,7 +146,7 @@ def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
                 elif extension == ".cls" or key not in labels:  # .cls wins
                     if member.size > limits.JSON_BYTES:
                         raise DataError(f"{where} has {member.size} bytes; expected a label")
-                    label = _label_in(tar.extractfile(member).read(), extension, where)
+                    label = _label_in(_read_member(tar, member), extension, where)
                     if label is not None:
                         labels[key] = label
             end = tar.offset
@@ -174,7 +171,13 @@ def _is_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
     by_ending = IMAGES.by_ending(member.name)
     if by_ending is not None or not member.isreg():
         return bool(by_ending)
-    return IMAGES.by_content(tar.extractfile(member).read(HEAD_BYTES))
+    return IMAGES.by_content(_read_member(tar, member, HEAD_BYTES))
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int = -1) -> bytes:
+    """The first bytes of a plain file, by default all."""
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read(most)
 
 
 def _label_in(data: bytes, extension: str, where: str) -> int | None:

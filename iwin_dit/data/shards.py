@@ -109,7 +109,7 @@ class ShardFile:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start)
             read = 0
-            while read < len(values) and (count := file.readinto(values[read:])):
+            while read < len(values) and (count := file.readinto(values.data[read:])):
                 read += count
         return read
 
@@ -210,7 +210,7 @@ def read_rows(shards: Sequence[ShardFile], name: str, numbers: np.ndarray, rows:
     """
     size = shards[0].entries[name].row_bytes
     values = np.empty((len(rows), size), np.uint8)
-    view = memoryview(values.reshape(-1))
+    view = values.reshape(-1).data
     for b, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
         shard = shards[number]
         part, start = (view[b * size : (b + 1) * size],), shard.entries[name].start + row * size

@@ -1,8 +1,8 @@
 """Where encoded images come from: class folders, a CSV, tar shards or Hugging Face data.
 
 Every source knows its ``class_names``, its length, ``read(i) -> (encoded bytes, label)``, a ``name(i)`` for
-errors and a ``fingerprint(i)`` that changes with image i. None holds a file open, so that all can be sent to
-worker processes.
+errors and a ``stamp(i)`` that changes with image i. None holds a file open, so that all can be sent to worker
+processes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET_NAMES
 
 from iwin_dit.data.classes import classes_of, in_order
-from iwin_dit.data.folders import Folder, listed, printable
+from iwin_dit.data.folders import Folder
 from iwin_dit.data.formats import ENDINGS, IMAGES
 from iwin_dit.data.hugging_face import HuggingFaceSource, has_parquet, is_saved
 from iwin_dit.data.packed_sources import RANGE, WebDatasetSource, read_file, stamped
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, listed, printable
 from iwin_dit.runtime.run import TIMES
 
 # of ImageNet's 1000 synset ids, sorted, a line each: any other thousand must not get ImageNet's names
@@ -33,13 +34,15 @@ SYNSETS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6e
 class Source(Protocol):
     """Encoded images and their labels.
 
-    labels: the class of each image.
     ignored: files or members that are not taken, since they are no images or are hidden.
     """
 
     class_names: list[str]
-    labels: Sequence[int]
     ignored: list[str]
+
+    @property
+    def labels(self) -> Sequence[int] | np.ndarray:
+        """The class of each image."""
 
     def __len__(self) -> int: ...
 
@@ -50,10 +53,10 @@ class Source(Protocol):
         """What to call image i in an error."""
 
     def stamp(self, i: int) -> tuple[str, int]:
-        """The fingerprint, and when the file of image i was modified, in nanoseconds."""
+        """What tells image i from another without reading it, and when its file was modified.
 
-    def fingerprint(self, i: int) -> str:
-        """Size, label and name below the root: what tells image i from another without reading it."""
+        That is label, size and name below the root, and a time in nanoseconds.
+        """
 
 
 def open_source(
@@ -158,9 +161,6 @@ class _FilesSource:
     def stamp(self, i: int) -> tuple[str, int]:
         found, modified = stamped(self.root, self._files[i])
         return f"{self.labels[i]} {found}", modified
-
-    def fingerprint(self, i: int) -> str:
-        return self.stamp(i)[0]
 
 
 class FolderSource(_FilesSource):

@@ -18,29 +18,14 @@ import numpy as np
 import torch
 from PIL import GifImagePlugin, Image
 
-from iwin_dit.data.folders import files_in, printable
+from iwin_dit.data.folders import files_in
 from iwin_dit.data.formats import IMAGES, Wanted
 from iwin_dit.data.images import decode_image
 from iwin_dit.data.packed_sources import read_file
 from iwin_dit.data.video_files import EXTENSIONS, BadClip, VideoFile, check_memory, pyav
 from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import Colour
-
-__all__ = [
-    "CLIPS",
-    "EXTENSIONS",
-    "VIDEOS",
-    "BadClip",
-    "ClipSpec",
-    "check_numbers",
-    "choose_clip",
-    "count_frames",
-    "frame_names",
-    "read_frames",
-    "spread_clips",
-    "write_gif",
-    "write_mp4",
-]
+from iwin_dit.runtime.errors import printable
 
 # What a folder of clips holds: frames are images, but a GIF is a video.
 FRAMES = Wanted(IMAGES.endings - set(EXTENSIONS), IMAGES.formats - {"GIF"})

@@ -10,11 +10,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from iwin_dit.data.folders import printable
 from iwin_dit.data.images import BadImage, to_rgb
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import Colour
-from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.errors import DataError, printable
 
 # FFmpeg would guess the format from the content, and a playlist named .mp4 can point anywhere.
 FORMATS = {

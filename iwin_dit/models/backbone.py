@@ -62,6 +62,7 @@ class IwinTransformer(nn.Module):
 
     rank = 2
     output_fmt = "NHWC"
+    _model_args: dict[str, Any]  # what an imported model is built from
 
     def __init__(
         self,
@@ -290,6 +291,8 @@ class IwinTransformer(nn.Module):
 
 class IwinFeatures(FeatureGetterNet):
     """timm's ``features_only`` model, which loads the authors' checkpoints too."""
+
+    _model_args: dict[str, Any]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As ``nn.Module``; of an official checkpoint, what was pruned is left out."""

@@ -23,8 +23,7 @@ from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.checkpoint import listed
-from iwin_dit.runtime.errors import CheckpointError, reason
+from iwin_dit.runtime.errors import CheckpointError, listed, reason
 
 PIPELINES: dict[str, type[ClassConditionalPipeline]] = {
     kind.__name__: kind for kind in (IwinDiTPipeline, IwinDiTVideoPipeline)

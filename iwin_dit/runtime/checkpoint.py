@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.errors import FULL, CheckpointError, DiskError, StorageError
+from iwin_dit.runtime.errors import FULL, CheckpointError, DiskError, StorageError, listed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -173,14 +173,14 @@ def verify(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = files.retry(lambda: files.read_json(path, limits.JSON_BYTES))
-        schema, listed = manifest["schema"], {}
+        schema, written = manifest["schema"], {}
         if schema == SCHEMA:
-            listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            written = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint: {error!r}") from error
     if schema != SCHEMA:
         raise CheckpointError(f"{path} has schema {schema}, this version reads {SCHEMA}")
-    for name, (size, sha256) in listed.items():
+    for name, (size, sha256) in written.items():
         if not FILE.fullmatch(name):
             raise CheckpointError(
                 f"{path} lists {name!r}, expected plain names such as model.safetensors or state.json; "
@@ -196,8 +196,8 @@ def verify(directory: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file} does not have the SHA-256 of the manifest: its content has changed"
             )
-    unlisted = {path.name for path in directory.glob("*.safetensors")} - set(listed)
-    if unlisted or "state.json" not in listed:
+    unlisted = {path.name for path in directory.glob("*.safetensors")} - set(written)
+    if unlisted or "state.json" not in written:
         name = min(unlisted, default="state.json")
         raise CheckpointError(f"{path} does not list {name}, whose content so cannot be checked")
     return manifest
@@ -299,9 +299,3 @@ def _check_dtypes(
             f"{path} is {found} at {listed(other)}, training needs {wanted}; "
             "a half-precision export can be sampled but not trained"
         )
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -8,7 +8,7 @@ import faulthandler
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, over a limit
@@ -76,6 +76,17 @@ HUB_ERRORS = {
 }
 HOME = re.compile(r"((?:--[\w.-]+=)?(?:\w+:)?)~(?:[\w.-]*/|$)")
 MOST = 500  # characters of another library's message
+
+
+def printable(path: str) -> str:
+    """Names of files need not be UTF-8."""
+    return path.encode(errors="replace").decode()
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more
 
 
 def reason(error: BaseException) -> str:

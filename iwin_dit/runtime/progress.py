@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from tqdm import tqdm
 
@@ -33,12 +33,20 @@ class _Patient:
         return getattr(self._stream, name)
 
 
-def progress(iterable: Iterable[T] | None = None, **options: Any) -> tqdm[T]:
+@overload
+def progress(iterable: None = None, **options: Any) -> tqdm[Any]: ...
+
+
+@overload
+def progress(iterable: Iterable[T], **options: Any) -> tqdm[T]: ...
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
     """A tqdm bar; where nobody watches, one line in ten seconds instead of ten in one."""
     watched = sys.stderr is not None and sys.stderr.isatty()
     options = {"mininterval": 0.1 if watched else 10.0, "dynamic_ncols": watched} | options
     stream = None if sys.stderr is None else _Patient(sys.stderr)
-    return tqdm(iterable, file=stream, **options)  # type: ignore[return-value]  # of None it knows no T
+    return tqdm(iterable, file=stream, **options)
 
 
 def say(text: str) -> None:
