@@ -35,9 +35,9 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# MUTATION="--seed 1 --sample 20" draws other changes of the code, and fewer.
+# MUTATION="iwin_dit/data --seed 1 --sample 20" draws other changes of the code, and fewer.
 mutation: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --named --folder iwin_dit/diffusion iwin_dit/training iwin_dit/data iwin_dit/evaluation $(MUTATION)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py $(MUTATION)
 
 # Ten thousands of malformed inputs; a short run is in `test`. A failing input is made again from its number.
 fuzz: $(READY)
