@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as iwin_dit says, but before torch is loaded here
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is not there is not asked for, again and again
 
 import torch
 
@@ -36,6 +37,21 @@ from iwin_dit.runtime.signals import ASKING, AT_ONCE
 
 ROOT = Path(__file__).parent.parent
 NUM_IMAGES, NUM_CLASSES = 60, 3
+
+
+def pytest_configure(config):
+    """Each worker of pytest-xdist, and what it starts, has one core: threads of others would make it wait."""
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # it waits so long for a worker, not 5 s
+
+
+def pytest_collection_finish():
+    """What has been imported stays: a search for garbage, which took a second, leaves it out from here on."""
+    gc.collect()
+    gc.freeze()
 
 
 def give_zeros_noise(model, seed=0):
@@ -189,24 +205,30 @@ def watch_attention(monkeypatch):
     return seen
 
 
+def execute(script, *arguments):
+    """The exit code of a script in this process."""
+    handlers = {s: signal.getsignal(s) for s in (*AT_ONCE, *ASKING)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with contextlib.suppress(RuntimeError):  # of a worker that a test has killed
+            gc.collect()  # the run's lock
+
+
 @pytest.fixture
-def script_here(monkeypatch, capfd):
+def script_here(capfd):
     """``script_here(script, *arguments) -> (exit code, output)``: in this process, to be patched."""
 
     def call(script, *arguments):
-        handlers = {s: signal.getsignal(s) for s in (*AT_ONCE, *ASKING)}
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capfd.readouterr()
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            AcceleratorState._reset_state(reset_partial_state=True)
-            with contextlib.suppress(RuntimeError):  # of a worker that a test has killed
-                gc.collect()  # the run's lock
+        code = execute(script, *arguments)
         return code, "".join(capfd.readouterr())
 
     return call
