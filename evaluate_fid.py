@@ -32,7 +32,7 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
     add(
         "--metrics",
-        help="; ".join(f"{kind}: {','.join(names)}" for kind, names in metrics.EXTRACTORS.items()),
+        help="; ".join(f"{name}: {','.join(kind.metrics)}" for name, kind in metrics.EXTRACTORS.items()),
     )
     add("--num-images", type=int, help="to draw (50,000)")
     add("--plan", choices=("equal", "uniform"), help="classes in turn, or at random (equal)")

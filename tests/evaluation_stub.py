@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
     import evaluate_fid
     from iwin_dit.build import evaluation
-    from iwin_dit.evaluation import images
+    from iwin_dit.evaluation import extractors, images
     from iwin_dit.runtime.errors import UserError
 
     class Slow(Stub):
@@ -72,7 +72,7 @@ if __name__ == "__main__":
             time.sleep(0.001 * len(images))
             return super().forward(images)
 
-    evaluation.Inception = Slow
+    extractors.Inception = Slow
     evaluation.use_all_cores = lambda processes: None
     counts = dict.fromkeys(("looked at", "listed", "computed"), 0)
 

@@ -14,7 +14,6 @@ import yaml
 from conftest import ROOT, watch_attention
 from evaluation_stub import COUNT, Stub, make_sets
 
-from iwin_dit.build import evaluation as build_evaluation
 from iwin_dit.build import network, trainer
 from iwin_dit.build.describe import describe_classifier, describe_run
 from iwin_dit.config.classifier import ClassifierConfig
@@ -401,7 +400,7 @@ def test_other_errors_stay_what_they_are(recipe):
 @pytest.mark.parametrize("what", ["sample_every_steps", "evaluate_every_steps"])
 def test_drawing_takes_the_attention_that_it_finds(recipe, train_here, monkeypatch, tmp_path, what):
     """Training's need not serve the float32 of samples: they are drawn as if ``auto`` were set."""
-    monkeypatch.setattr(build_evaluation, "Inception", Stub)
+    monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
     seen = watch_attention(monkeypatch)
     evaluation = {"reference": str(make_sets(tmp_path) / "real"), "num_images": COUNT}
     config = recipe(train={"max_steps": 2, what: 2, "attention_backend": "math"}, evaluation=evaluation)

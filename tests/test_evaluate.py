@@ -58,7 +58,7 @@ def sets(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    monkeypatch.setattr(evaluation, "Inception", Stub)
+    monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
     monkeypatch.setattr(gc, "collect", lambda: None)  # which script_here does for a run's lock: here is none
     monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)  # for so little
 
@@ -337,7 +337,7 @@ class Motion(nn.Module):
 
 
 def test_clips_are_compared_by_an_extractor_of_clips(sets, evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "I3D", Motion)
+    monkeypatch.setattr("iwin_dit.evaluation.i3d.I3D", Motion)
     rng = np.random.default_rng(0)
     clips = {
         name: rng.integers(low, 256, (12, 4, 8, 8, 3), dtype=np.uint8) for name, low in (("a", 0), ("b", 99))
@@ -357,7 +357,7 @@ def test_clips_that_a_model_draws_are_those_that_sampling_writes(
     sets, evaluate, refused_here, run_here, tmp_path, monkeypatch
 ):
     """GIFs of three colours and MP4s of sample.py are read as clips; the figure is that of the drawn ones."""
-    monkeypatch.setattr(evaluation, "I3D", Motion)
+    monkeypatch.setattr("iwin_dit.evaluation.i3d.I3D", Motion)
     torch.manual_seed(0)
     model = IwinDiTTransformer3DModel(
         sample_frames=3,

@@ -53,7 +53,7 @@ def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
             seen.append(found["pool"])
             return found
 
-    monkeypatch.setattr(evaluation, "Inception", Recording)
+    monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Recording)
     code, output = script_here(
         *("evaluate_fid.py", "--generated", folders[0], "--reference", folders[1], "--batch-size", 7),
         *("--metrics", "fid,kid,is,pr", "--inception-weights", inception_weights),

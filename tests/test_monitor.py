@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from evaluation_stub import COUNT, Stub, make_sets
 
-from iwin_dit.build import evaluation, monitor
+from iwin_dit.build import monitor
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime.errors import ConfigError
@@ -23,7 +23,7 @@ def sets(tmp_path_factory):
 def watched(sets, recipe, tmp_path, monkeypatch):
     """A recipe of eight steps that is evaluated at the fourth and at the end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluation, "Inception", Stub)
+    monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
     return recipe(
         train={"max_steps": 8, "save_every_steps": 4, "evaluate_every_steps": 4},
         evaluation={

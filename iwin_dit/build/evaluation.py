@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pkgutil
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +15,13 @@ from torch import nn
 
 from iwin_dit.build.classifier import load_classifier
 from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline
-from iwin_dit.config.metrics import name_figures
+from iwin_dit.config.metrics import EXTRACTORS, looks_at_clips, name_figures
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.evaluate import features_key, read_features
 from iwin_dit.evaluation.export import Export, open_export
-from iwin_dit.evaluation.extractors import Classifier, DINOv2, Inception
-from iwin_dit.evaluation.i3d import I3D
+from iwin_dit.evaluation.extractors import Classifier
 from iwin_dit.evaluation.images import Images, Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
 from iwin_dit.evaluation.reference import (
@@ -177,14 +177,14 @@ def build_extractor(name: str, inception_weights: str | None) -> nn.Module:
         CheckpointError: where its weights are not there, or of another network.
     """
     kind, _, source = name.partition(":")
-    if kind == "iwin":
-        loaded = load_classifier(source)
-        return Classifier(loaded.model, loaded.image_size, loaded.mean, loaded.std, loaded.sha256)
-    if kind == "dinov2":
-        return DINOv2(Path(source) if source else None)
-    if kind == "i3d":
-        return I3D(Path(source))
-    return Inception(None if inception_weights is None else Path(inception_weights))
+    path = source or inception_weights
+    return pkgutil.resolve_name(EXTRACTORS[kind].implementation)(None if path is None else Path(path))
+
+
+def own_classifier(run: Path) -> Classifier:
+    """The features of a classifier that ``train_classifier.py`` has trained."""
+    loaded = load_classifier(str(run))
+    return Classifier(loaded.model, loaded.image_size, loaded.mean, loaded.std, loaded.sha256)
 
 
 def check_fit(
@@ -230,7 +230,7 @@ def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Acc
     if holds_images(arguments.generated):
 
         def open_and_look() -> Images:
-            images = open_set(arguments.generated, arguments.extractor.startswith("i3d:"), reading)
+            images = open_set(arguments.generated, looks_at_clips(arguments.extractor), reading)
             _ = images.fingerprint
             return images
 
@@ -238,7 +238,7 @@ def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Acc
     averages = {"ema": arguments.ema, "ema_std": arguments.ema_std}
     pipeline = load_pipeline(arguments.generated, accelerator.device, **averages)
     draws_clips = pipeline.transformer.rank == 3
-    if draws_clips != arguments.extractor.startswith("i3d:"):
+    if draws_clips != looks_at_clips(arguments.extractor):
         what = "clips, which i3d:FILE alone compares" if draws_clips else "images, i3d compares clips"
         raise ConfigError(f"{arguments.generated} draws {what}; take another --extractor, or other samples")
     if draws_clips and arguments.save_images is not None:

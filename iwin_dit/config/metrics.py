@@ -1,20 +1,50 @@
-"""The metrics of each extractor, and how their figures are called; without torch."""
+"""The extractors of features with their metrics, and how figures are called; without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from iwin_dit.runtime.errors import ConfigError
 
-EXTRACTORS = {  # the metrics of each; the first is the default
-    "inception": ("fid", "sfid", "kid", "is", "pr"),
-    "dinov2": ("fd", "kid", "pr"),
-    "iwin": ("fd", "kid", "pr"),
-    "i3d": ("fvd",),
+
+class ExtractorKind(NamedTuple):
+    """What a config knows of a network whose features are compared.
+
+    implementation: what makes it of its source, a path or None: module, colon and name.
+    metrics: that it serves, of :data:`iwin_dit.evaluation.metrics.METRICS`; the first is the default.
+    source: what may follow its name and a colon, in the words of an error; None for nothing.
+    needs_source: it cannot do without.
+    of_clips: it looks at clips.
+    """
+
+    implementation: str
+    metrics: tuple[str, ...]
+    source: str | None = None
+    needs_source: bool = False
+    of_clips: bool = False
+
+
+EXTRACTORS: dict[str, ExtractorKind] = {
+    "inception": ExtractorKind(
+        "iwin_dit.evaluation.extractors:Inception", ("fid", "sfid", "kid", "is", "pr")
+    ),
+    "dinov2": ExtractorKind("iwin_dit.evaluation.extractors:DINOv2", ("fd", "kid", "pr"), source="FILE"),
+    "iwin": ExtractorKind(
+        "iwin_dit.build.evaluation:own_classifier", ("fd", "kid", "pr"), source="RUN", needs_source=True
+    ),
+    "i3d": ExtractorKind(
+        "iwin_dit.evaluation.i3d:I3D", ("fvd",), source="FILE", needs_source=True, of_clips=True
+    ),
 }
 
 
 TITLES = {"fd": "FD", "fvd": "FVD", "kid": "KID", "kid_std": "KID_std"}  # of figures that are not Inception's
+
+
+def looks_at_clips(extractor: str) -> bool:
+    """Whether an extractor, as ``--extractor`` names it, compares clips."""
+    return EXTRACTORS[extractor.partition(":")[0]].of_clips
 
 
 def chosen_metrics(
@@ -28,34 +58,38 @@ def chosen_metrics(
     Raises:
         ConfigError: where there is no such extractor, or it has no such metric.
     """
-    kind, colon, source = extractor.partition(":")
-    if kind not in EXTRACTORS or (bool(colon), bool(source)) not in _SOURCES[kind]:
+    name, colon, source = extractor.partition(":")
+    if name not in EXTRACTORS or not _takes(EXTRACTORS[name], bool(colon), bool(source)):
+        raise ConfigError(f"{prefix}extractor is {extractor}, expected {_expected()}")
+    if name != "inception" and inception_weights is not None:
         raise ConfigError(
-            f"{prefix}extractor is {extractor}, expected inception, dinov2, dinov2:FILE, iwin:RUN or i3d:FILE"
+            f"{prefix}inception-weights is of no use with {prefix}extractor {name}; leave one of them out"
         )
-    if kind != "inception" and inception_weights is not None:
-        raise ConfigError(
-            f"{prefix}inception-weights is of no use with {prefix}extractor {kind}; leave one of them out"
-        )
-    allowed = EXTRACTORS[kind]
-    for name in metrics or ():
-        if name not in allowed:
-            known = any(name in others for others in EXTRACTORS.values())
-            what = f"{name} is not of {prefix}extractor {kind}" if known else f"{prefix}metrics has {name!r}"
+    allowed = EXTRACTORS[name].metrics
+    for metric in metrics or ():
+        if metric not in allowed:
+            known = any(metric in other.metrics for other in EXTRACTORS.values())
+            what = (
+                f"{metric} is not of {prefix}extractor {name}" if known else f"{prefix}metrics has {metric!r}"
+            )
             raise ConfigError(f"{what}; take some of {', '.join(allowed)}")
     return list(metrics or allowed[:1])
 
 
-_SOURCES = {  # whether a colon, and something after it, may follow the extractor's name
-    "inception": ((False, False),),
-    "dinov2": ((False, False), (True, True)),
-    "iwin": ((True, True),),
-    "i3d": ((True, True),),
-}
+def _takes(kind: ExtractorKind, colon: bool, source: bool) -> bool:
+    return (source and kind.source is not None) if colon else not kind.needs_source
 
 
-def name_figures(figures: Mapping[str, float], kind: str) -> dict[str, float]:
+def _expected() -> str:
+    forms = []
+    for name, kind in EXTRACTORS.items():
+        forms += [] if kind.needs_source else [name]
+        forms += [f"{name}:{kind.source}"] if kind.source else []
+    return f"{', '.join(forms[:-1])} or {forms[-1]}"
+
+
+def name_figures(figures: Mapping[str, float], extractor: str) -> dict[str, float]:
     """Figures under the names that they are published by: ``fid``, but ``FD (dinov2)``, never FID."""
-    if kind == "inception":
+    if extractor == "inception":
         return dict(figures)
-    return {f"{TITLES.get(name, name)} ({kind})": value for name, value in figures.items()}
+    return {f"{TITLES.get(name, name)} ({extractor})": value for name, value in figures.items()}

@@ -8,7 +8,7 @@ import re
 from dataclasses import fields
 
 from iwin_dit.config.bounds import MAX_TOKENS, check_ranges
-from iwin_dit.config.metrics import chosen_metrics
+from iwin_dit.config.metrics import chosen_metrics, looks_at_clips
 from iwin_dit.config.schema import (
     Config,
     DataConfig,
@@ -38,7 +38,7 @@ def check(config: Config) -> None:
     check_train(config.train, config.ema)
     asked = config.evaluation
     names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
-    draws_clips, of_clips = config.model.sample_frames is not None, asked.extractor.startswith("i3d:")
+    draws_clips, of_clips = config.model.sample_frames is not None, looks_at_clips(asked.extractor)
     if of_clips and not draws_clips:
         raise ConfigError("evaluation.extractor i3d compares clips, which this model does not draw")
     if draws_clips and not of_clips and config.train.evaluate_every_steps:

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -29,7 +30,6 @@ SPATIAL_CHANNELS = 7  # of 17 x 17 features, as ADM's evaluator takes them for s
 URL_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
 DINOV2_SIZE, DINOV2_PATCH = 224, 14  # pixels
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZED = "bicubic as Pillow resizes"
 
 
@@ -115,7 +115,7 @@ class DINOv2(nn.Module):
             self.network.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
         except Exception as error:  # whatever another file leads to
             raise _not_weights(path, "DINOv2's", error) from None
-        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        self.normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:

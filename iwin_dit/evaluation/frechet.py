@@ -52,6 +52,9 @@ class Moments:
         self.mean = self.mean + delta * (other.count / max(count, 1))
         self.count = count
 
+    def __len__(self) -> int:
+        return self.count
+
     @property
     def covariance(self) -> NDArray[np.float64]:
         """Unbiased, ``(D, D)``; of at least two samples."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,24 +21,53 @@ from iwin_dit.runtime.errors import DataError
 
 
 class Metric(NamedTuple):
-    """The layer that a metric compares; whether it needs every sample's features, or moments alone; whether
-    real images; and how many on each side at least.
+    """A metric of two sets of features.
+
+    figures: the names of the numbers that ``compute`` returns.
+    layer: of the extractor, whose features are compared.
+    compute: ``compute(generated, real, device)``, on :class:`Samples` where ``every_sample`` is set, else on
+        :class:`Moments`; ``real`` is None where there is no reference.
+    every_sample: it needs the features of every sample, and not their moments alone.
+    needs_reference: it needs real images.
+    least: samples on each side.
     """
 
+    figures: tuple[str, ...]
     layer: str
-    every_sample: bool
+    compute: Callable[[Any, Any, torch.device], tuple[float, ...]]
+    every_sample: bool = False
     needs_reference: bool = True
     least: int = 2
 
 
-METRICS = {
-    "fid": Metric("pool", every_sample=False),
-    "sfid": Metric("spatial", every_sample=False),
-    "fd": Metric("pool", every_sample=False),  # FID's formula, of another extractor than Inception
-    "kid": Metric("pool", every_sample=True),
-    "fvd": Metric("logits", every_sample=False),  # of clips, by I3D
-    "is": Metric("logits", every_sample=True, needs_reference=False, least=10),  # one in each of ten parts
-    "pr": Metric("pool", every_sample=True, least=5),  # beyond three neighbours and the sample itself
+def _frechet(generated: Moments, real: Moments, device: torch.device) -> tuple[float]:
+    a, b = generated, real
+    return (frechet_distance(a.mean, a.covariance, b.mean, b.covariance),)
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(("fid",), "pool", _frechet),
+    "sfid": Metric(("sfid",), "spatial", _frechet),
+    "fd": Metric(("fd",), "pool", _frechet),  # FID's formula, of another extractor than Inception
+    "fvd": Metric(("fvd",), "logits", _frechet),  # of clips, by I3D
+    "kid": Metric(
+        ("kid", "kid_std"), "pool", lambda own, real, device: kernel_distance(own, real), every_sample=True
+    ),
+    "is": Metric(
+        ("is", "is_std"),
+        "logits",
+        lambda own, real, device: inception_score(own),
+        every_sample=True,
+        needs_reference=False,
+        least=10,  # one in each of ten parts
+    ),
+    "pr": Metric(
+        ("precision", "recall"),
+        "pool",
+        precision_and_recall,
+        every_sample=True,
+        least=5,  # beyond three neighbours and the sample itself
+    ),
 }
 
 
@@ -68,6 +97,10 @@ class Features:
             batch = features[layer].detach()
             samples.add(batch.float().cpu() if path is None else path, len(batch))
 
+    def of(self, metric: Metric) -> Samples | Moments:
+        """What this metric computes with."""
+        return self.samples[metric.layer] if metric.every_sample else self.moments[metric.layer]
+
 
 def check_counts(metrics: Iterable[str], generated: int, real: int | None) -> None:
     """Whether there are images enough; ``real`` is None where there are none, or statistics.
@@ -96,19 +129,10 @@ def compute(
     """
     figures: dict[str, float] = {}
     for name in metrics:
-        layer = METRICS[name].layer
-        if not METRICS[name].every_sample:
-            a, b = generated.moments[layer], real.moments[layer]
-            check_counts([name], a.count, b.count)
-            figures[name] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-            continue
-        own = generated.samples[layer]
-        others = real.samples[layer] if METRICS[name].needs_reference else None
-        check_counts([name], len(own), None if others is None else len(others))
-        if name == "is":
-            figures["is"], figures["is_std"] = inception_score(own)
-        elif name == "kid":
-            figures["kid"], figures["kid_std"] = kernel_distance(own, others)
-        else:
-            figures["precision"], figures["recall"] = precision_and_recall(own, others, device)
+        metric = METRICS[name]
+        own, other = generated.of(metric), None
+        if metric.needs_reference and real is not None:
+            other = real.of(metric)
+        check_counts([name], len(own), None if other is None else len(other))
+        figures |= zip(metric.figures, metric.compute(own, other, device), strict=True)
     return figures

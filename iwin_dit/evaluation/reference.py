@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from torch import nn
 
+from iwin_dit.config.metrics import looks_at_clips
 from iwin_dit.evaluation.archives import array_names
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
@@ -72,7 +73,8 @@ class Reference:
 
 def split(metrics: list[str]) -> tuple[list[str], list[str]]:
     """Those that compare samples one by one, and those that compare moments."""
-    return tuple([name for name in metrics if METRICS[name].every_sample is every] for every in (True, False))
+    one_by_one = [name for name in metrics if METRICS[name].every_sample]
+    return one_by_one, [name for name in metrics if name not in one_by_one]
 
 
 def open_reference(
@@ -109,7 +111,7 @@ def open_reference(
         return Reference(None, path)
     with reference_cache():
         pass  # made now: where it cannot be, that shows before images are drawn
-    images = open_set(location, extractor.startswith("i3d:"), reading)
+    images = open_set(location, looks_at_clips(extractor), reading)
     _ = images.fingerprint  # all are looked at
     return Reference(images, path if stored else None)
 

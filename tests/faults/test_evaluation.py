@@ -40,7 +40,7 @@ def sets(tmp_path_factory):
 @pytest.fixture
 def evaluate(monkeypatch, script_here, tmp_path):
     """``evaluate(*arguments) -> (exit code, output)``; a stub is in Inception's place."""
-    monkeypatch.setattr(evaluation, "Inception", Stub)
+    monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
     monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
     monkeypatch.setattr(gc, "collect", lambda: None)  # which script_here does for a run's lock: here is none
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
