@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from iwin_dit.commands import train  # noqa: E402
 from iwin_dit.config.parse import parse_arguments  # noqa: E402
 from iwin_dit.diffusion.flow_matching import FlowMatching  # noqa: E402
-from iwin_dit.training import loop  # noqa: E402
+from iwin_dit.training import checkpoints, loop  # noqa: E402
 
 seconds: dict[str, float] = defaultdict(float)
 
@@ -51,9 +51,9 @@ def main() -> None:
     clock("model", FlowMatching, "loss")
     clock("model", Accelerator, "backward")
     clock("update", torch.nn.utils, "clip_grad_norm_")
-    clock("update", torch.optim.AdamW, "step")
+    clock("update", loop, "step_if_finite")
     clock("update", loop, "update_ema")
-    clock("checkpoints", loop, "save")
+    clock("checkpoints", checkpoints, "save")
     clock("all", loop, "train")
     with tempfile.TemporaryDirectory() as folder:
         arguments = {

@@ -21,7 +21,7 @@ from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
-from iwin_dit.training.optimizer import build_adamw, parameter_groups
+from iwin_dit.training.optimizer import build_optimizer, parameter_groups
 from studies.connectivity import blocks_to_connect
 
 
@@ -61,8 +61,7 @@ def training_step(config: Config) -> Callable[[], None]:
     """Forward, backward and update on one random batch of the config's size; gradients are kept."""
     model, objective = build_model(config).train(), build_objective(config)
     options = config.optimizer
-    groups = parameter_groups(model, options.weight_decay)
-    adamw = build_adamw(groups, options.learning_rate, options.betas, options.eps)
+    optimizer = build_optimizer(parameter_groups(model, options.weight_decay), options)
     rng, images = generator(0, "step"), config.train.batch_images
     shape = (images, config.model.in_channels, *model.latent_size)
     x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))
@@ -70,8 +69,8 @@ def training_step(config: Config) -> Callable[[], None]:
 
     def step() -> None:
         objective.loss(model, x0, labels, noise, u).mean().backward()
-        adamw.step()
-        adamw.zero_grad(set_to_none=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
 
     return step
 

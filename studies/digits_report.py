@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iwin_dit.build.classifier import load_classifier
+from iwin_dit.build.classifier_network import load_classifier
 from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.digits import read_images

@@ -16,7 +16,7 @@ MAY_IMPORT = {  # rooms, from the bottom up; a file of a room may import these b
     "config": {"runtime", "layers", "diffusion"},  # of both the specs alone, see below
     "models": {"layers"},
     "data": {"runtime"},
-    "training": {"runtime", "layers"},
+    "training": {"runtime", "layers", "config"},
     "convert": {"models", "layers", "runtime"},
     "pipelines": {"models", "diffusion", "data", "runtime"},
     "evaluation": {"config", "convert", "data", "pipelines", "runtime"},

@@ -13,8 +13,10 @@ import yaml
 from conftest import assert_equal, read_checkpoint, watch_attention
 from PIL import Image
 
-from iwin_dit.build import classifier
+from iwin_dit.build import classifier, classifier_network
 from iwin_dit.build.loading import load_pipeline, newest_run
+from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.parse import load_config
 from iwin_dit.runtime.errors import CheckpointError
 
 MODEL = {"patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -107,7 +109,7 @@ def test_it_trains_stops_and_goes_on_to_the_same_bits(write, classify_here, tmp_
 def test_accuracy_is_that_of_the_loaded_classifier(write, classify_here, pictures, tmp_path):
     code, output = classify_here("--config", write(train={"max_steps": 40, "sample_every_steps": 0}))
     assert code == 0, output
-    loaded = classifier.load_classifier(str(tmp_path / "run"))
+    loaded = classifier_network.load_classifier(str(tmp_path / "run"))
     assert loaded.class_names == ["blue", "green", "red"]
     right = count = 0
     for label, name in enumerate(loaded.class_names):
@@ -134,15 +136,15 @@ def test_accuracy_is_that_of_the_loaded_classifier(write, classify_here, picture
 def test_a_finer_resolution_and_other_classes_begin_from_a_run(write, classify_here, pictures, tmp_path):
     code, output = classify_here("--config", write(train={"evaluate_every_steps": 0}))
     assert code == 0, output
-    first = classifier.load_classifier(str(tmp_path / "run"))
+    first = classifier_network.load_classifier(str(tmp_path / "run"))
     finer = write(
         "finer.yaml",
         output_dir=str(tmp_path / "finer"),
         data={"image_size": [32, 24]},
         model={"init_from": str(tmp_path / "run")},
     )
-    config = classifier.load_config(finer, classifier.ClassifierConfig)
-    begun, before = classifier.build_model(config).state_dict(), first.model.state_dict()
+    config = load_config(finer, ClassifierConfig)
+    begun, before = classifier_network.build_classifier(config).state_dict(), first.model.state_dict()
     assert all(torch.equal(begun[name], tensor) for name, tensor in before.items())
     added = set(begun) - set(before)
     assert added
@@ -153,8 +155,8 @@ def test_a_finer_resolution_and_other_classes_begin_from_a_run(write, classify_h
     assert evaluated == [0, 2], "as it was loaded, and at the end"
 
     other = write("head.yaml", model={"init_from": str(tmp_path / "run"), "num_classes": 5})
-    config = classifier.load_config(other, classifier.ClassifierConfig)
-    model = classifier.build_model(config)
+    config = load_config(other, ClassifierConfig)
+    model = classifier_network.build_classifier(config)
     assert model.get_classifier().out_features == 5
     assert torch.equal(model.patch_embed.proj.weight, first.model.patch_embed.proj.weight)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
 
-from iwin_dit.build import classifier
+from iwin_dit.build import classifier, classifier_network
 from iwin_dit.config.classifier import VIDEO_MODELS, ClassifierConfig
 from iwin_dit.config.parse import load_config
 from iwin_dit.data.clip_sources import ClipFolderSource
@@ -96,7 +96,7 @@ def read_log(run):
 
 
 def build(path):
-    return classifier.build_model(load_config(path, ClassifierConfig)).eval()
+    return classifier_network.build_classifier(load_config(path, ClassifierConfig)).eval()
 
 
 def test_it_learns_what_only_motion_tells(write, classify_here, videos, tmp_path):
@@ -140,7 +140,7 @@ def test_it_learns_what_only_motion_tells(write, classify_here, videos, tmp_path
             count += 1
     assert found["top1"] == pytest.approx(100 * right / count, abs=1e-3)
     with pytest.raises(CheckpointError, match="run of a classifier of clips; expected one of images"):
-        classifier.load_classifier(str(run))
+        classifier_network.load_classifier(str(run))
 
 
 def test_it_stops_and_goes_on_to_the_same_bits(write, classify_here, tmp_path):
@@ -250,7 +250,7 @@ def flat(write, classify_here, videos, tmp_path):
 
 @pytest.mark.parametrize("kind", ["run", "authors", "ours"])
 def test_a_clip_that_stands_still_is_the_image_that_the_weights_knew(flat, write, tmp_path, kind):
-    image_model = classifier.load_classifier(str(flat)).model
+    image_model = classifier_network.load_classifier(str(flat)).model
     stored = image_model.state_dict()
     source = {"run": flat, "authors": tmp_path / "a.pth", "ours": tmp_path / "ours.safetensors"}[kind]
     if kind == "authors":
@@ -294,7 +294,7 @@ def test_clips_begin_from_clips_and_not_from_other_networks(flat, write, classif
     with pytest.raises(CheckpointError, match="holds the weights of another network"):
         build(write(model={"init_from": str(flat), "options": MODEL | {"embed_dim": 32}}))
     with pytest.raises(CheckpointError, match="holds the weights of another network"):
-        classifier.begin_from(build(flat / "config.yaml"), str(tmp_path / "run"))
+        classifier_network.begin_classifier(build(flat / "config.yaml"), str(tmp_path / "run"))
 
 
 def test_the_head_learns_faster_than_what_is_below_it(write):
@@ -302,7 +302,7 @@ def test_the_head_learns_faster_than_what_is_below_it(write):
     model, config = build(path), load_config(path, ClassifierConfig)
     for scale in (1.0, 0.1):
         config = replace(config, optimizer=replace(config.optimizer, backbone_lr_scale=scale))
-        groups = classifier.parameter_groups(config)(model, 0.02)
+        groups = classifier.parameter_groups(model, config)
         found = {
             id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
         }

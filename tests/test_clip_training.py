@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from iwin_dit.build import data as build_data
-from iwin_dit.build import loading, trainer
+from iwin_dit.build import generator, loading
 from iwin_dit.config.parse import load_config
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode
@@ -259,18 +259,17 @@ def test_images_have_steps_of_their_own(latents, recipe, tmp_path):
         )
     )
     clips = build_data.build_dataset(config)
-    images = build_data.build_images(config, clips)
-    examples = trainer.build_examples(config, clips, images)
+    sets = generator.TrainingData(clips, build_data.build_images(config, clips))
+    examples = generator.build_examples(config, sets)
     frames = []
     for step in range(200):
         batch = examples.__getitems__(list(range(8 * step, 8 * step + 8)))
-        assert len({example.x0.shape for example in batch}) == 1
-        assert all(example.noise.shape == example.x0.shape for example in batch)
-        frames.append(batch[0].x0.shape[1])
+        assert batch.x0.shape == batch.noise.shape == (8, *batch.x0.shape[1:])
+        frames.append(batch.x0.shape[2])
     assert set(frames) == {1, FRAMES}
     assert frames.count(1) / 200 == pytest.approx(0.4, abs=0.1)
     step = frames.index(1)
-    (example,) = examples.__getitems__([8 * step])
+    example = examples[8 * step]
     raw = LatentDataset(latents / "latents of images")
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (clips.mean, clips.std))
     every = torch.stack([(raw.read_raw([i], f)[0][:, None] - mean) / std for i in range(9) for f in (0, 1)])

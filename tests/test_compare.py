@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT
 
 from iwin_dit.build import budget, network
-from iwin_dit.build.classifier import LoadedClassifier
+from iwin_dit.build.classifier_network import LoadedClassifier
 from iwin_dit.config.parse import load_config
 from iwin_dit.data import digits
 from iwin_dit.layers.specs import MIXERS, BlockSpec, MixerSpec

@@ -139,10 +139,8 @@ def test_a_seed_draws_what_it_drew_in_earlier_versions():
     data = Ten()
     drawn = TrainingExamples(data, 0, True, 0.25, null_label=3).__getitems__(range(12))
     assert data.mirrored == "RRLRRLLLRLRL"
-    assert [example.label for example in drawn] == [0, 0, 0, 3, 0, 3, 0, 3, 3, 0, 0, 0]
-    assert [float(example.u) for example in drawn[:4]] == pytest.approx(
-        [0.1654, 0.7142, 0.8769, 0.0161], abs=1e-4
-    )
+    assert drawn.label.tolist() == [0, 0, 0, 3, 0, 3, 0, 3, 3, 0, 0, 0]
+    assert drawn.u[:4].tolist() == pytest.approx([0.1654, 0.7142, 0.8769, 0.0161], abs=1e-4)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

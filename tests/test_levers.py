@@ -13,13 +13,13 @@ from conftest import assert_equal, read_checkpoint, refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwin_dit.build import budget, pipeline
+from iwin_dit.build import budget, generator
 from iwin_dit.build.describe import describe_run
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import ConfigError
-from iwin_dit.training import loop, memory, reports
+from iwin_dit.training import checkpoints, loop, memory, reports, spikes
 from iwin_dit.training.posthoc import power_decay, power_gamma, reconstruct
 
 SHORT = {"max_steps": 12, "save_every_steps": 6, "log_every_steps": 4}
@@ -45,13 +45,13 @@ def test_averages_are_those_of_the_weights_at_each_step(recipe, train_here, tmp_
         ema={"decays": [0.9, 0.5], "power_stds": [0.1, 0.2], "snapshot_every_steps": 4, "on_cpu": True},
     )
     weights = []
-    real = torch.optim.AdamW.step
+    real = loop.step_if_finite
 
-    def step(self, *arguments):
-        real(self, *arguments)
-        weights.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+    def step(optimizer, not_finite):
+        real(optimizer, not_finite)
+        weights.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(loop, "step_if_finite", step)
     trained(train_here, "--config", config)
     final = read_checkpoint(tmp_path / "run", 12)
     names = {f"{name}.safetensors" for name in ("ema", "ema_0.5", "ema_std_0.1", "ema_std_0.2")}
@@ -272,9 +272,9 @@ def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch
     monkeypatch.setattr(
         reports, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
     )
-    for name in ("save", "save_snapshot", "roll_back"):
-        monkeypatch.setattr(loop, name, taking(100, getattr(loop, name)))
-    monkeypatch.setattr(pipeline, "build_preview", lambda *_: taking(100, lambda *_: None))
+    for place, name in ((checkpoints, "save"), (loop, "save_snapshot"), (spikes.Spikes, "roll_back")):
+        monkeypatch.setattr(place, name, taking(100, getattr(place, name)))
+    monkeypatch.setattr(generator, "draw_preview", taking(100, lambda *_: None))
     config = recipe(
         train={"max_steps": 24, "save_every_steps": 6, "log_every_steps": 2, "spike_factor": 5.0}
         | {"sample_every_steps": 4},

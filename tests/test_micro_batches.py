@@ -14,7 +14,7 @@ from conftest import ROOT, assert_equal, make_model, read_checkpoint, run
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from iwin_dit.build import budget, labelled, trainer
+from iwin_dit.build import budget, trainer
 from iwin_dit.build import classifier as build_classifier
 from iwin_dit.build.describe import describe_run
 from iwin_dit.config.classifier import ClassifierConfig
@@ -24,7 +24,7 @@ from iwin_dit.layers import kernels
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.training import loop
 from iwin_dit.training.sharding import shard
-from iwin_dit.training.state import State
+from iwin_dit.training.state import Run, State
 
 AUTO = ("--train.micro_batch", "auto")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB"
@@ -128,8 +128,9 @@ def test_auto_leaves_no_graph_of_any_size(recipe):
         **{"num_processes": 1, "is_main_process": False, "device": torch.device("cpu")},
         **{"autocast": contextlib.nullcontext, "gather": lambda tensor: tensor},
     )
-    state = State(model, {}, torch.optim.SGD(model.parameters()))
-    assert trainer.find_micro_batch(config, alone, state, loss, lambda n: (torch.randn(n, 4, 8, 8),)) == 2
+    run = Run(config, alone, None, State(model, {}, torch.optim.SGD(model.parameters())))
+    task = SimpleNamespace(loss=loss, random_batch=lambda n: (torch.randn(n, 4, 8, 8),), in_pairs=False)
+    assert trainer.find_micro_batch(run, task) == 2
     loss(model, torch.randn(2, 4, 8, 8))
     assert sizes == [8, 4, 2], "the last one serves training"
     assert {type(size) for size in sizes} == {int}, "a symbol would stand for any size"
@@ -140,9 +141,9 @@ def test_an_odd_share_of_a_process_is_refused(classifier):
     text = classifier.read_text().replace("train:", "train:\n  micro_batch: auto")
     classifier.write_text(text)
     config = load_config(classifier, ClassifierConfig)
-    micro_batch = trainer.find_micro_batch(config, SimpleNamespace(num_processes=4), None, None, None, 2)
+    four = Run(config, SimpleNamespace(num_processes=4), None, None)
     with pytest.raises(ConfigError, match="micro-batches of 3 images cannot be joined two by two"):
-        labelled.build_examples(config, None, micro_batch)
+        trainer.find_micro_batch(four, SimpleNamespace(in_pairs=True))
 
 
 def test_the_budget_of_auto_is_that_of_one_image(recipe, monkeypatch):

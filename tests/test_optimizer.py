@@ -9,7 +9,7 @@ from conftest import assert_equal, make_model, read_checkpoint
 from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.training.ema import make_ema, update_ema
-from iwin_dit.training.optimizer import build_adamw, learning_rate, named_state, parameter_groups
+from iwin_dit.training.optimizer import build_optimizer, learning_rate, named_state, parameter_groups
 
 TABLES = {
     "iwin": (),
@@ -130,7 +130,8 @@ def test_optimiser_state_makes_the_round_trip():
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [build_adamw(parameter_groups(m, 0.1), 1e-2, (0.9, 0.95), 1e-8) for m in models]
+    options = OptimizerConfig(learning_rate=1e-2)
+    optimizers = [build_optimizer(parameter_groups(m, 0.1), options) for m in models]
     x = torch.randn(4, 3)
 
     def step(i):

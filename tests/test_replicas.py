@@ -7,16 +7,17 @@ import pytest
 import torch
 from conftest import make_model
 
+from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.runtime.errors import DataError, ReplicaError
 from iwin_dit.training import replicas
 from iwin_dit.training.ema import make_ema
-from iwin_dit.training.optimizer import build_adamw, parameter_groups
+from iwin_dit.training.optimizer import build_optimizer, parameter_groups
 from iwin_dit.training.state import State
 
 
 def make_state():
     model = make_model()
-    adamw = build_adamw(parameter_groups(model, 0.0), 1e-3, (0.9, 0.95), 1e-8)
+    adamw = build_optimizer(parameter_groups(model, 0.0), OptimizerConfig())
     return State(model, {"ema": make_ema(model)}, adamw)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from iwin_dit.runtime.errors import NonFiniteError, WorkerError
+from iwin_dit.runtime.workers import worker_errors
 from iwin_dit.training import loop, memory, reports
 from iwin_dit.training.health import watch_blocks, weight_rms
-from iwin_dit.training.loop import due, worker_errors
-from iwin_dit.training.reports import Alarm, Meter, Report, Reports, is_spike
+from iwin_dit.training.reports import Alarm, Meter, Report, Reports, due
+from iwin_dit.training.spikes import is_spike
 
 
 def accelerator(processes=1):

@@ -26,6 +26,7 @@ from iwin_dit.pipelines.sampling import sample_classes
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, number_of
 from iwin_dit.runtime.seeds import generator
+from iwin_dit.training.state import Run
 
 
 @pytest.fixture(scope="module")
@@ -449,9 +450,9 @@ def test_a_preview_without_memory_does_not_stop_training(tmp_path, monkeypatch):
     config, pipeline = Config(), crowded(make_pipeline_of(), 0)
     monkeypatch.setattr(build_pipeline_module, "model_of", lambda *arguments: None)
     monkeypatch.setattr(build_pipeline_module, "build_pipeline", lambda *arguments: pipeline)
-    preview = build_pipeline_module.build_preview(config, None, None, Accelerator(cpu=True))
+    run = Run(config, Accelerator(cpu=True), None, None)
     with pytest.warns(UserWarning, match="no samples of step 7: CUDA out of memory"):
-        preview({}, 7, False)
+        build_pipeline_module.draw_preview(config, None, run, {}, 7, False)
     assert pipeline.asked == [40, 20, 10, 5, 2, 1]
 
 
@@ -464,6 +465,6 @@ def test_a_preview_that_is_not_finite_does_not_stop_training(tmp_path, monkeypat
     monkeypatch.setattr(build_pipeline_module, "sample_classes", not_finite)
     monkeypatch.setattr(build_pipeline_module, "model_of", lambda *arguments: None)
     monkeypatch.setattr(build_pipeline_module, "build_pipeline", lambda *arguments: pipeline)
-    preview = build_pipeline_module.build_preview(config, None, None, Accelerator(cpu=True))
+    run = Run(config, Accelerator(cpu=True), None, None)
     with pytest.warns(UserWarning, match="no samples of step 7: the model draws images that are not finite"):
-        preview({}, 7, False)
+        build_pipeline_module.draw_preview(config, None, run, {}, 7, False)

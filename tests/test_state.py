@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.runtime import processes
 from iwin_dit.runtime.errors import ConfigError, DiskError
 from iwin_dit.training import state
 from iwin_dit.training.ema import decay_rules, make_ema
-from iwin_dit.training.optimizer import build_adamw, parameter_groups
+from iwin_dit.training.optimizer import build_optimizer, parameter_groups
 from iwin_dit.training.posthoc import power_decay, power_gamma
 
 
@@ -104,7 +105,7 @@ def test_values_of_the_main_process_reach_all(monkeypatch, number):
 
 def test_a_checkpoint_holds_model_averages_and_optimiser():
     model = torch.nn.Linear(2, 1)
-    optimizer = build_adamw(parameter_groups(model, 0.1), 1e-3, (0.9, 0.95), 1e-8)
+    optimizer = build_optimizer(parameter_groups(model, 0.1), OptimizerConfig())
     emas = {name: make_ema(model) for name in decay_rules([0.9, 0.5], [0.1])}
     groups = state.State(model, emas, optimizer).groups()
     assert list(groups) == ["model", "ema", "ema_0.5", "ema_std_0.1", "optimizer"]

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from upernet import build_model, confusion, iou_per_class, parameter_groups, poly_rate, segmentation_loss
 
+from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import CheckpointError, NonFiniteError
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import derive_seed
-from iwin_dit.training.optimizer import build_adamw, named_state
+from iwin_dit.training.optimizer import build_optimizer, named_state
 
 PICTURES = 8
 MULTIPLE = 32  # what a held-out image's sides are padded to
@@ -67,7 +68,8 @@ def run(recipe: Any, output: Path) -> str:
     images, held_out = build_images(recipe)
     model = build_model(recipe, len(images.class_names)).to(device)
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
-    optimizer = build_adamw(groups, recipe.learning_rate, tuple(recipe.betas), 1e-8)
+    options = OptimizerConfig(learning_rate=recipe.learning_rate, betas=tuple(recipe.betas))
+    optimizer = build_optimizer(groups, options)
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in named_state(optimizer, model).items()}
     start = read_checkpoint(checkpoint, tensors) if checkpoint.is_file() else 0

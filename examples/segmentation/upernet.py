@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import iwin_dit.models  # noqa: F401  registers Iwin's names in timm
-from iwin_dit.build.classifier import begin_from
+from iwin_dit.build.classifier_network import begin_classifier
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.seeds import derive_seed
 
@@ -91,7 +91,7 @@ def begin_encoder(encoder: nn.Module, classifier: nn.Module, source: str) -> Non
     Raises:
         CheckpointError: where they are not there, or not of this network.
     """
-    begin_from(classifier, source)
+    begin_classifier(classifier, source)
     stored = classifier.state_dict()
     encoder.load_state_dict({name: stored[classifier_name(name)] for name in encoder.state_dict()})
 

@@ -62,13 +62,13 @@ def describe_run(config: Config) -> str:
 def describe_classifier(config: ClassifierConfig) -> str:
     """The resolved config of a classifier, and what the run takes."""
     # for this alone: a generator's start need not wait for them
-    from iwin_dit.build import classifier, labelled
+    from iwin_dit.build import classifier_network, labelled
 
-    model = classifier.without_content(config)
+    model = classifier_network.without_content(config)
     parameters = sum(p.numel() for p in model.parameters())
     averages = len(config.ema.decays) + len(config.ema.power_stds)
     checkpoint = 4 * parameters * (3 + averages)
-    macs = classifier.multiply_adds(config)
+    macs = classifier_network.multiply_adds(config)
     unit = "image" if config.data.frames is None else "clip"
     ignored = None
     try:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from iwin_dit.build.classifier import load_classifier
+from iwin_dit.build.classifier_network import load_classifier
 from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline
 from iwin_dit.config.metrics import EXTRACTORS, looks_at_clips, name_figures
 from iwin_dit.data.codec import weights_sha256

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from timm.data import create_transform
@@ -19,7 +20,7 @@ from iwin_dit.data.labelled_clips import HeldOutClips, LabelledClips
 from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import background
-from iwin_dit.runtime.errors import ConfigError, DataError
+from iwin_dit.runtime.errors import DataError
 
 PREPARE = {
     "digits": partial(digits.write_images, seed=0),
@@ -29,7 +30,19 @@ TrainingData = LabelledImages | LabelledClips
 HeldOutData = LabelledImages | HeldOutClips
 
 
-def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[TrainingData, HeldOutData]:
+class LabelledData(NamedTuple):
+    """The data of a classifier: to train on, varied, and to be judged by, not."""
+
+    train: TrainingData
+    held_out: HeldOutData
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the data the same to a run that is resumed."""
+        return self.train.identity
+
+
+def open_data(config: ClassifierConfig, accelerator: Accelerator) -> LabelledData:
     """Images or clips to train on, varied, and held-out ones, not; made first where the config says how.
 
     Raises:
@@ -45,9 +58,11 @@ def build_images(config: ClassifierConfig, accelerator: Accelerator) -> tuple[Tr
     _check_classes(config, train.class_names, held_out.class_names)
     ground = background(data.background)
     if data.frames is None:
-        return LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground)
+        return LabelledData(LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground))
     spec = ClipSpec(data.frames, data.frame_stride)
-    return LabelledClips(train, spec, varied, ground), HeldOutClips(held_out, spec, plain, data.views, ground)
+    return LabelledData(
+        LabelledClips(train, spec, varied, ground), HeldOutClips(held_out, spec, plain, data.views, ground)
+    )
 
 
 def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:
@@ -60,17 +75,8 @@ def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:
     return open_images(config.data.path, config.data, config.data.frames is not None, begun)
 
 
-def build_examples(config: ClassifierConfig, images: TrainingData, micro_batch: int) -> LabelledExamples:
-    """What training sees at each position.
-
-    Raises:
-        ConfigError: where mixup or CutMix would have to join images of two micro-batches.
-    """
-    if config.mixes and micro_batch % 2:
-        raise ConfigError(
-            f"micro-batches of {micro_batch} images cannot be joined two by two, as mixup and CutMix do; set "
-            "train.micro_batch to an even divisor of the images of a process, or both alphas to 0"
-        )
+def build_examples(config: ClassifierConfig, images: TrainingData) -> LabelledExamples:
+    """What training sees at each position."""
     return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
 
 

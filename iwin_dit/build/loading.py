@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from iwin_dit.build.data import build_dataset
-from iwin_dit.build.network import build_model
+from iwin_dit.build.network import build_model, fitting_tensors
 from iwin_dit.build.pipeline import build_pipeline, model_of
 from iwin_dit.config.parse import load_run
 from iwin_dit.config.schema import Config
@@ -308,14 +308,7 @@ def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
         CheckpointError: where they are not there, or of another network.
     """
     tensors = inflate(load_transformer(source).state_dict(), model.state_dict())
-    own, labels = model.state_dict(), "label_embedding.weight"
-    if tensors[labels].shape[0] != own[labels].shape[0]:
-        tensors[labels] = own[labels]
-    odd = sorted(
-        name
-        for name in {*own, *tensors}
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    )
+    tensors, odd = fitting_tensors(tensors, model.state_dict(), redrawn=("label_embedding.",))
     if odd:
         raise CheckpointError(
             f"model.init_from {source} is another network than the config's: "
@@ -323,4 +316,4 @@ def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
             "and modulation, and where its blocks have no convolution set model.mixer.convolution false, "
             "with a model.position_embedding"
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, strict=False)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from iwin_dit.build.evaluation import build_extractor, check_fit
-from iwin_dit.build.pipeline import build_pipeline, model_of, sampling_options
+from iwin_dit.build.pipeline import pipeline_of, sampling_options
 from iwin_dit.config.metrics import chosen_metrics, name_figures
 from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import weights_sha256
@@ -25,60 +23,54 @@ from iwin_dit.evaluation.reference import extract, extract_reference, on_main, o
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.processes import together
+from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.attention import any_attention
-from iwin_dit.training.state import State, full_ema
+from iwin_dit.training.state import Run, full_ema
 
 
 class Stopped(Exception):
     """The run was asked to stop while images were drawn."""
 
 
-def build_monitor(
-    config: Config, dataset: Data, state: State, accelerator: Accelerator
-) -> Callable[[int, Any], dict[str, float] | None]:
-    """``evaluate(step, stop)``: the figures of the EMA, by all processes together; None where it was stopped.
+class Monitor:
+    """Measures samples of the EMA, by all processes together, while a run trains.
 
     Features are kept in ``OUTPUT_DIR/.evaluation`` until the figures are there, so that an evaluation that
     was stopped goes on where it was. Weights and reference are read now: what is wrong shows before training.
     """
-    options = config.evaluation
-    metrics = chosen_metrics(options.extractor, options.metrics)
-    with accelerator.local_main_process_first():
-        extractor = build_extractor(options.extractor, options.inception_weights).to(accelerator.device)
-    reading = Reading(workers=min(4, cores()))
-    reference = on_main(
-        accelerator, lambda: open_reference(options.reference, metrics, options.extractor, reading)
-    )
-    if reference is None:
-        check_counts(metrics, options.num_images, None)
-    else:
-        reference.check_counts(metrics, options.num_images)
-        extract_reference(reference, extractor, options.batch_images, accelerator)
-    labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
-    folder = Path(config.output_dir) / ".evaluation"
+
+    def __init__(self, config: Config, dataset: Data, accelerator: Accelerator):
+        options = config.evaluation
+        self.config, self.dataset, self.accelerator = config, dataset, accelerator
+        self.metrics = chosen_metrics(options.extractor, options.metrics)
+        with accelerator.local_main_process_first():
+            extractor = build_extractor(options.extractor, options.inception_weights)
+        self.extractor = extractor.to(accelerator.device)
+        reading = Reading(workers=min(4, cores()))
+        self.reference = on_main(
+            accelerator, lambda: open_reference(options.reference, self.metrics, options.extractor, reading)
+        )
+        if self.reference is None:
+            check_counts(self.metrics, options.num_images, None)
+        else:
+            self.reference.check_counts(self.metrics, options.num_images)
+            extract_reference(self.reference, self.extractor, options.batch_images, accelerator)
+        self.labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
+        self.folder = Path(config.output_dir) / ".evaluation"
 
     @any_attention
-    def evaluate(step: int, stop: Any) -> dict[str, float] | None:
-        if step == 0:  # noise
+    def evaluate(self, run: Run, step: int, stop: StopRequest) -> dict[str, float] | None:
+        """The figures of a step, none of the first, which is noise; None where it was stopped."""
+        if step == 0:
             return {}
-        weights = {name: tensor.to(accelerator.device) for name, tensor in full_ema(state).items()}
-        pipeline = build_pipeline(config, model_of(config, weights), dataset)
-        pipeline.set_progress_bar_config(disable=True)
-        draw = drawer(pipeline, sampling_options(config))
-
-        def draw_unless_stopped(labels: list[int], generators: list[torch.Generator]) -> Tensor:
-            if stop:
-                raise Stopped
-            return draw(labels, generators)
-
-        recipe = sampling_options(config) | {"weights_sha256": weights_sha256(pipeline.transformer)}
-        generated = SampledImages(draw_unless_stopped, labels, options.seed, recipe, options.batch_images)
-        together(accelerator, partial(scratch.make, folder))
-        own = folder / features_key(generated, extractor)
+        accelerator, extractor, options = self.accelerator, self.extractor, self.config.evaluation
+        generated = self._samples(run, stop)
+        together(accelerator, partial(scratch.make, self.folder))
+        own = self.folder / features_key(generated, extractor)
         stopped = torch.zeros((), device=accelerator.device)
         try:
-            if reference is not None:
-                check_fit(generated, reference, metrics, extractor, accelerator.device)
+            if self.reference is not None:
+                check_fit(generated, self.reference, self.metrics, extractor, accelerator.device)
             extract(generated, extractor, own, options.batch_images, accelerator, "evaluate")
         except Stopped:
             stopped += 1
@@ -87,12 +79,24 @@ def build_monitor(
             return None
 
         def measure() -> dict[str, float]:
-            other = None if reference is None else reference.read(metrics, extractor)
-            features = read_features(own, len(generated), metrics)
-            figures = compute(metrics, features, other, accelerator.device)
-            scratch.remove(folder)
+            other = None if self.reference is None else self.reference.read(self.metrics, extractor)
+            features = read_features(own, len(generated), self.metrics)
+            figures = compute(self.metrics, features, other, accelerator.device)
+            scratch.remove(self.folder)
             return name_figures(figures, options.extractor.partition(":")[0])
 
         return on_main(accelerator, measure)
 
-    return evaluate
+    def _samples(self, run: Run, stop: StopRequest) -> SampledImages:
+        """Samples of the EMA, drawn as they are asked for; once ``stop`` is true this raises Stopped."""
+        options, recipe = self.config.evaluation, sampling_options(self.config)
+        pipeline = pipeline_of(self.config, self.dataset, self.accelerator.device, full_ema(run.state))
+        draw = drawer(pipeline, recipe)
+
+        def draw_unless_stopped(labels: list[int], generators: list[torch.Generator]) -> Tensor:
+            if stop:
+                raise Stopped
+            return draw(labels, generators)
+
+        recipe = recipe | {"weights_sha256": weights_sha256(pipeline.transformer)}
+        return SampledImages(draw_unless_stopped, self.labels, options.seed, recipe, options.batch_images)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from iwin_dit.build.data import load_autoencoder
@@ -30,8 +29,9 @@ from iwin_dit.pipelines.sampling import (
 )
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime.errors import DataError
-from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.attention import any_attention
+from iwin_dit.training.state import Run
 
 
 def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> ClassConditionalPipeline:
@@ -69,42 +69,55 @@ def sampling_options(config: Config) -> dict[str, Any]:
 BATCH = 40  # images of a preview that are drawn together, or as many as memory has room for
 
 
-def build_preview(
-    config: Config, dataset: Data, run: RunDirectory | None, accelerator: Accelerator
-) -> Callable[[dict[str, Tensor], int, Any], None]:
-    """``preview(ema, step, stop)`` writes ``samples/step-00001000.png``, and gives it to the trackers.
+@any_attention
+def draw_preview(
+    config: Config, dataset: Data, run: Run, ema: dict[str, Tensor], step: int, stop: StopRequest
+) -> None:
+    """Writes ``samples/step-00001000.png``, and gives it to the trackers.
 
-    The first ten classes with fixed seeds, clips as film strips and GIF; nothing is written once ``stop`` is
-    true.
+    It shows the first ten classes with fixed seeds; clips are film strips, and a GIF beside them. Nothing is
+    written once ``stop`` is true.
     """
+    try:
+        samples, names = _draw(config, dataset, run.accelerator.device, ema, stop)
+    except Exception as error:  # training goes on, and says itself where it diverges or does not fit
+        if not (isinstance(error, DataError) or is_out_of_memory(error)):
+            raise
+        warnings.warn(f"no samples of step {step}: {error}", stacklevel=1)
+        return
+    if stop:
+        return
+    grid = draw_grid(samples, names)
+    show(run, "samples", grid, step)
+    if config.model.sample_frames:
+        path = run.files.samples / f"step-{step:08d}.gif"
+        write_gif(draw_animation(samples, names), path, FPS)
 
-    def draw(ema: dict[str, Tensor], stop: Any) -> tuple[list[Sample], dict[int, str]]:
-        weights = {name: tensor.to(accelerator.device) for name, tensor in ema.items()}
-        pipeline = build_pipeline(config, model_of(config, weights), dataset)
-        pipeline.set_progress_bar_config(disable=True)
-        labels = range(min(10, config.model.num_classes))
-        number, options = config.sample.num_per_class, sampling_options(config)
-        drawn = sample_classes(pipeline, labels, number, config.seed, BATCH, **options)
-        return list(itertools.takewhile(lambda sample: not stop, drawn)), pipeline.id2label
 
-    @any_attention
-    def preview(ema: dict[str, Tensor], step: int, stop: Any) -> None:
-        try:
-            samples, names = draw(ema, stop)
-        except Exception as error:  # training goes on, and says itself where it diverges or does not fit
-            if not (isinstance(error, DataError) or is_out_of_memory(error)):
-                raise
-            warnings.warn(f"no samples of step {step}: {error}", stacklevel=1)
-            return
-        if stop:
-            return
-        grid = draw_grid(samples, names)
-        path = run.samples / f"step-{step:08d}.png"
-        grid.save(path)
-        if config.model.sample_frames:
-            write_gif(draw_animation(samples, names), path.with_suffix(".gif"), FPS)
-        for tracker in accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+def _draw(
+    config: Config, dataset: Data, device: torch.device, ema: dict[str, Tensor], stop: StopRequest
+) -> tuple[list[Sample], dict[int, str]]:
+    """Samples of the first ten classes until ``stop`` is true, and the names of all."""
+    pipeline = pipeline_of(config, dataset, device, ema)
+    labels = range(min(10, config.model.num_classes))
+    number, options = config.sample.num_per_class, sampling_options(config)
+    drawn = sample_classes(pipeline, labels, number, config.seed, BATCH, **options)
+    return list(itertools.takewhile(lambda sample: not stop, drawn)), pipeline.id2label
 
-    return preview
+
+def pipeline_of(
+    config: Config, dataset: Data, device: torch.device, weights: dict[str, Tensor]
+) -> ClassConditionalPipeline:
+    """The pipeline of these weights on a device, which draws without a bar of its own."""
+    weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    pipeline = build_pipeline(config, model_of(config, weights), dataset)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def show(run: Run, name: str, picture: Image.Image, step: int) -> None:
+    """Writes a picture of a step to ``samples/``, and gives it to the trackers under this name."""
+    picture.save(run.files.samples / f"step-{step:08d}.png")
+    for tracker in run.accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)

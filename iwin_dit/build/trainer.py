@@ -1,26 +1,24 @@
-"""Where a recipe becomes what the training loop takes: processes, data, state, loss and a run."""
+"""The trunk of both trainers: what stands around the loop, whatever the task."""
 
 from __future__ import annotations
 
 import os
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from iwin_dit.build.data import build_encoder
-from iwin_dit.build.network import build_objective
+from iwin_dit.config.classifier import Recipe
 from iwin_dit.config.parse import is_of_earlier_version
 from iwin_dit.config.rules import local_batch
-from iwin_dit.config.schema import MAY_CHANGE, Config
-from iwin_dit.data.examples import Data, MixedExamples, StepSampler, TrainingExamples
+from iwin_dit.config.schema import MAY_CHANGE, Config, TrainConfig
+from iwin_dit.data.examples import StepSampler, whole
 from iwin_dit.layers import kernels
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import files
@@ -30,14 +28,75 @@ from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.processes import TRAINING_WAIT, group_timeout
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten, read_config
+from iwin_dit.training import loop
+from iwin_dit.training.attention import attention_backend
+from iwin_dit.training.curve import draw_loss_curve
 from iwin_dit.training.ema import decay_rules, make_ema
 from iwin_dit.training.memory import largest_that_fits
-from iwin_dit.training.optimizer import build_adamw, parameter_groups
+from iwin_dit.training.optimizer import build_optimizer
+from iwin_dit.training.replicas import check_data
 from iwin_dit.training.sharding import blocks_of, shard
-from iwin_dit.training.state import State
+from iwin_dit.training.state import Run, State, full_ema
+from iwin_dit.training.task import Task
 
 
-def build_accelerator(config: Any) -> Accelerator:
+class Data(Protocol):
+    """What a task trains on, as the trunk knows it."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the data the same to a run that is resumed."""
+
+
+Opened = TypeVar("Opened", bound=Data)
+Trained = TypeVar("Trained", bound=Recipe)
+
+
+def train(
+    config: Trained,
+    open_data: Callable[[Trained, Accelerator], Opened],
+    build_task: Callable[[Trained, Accelerator, Opened], Task],
+) -> int:
+    """Trains by a recipe, from the newest checkpoint on.
+
+    Args:
+        open_data: opens the data, which are made first where the recipe says how.
+        build_task: builds what is trained on them, once the run directory is locked.
+
+    Returns:
+        the exit code: 143 after a signal, when the same command goes on.
+
+    Raises:
+        UserError: where the recipe, the data, the storage or the numbers do not allow it.
+    """
+    accelerator = build_accelerator(config)
+    data = open_data(config, accelerator)
+    check_data(accelerator, data.identity)
+    directory = build_run(config, data.identity) if accelerator.is_main_process else None
+    start_trackers(config, accelerator, directory)
+    task = build_task(config, accelerator, data)
+    run = Run(config, accelerator, directory, build_state(config, accelerator, task))
+    with attention_backend(config):
+        micro_batch = find_micro_batch(run, task)
+        micro_batches = config.train.batch_images // (micro_batch * accelerator.num_processes)
+        step = loop.train(run, task, build_loader(run, task.examples, micro_batch), micro_batches)
+    ema = full_ema(run.state)
+    accelerator.end_training()
+    stopped = step < config.train.max_steps
+    if stopped and directory is not None:
+        say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
+    elif directory is not None:
+        told = task.finish(run, ema, step)
+        draw_loss_curve(directory)
+        if step > config.train.max_steps:
+            print(
+                f"{directory.path} was trained further than train.max_steps {config.train.max_steps} before"
+            )
+        print(f"trained to step {step}{told}")
+    return 143 if stopped else 0
+
+
+def build_accelerator(config: Recipe) -> Accelerator:
     """Processes, device and precision; notices a launch that silently became a single process.
 
     Raises:
@@ -89,45 +148,30 @@ def _runs_triton(device: torch.device) -> bool:
     return kernels.INSTALLED and (device.type == "cuda" or interpreted)
 
 
-def build_examples(
-    config: Config, dataset: Data, images: Data | None = None
-) -> TrainingExamples | MixedExamples:
-    """What training sees at each position: of the dataset, and of images that are mixed in with it."""
-    null_label = config.model.num_classes if config.model.label_dropout else None
-    examples = [
-        TrainingExamples(data, config.seed, config.data.random_flip, config.model.label_dropout, null_label)
-        for data in (dataset, images)
-        if data is not None
-    ]
-    if images is None:
-        return examples[0]
-    return MixedExamples(*examples, config.seed, config.data.image_share, config.train.batch_images)
-
-
-def build_loader(
-    config: Any, examples: Dataset, accelerator: Accelerator, micro_batch: int
-) -> Callable[[int], DataLoader]:
+def build_loader(run: Run, examples: Dataset, micro_batch: int) -> Callable[[int], DataLoader]:
     """``loader(step)``, which reads this process's micro-batches from that step on."""
+    options, accelerator = run.config.train, run.accelerator
 
     def loader(step: int) -> DataLoader:
         sampler = StepSampler(
-            step,
-            config.train.batch_images,
-            micro_batch,
-            accelerator.process_index,
-            accelerator.num_processes,
+            step, options.batch_images, micro_batch, accelerator.process_index, accelerator.num_processes
         )
-        workers = config.train.num_workers
+        collate = whole if hasattr(examples, "__getitems__") else None
         return DataLoader(
-            examples,
-            batch_sampler=sampler,
-            num_workers=workers,
-            timeout=config.train.worker_timeout_seconds if workers else 0,
-            worker_init_fn=leave_group,
-            pin_memory=accelerator.device.type == "cuda",
+            examples, batch_sampler=sampler, collate_fn=collate, **reading(options, accelerator)
         )
 
     return loader
+
+
+def reading(options: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """How a DataLoader reads: its processes, and how long it waits for them."""
+    return dict(
+        num_workers=options.num_workers,
+        timeout=options.worker_timeout_seconds if options.num_workers else 0,
+        worker_init_fn=leave_group,
+        pin_memory=accelerator.device.type == "cuda",
+    )
 
 
 def leave_group(worker: int) -> None:
@@ -135,15 +179,9 @@ def leave_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def build_state(
-    config: Any, accelerator: Accelerator, model: nn.Module, groups: Any = parameter_groups
-) -> State:
-    """Model, EMAs and optimiser on the accelerator's device, split over the processes where asked for.
-
-    Args:
-        groups: ``groups(model, weight_decay)``, the parameters as AdamW takes them.
-    """
-    model = model.to(accelerator.device)
+def build_state(config: Recipe, accelerator: Accelerator, task: Task) -> State:
+    """Model, EMAs and optimiser on the accelerator's device, split over the processes where asked for."""
+    model = task.model.to(accelerator.device)
     emas = {name: make_ema(model) for name in decay_rules(config.ema.decays, config.ema.power_stds)}
     if config.ema.on_cpu:
         emas = {name: ema.cpu() for name, ema in emas.items()}
@@ -154,76 +192,57 @@ def build_state(
     if config.train.compile:
         for block in blocks_of(model):
             block.compile()
-    optim = config.optimizer
-    adamw = build_adamw(groups(model, optim.weight_decay), optim.learning_rate, optim.betas, optim.eps)
-    return State(model, emas, adamw)
+    return State(model, emas, build_optimizer(task.parameter_groups(), config.optimizer))
 
 
-def find_micro_batch(
-    config: Any,
-    accelerator: Accelerator,
-    state: State,
-    loss: Callable[..., Tensor],
-    batch: Callable[[int], Sequence[Tensor]],
-    together: int = 1,
-) -> int:
+def find_micro_batch(run: Run, task: Task) -> int:
     """Images of one forward pass on one process: the config's, or the most that fit into memory.
 
     The model is left as it was; what it computes with has to be chosen before.
 
-    Args:
-        loss: as the training loop takes it.
-        batch: ``batch(images)``, random tensors as the loader gives them.
-        together: so many images stay in one micro-batch.
-
     Raises:
-        ConfigError: where they do not divide the batch, or not even one image fits.
+        ConfigError: where not even one image fits, or where they would part images that are mixed.
     """
-    local, micro_batch = local_batch(config.train, accelerator.num_processes)
-    if config.train.micro_batch != "auto" or local % together:
-        return micro_batch
+    options, accelerator = run.config.train, run.accelerator
+    local, micro_batch = local_batch(options, accelerator.num_processes)
+    together = 2 if task.in_pairs else 1
+    if options.micro_batch == "auto" and local % together == 0:
+        micro_batch = _largest_micro_batch(run, task, local, together)
+        if accelerator.is_main_process:
+            say(f"micro-batches of {micro_batch} images, {local // micro_batch} to a step")
+    if micro_batch % together:
+        raise ConfigError(
+            f"micro-batches of {micro_batch} images cannot be joined two by two, as mixup and CutMix do; set "
+            "train.micro_batch to an even divisor of the images of a process, or both alphas to 0"
+        )
+    return micro_batch
+
+
+def _largest_micro_batch(run: Run, task: Task, local: int, together: int) -> int:
+    """The most images of ``local`` that fit into the memory of every process, found by trying."""
+    options, accelerator, state = run.config.train, run.accelerator, run.state
 
     def attempt(groups: int) -> None:
-        if config.train.compile:
+        if options.compile:
             torch.compiler.reset()  # else a second size would make graphs of any size, for the whole run
-        tensors = [tensor.to(accelerator.device) for tensor in batch(groups * together)]
+        tensors = [tensor.to(accelerator.device) for tensor in task.random_batch(groups * together)]
         with accelerator.autocast():
-            losses = loss(state.model, *tensors)
+            losses = task.loss(state.model, *tensors)
         losses.sum().backward()
 
     buffers = [buffer.clone() for buffer in state.model.buffers()]  # such as BatchNorm's statistics
     with torch.random.fork_rng():
-        fitting = largest_that_fits(attempt, local // together) * together
+        own = largest_that_fits(attempt, local // together) * together
     for buffer, before in zip(state.model.buffers(), buffers, strict=True):
         buffer.copy_(before)
     state.optimizer.zero_grad(set_to_none=True)
-    own, fitting = fitting, int(accelerator.gather(torch.tensor([fitting], device=accelerator.device)).min())
-    if config.train.compile and fitting != own:
+    fitting = int(accelerator.gather(torch.tensor([own], device=accelerator.device)).min())
+    if options.compile and fitting != own:
         torch.compiler.reset()
-    if accelerator.is_main_process:
-        say(f"micro-batches of {fitting} images, {local // fitting} to a step")
     return fitting
 
 
-def build_loss(
-    config: Config, dataset: Data, accelerator: Accelerator
-) -> tuple[Callable[..., Tensor], Callable[[int], Sequence[Tensor]]]:
-    """The loss of a batch of the loader, and a maker of such batches of random numbers."""
-    objective = build_objective(config)
-    encode = build_encoder(dataset, accelerator)
-
-    def loss(model: Any, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-        return objective.loss(model, encode(x0), labels, noise, u)
-
-    def batch(images: int) -> Sequence[Tensor]:
-        (x0, _), shape = dataset[0], dataset.latent_shape
-        labels = torch.zeros(images, dtype=torch.long)
-        return x0.expand(images, *x0.shape), labels, torch.randn(images, *shape), torch.rand(images)
-
-    return loss, batch
-
-
-def build_run(config: Any, identity: dict[str, Any]) -> RunDirectory:
+def build_run(config: Recipe, identity: dict[str, Any]) -> RunDirectory:
     """The run directory, locked.
 
     Args:
@@ -266,7 +285,7 @@ def _check_earlier_version(config: Config) -> None:
         )
 
 
-def start_trackers(config: Any, accelerator: Accelerator, run: RunDirectory | None) -> None:
+def start_trackers(config: Recipe, accelerator: Accelerator, run: RunDirectory | None) -> None:
     """Opens the trackers of the config, on the main process; a run that is resumed goes on in them.
 
     wandb knows the run by an id, which the run directory keeps. TensorBoard is told which of the steps that

@@ -13,7 +13,6 @@ from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
-from iwin_dit.runtime.progress import say
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "classifier" / "digits.yaml"
 
@@ -32,51 +31,8 @@ def main() -> int:
 
 def train(config: ClassifierConfig) -> int:
     from iwin_dit.build import classifier, labelled, trainer
-    from iwin_dit.build.classifier_export import export
-    from iwin_dit.training import attention, loop
-    from iwin_dit.training.curve import draw_loss_curve
-    from iwin_dit.training.replicas import check_data
 
-    accelerator = trainer.build_accelerator(config)
-    images, held_out = labelled.build_images(config, accelerator)
-    check_data(accelerator, images.identity)
-    run = trainer.build_run(config, images.identity) if accelerator.is_main_process else None
-    trainer.start_trackers(config, accelerator, run)
-    state = trainer.build_state(
-        config, accelerator, classifier.build_trained(config), classifier.parameter_groups(config)
-    )
-    loss, random_batch = classifier.build_loss(config)
-    together = 2 if config.mixes else 1  # images that are mixed two by two stay in one micro-batch
-
-    with attention.attention_backend(config):
-        micro_batch = trainer.find_micro_batch(config, accelerator, state, loss, random_batch, together)
-        examples = labelled.build_examples(config, images, micro_batch)
-        step = loop.train(
-            config,
-            accelerator,
-            run,
-            state,
-            loss,
-            trainer.build_loader(config, examples, accelerator, micro_batch),
-            config.train.batch_images // (micro_batch * accelerator.num_processes),
-            classifier.build_preview(config, held_out, run, accelerator),
-            classifier.build_evaluation(config, held_out, state, accelerator),
-            6 * classifier.multiply_adds(config),
-        )
-
-    accelerator.end_training()
-    if step < config.train.max_steps:
-        if accelerator.is_main_process:
-            say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
-        return 143
-    if accelerator.is_main_process:
-        draw_loss_curve(run)
-        exported = export(config, state, run)
-        found = [record for record in run.read_log() if "top1" in record]
-        accuracy = f", top-1 {found[-1]['top1']} %, top-5 {found[-1]['top5']} %" if found else ""
-        kind = "for timm" if config.data.frames is None else "weights"
-        print(f"trained to step {step}{accuracy}; curves in {run.path}/loss.png, {kind} in {exported}")
-    return 0
+    return trainer.train(config, labelled.open_data, classifier.Classifier)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from iwin_dit.config.bounds import (
     check_ranges,
 )
 from iwin_dit.config.rules import check_ema, check_optimizer, check_train
-from iwin_dit.config.schema import EmaConfig, OptimizerConfig, TrainConfig, lists
+from iwin_dit.config.schema import Config, EmaConfig, OptimizerConfig, TrainConfig, lists
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
@@ -143,7 +143,7 @@ class ClassifierModelConfig:
 
 @dataclass(frozen=True)
 class ClassifierOptimizerConfig(OptimizerConfig):
-    """AdamW, and learning rates that differ between layers.
+    """The optimiser, and learning rates that differ between layers.
 
     Args:
         layer_decay: each layer's learning rate is this times the next one's; 1 for the same everywhere.
@@ -192,6 +192,9 @@ class ClassifierConfig:
     def mixes(self) -> bool:
         """Whether images are mixed with each other."""
         return self.augment.mixup > 0 or self.augment.cutmix > 0
+
+
+Recipe = Config | ClassifierConfig  # what a run is trained by
 
 
 def check(config: ClassifierConfig) -> None:

@@ -187,9 +187,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW.
+    """The optimiser.
 
     Args:
+        name: AdamW.
         learning_rate: after the warm-up.
         warmup_steps: linear warm-up.
         schedule: after it, constant, or half a cosine that ends with ``train.max_steps``.
@@ -200,6 +201,7 @@ class OptimizerConfig:
         max_grad_norm: gradients are clipped to this norm; null for never.
     """
 
+    name: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, ABOVE_ZERO] = 2e-4
     warmup_steps: CountFromZero = 0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -348,7 +350,7 @@ class Config:
         data: the latents.
         model: the network.
         objective: what it predicts.
-        optimizer: AdamW.
+        optimizer: AdamW, and its learning rate.
         ema: averages of the weights.
         train: the run.
         sample: the grids.

@@ -45,7 +45,7 @@ class Example(NamedTuple):
     """
 
     x0: Tensor
-    label: int | Tensor
+    label: Tensor
     noise: Tensor
     u: Tensor
 
@@ -56,8 +56,7 @@ class Draw(NamedTuple):
     index: int
     mirrored: bool
     dropped: bool
-    noise: Tensor
-    u: Tensor
+    u: float
     rng: torch.Generator
 
 
@@ -78,24 +77,26 @@ class TrainingExamples(Dataset):
         self.label_dropout, self.null_label = label_dropout, null_label
 
     def __getitem__(self, position: int) -> Example:
-        return self.__getitems__([position])[0]
+        return Example(*(part[0] for part in self.__getitems__([position])))
 
-    def __getitems__(self, positions: list[int]) -> list[Example]:
+    def __getitems__(self, positions: Sequence[int]) -> Example:
         """A batch at once, as a DataLoader asks for it: the shards are read together."""
-        draws = [self._draw(position) for position in positions]
-        indices, mirrored, dropped, noises, times, rngs = zip(*draws, strict=True)
+        noise = torch.empty(len(positions), *self.data.latent_shape)
+        draws = [self._draw(position, out) for position, out in zip(positions, noise, strict=True)]
+        indices, mirrored, dropped, times, rngs = zip(*draws, strict=True)
         x0, labels = self.data.draw(indices, mirrored, rngs)
         labels = [self.null_label if drop else label for drop, label in zip(dropped, labels, strict=True)]
-        return [Example(*parts) for parts in zip(x0, labels, noises, times, strict=True)]
+        return Example(x0, torch.tensor(labels), noise, torch.tensor(times))
 
-    def _draw(self, position: int) -> Draw:
+    def _draw(self, position: int, noise: Tensor) -> Draw:
+        """The choices of a position, and its noise, into a tensor."""
         epoch, offset = divmod(position, len(self.data))
         rng = generator(self.seed, "example", position)
         u, flip, drop = torch.rand(3, generator=rng)
         index = int(epoch_order(self.seed, epoch, len(self.data))[offset])
-        noise = torch.randn(self.data.latent_shape, generator=rng)
+        torch.randn(noise.shape, generator=rng, out=noise)
         mirrored, dropped = self.random_flip and bool(flip < 0.5), bool(drop < self.label_dropout)
-        return Draw(index, mirrored, dropped, noise, u, rng)
+        return Draw(index, mirrored, dropped, float(u), rng)
 
 
 class ImagesAsClips:
@@ -139,12 +140,17 @@ class MixedExamples(Dataset):
         self.image_share, self.batch_images = image_share, batch_images
 
     def __getitem__(self, position: int) -> Example:
-        return self.__getitems__([position])[0]
+        return Example(*(part[0] for part in self.__getitems__([position])))
 
-    def __getitems__(self, positions: list[int]) -> list[Example]:
-        """Of one step."""
+    def __getitems__(self, positions: Sequence[int]) -> Example:
+        """A batch of one step."""
         drawn = torch.rand((), generator=generator(self.seed, "mixed", positions[0] // self.batch_images))
         return (self.images if drawn < self.image_share else self.clips).__getitems__(positions)
+
+
+def whole(batch: Example) -> Example:
+    """How a DataLoader joins what ``__getitems__`` returns: it is a batch already."""
+    return batch
 
 
 @lru_cache(maxsize=4)

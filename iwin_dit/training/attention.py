@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iwin_dit.config.classifier import Recipe
 from iwin_dit.layers import kernels
 from iwin_dit.runtime.errors import ConfigError
 
@@ -27,7 +27,7 @@ NO_KERNEL = ("No available kernel", "No viable backend")  # in the words of CUDA
 
 
 @contextlib.contextmanager
-def attention_backend(config: Any) -> Iterator[None]:
+def attention_backend(config: Recipe) -> Iterator[None]:
     """The context in which attention takes the kernels of the config, of PyTorch and of Iwin.
 
     Raises:

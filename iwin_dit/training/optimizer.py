@@ -1,23 +1,37 @@
-"""AdamW, its warm-up, and its state as named tensors."""
+"""The optimisers, their warm-up, and their state as named tensors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from iwin_dit.config.schema import OptimizerConfig
+
+Groups = list[dict[str, Any]]  # of parameters; a group's ``lr_scale`` multiplies its learning rate
+
+# From groups of parameters and the options of a recipe to an optimiser, by ``optimizer.name``. Fused ones are
+# the fastest, and leave everything as it was without asking the host where a step is not finite.
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {
+    "adamw": lambda groups, options: AdamW(
+        groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True
+    ),
+}
 
 # What has the shape of matrices and is none: embeddings, and what a relative position adds to attention's
 # scores, a table (Swin) or a network and a temperature (Swin V2, which leave them without decay, too).
 UNDECAYED = frozenset(("label_embedding", "bias_table", "bias_network", "logit_scale"))
 
 
-def learning_rate(step: int, options: Any, max_steps: int) -> float:
+def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:
     """Linear warm-up, then constant, or half a cosine down to ``min_learning_rate`` at the last step.
 
     Args:
-        options: an :class:`~iwin_dit.config.schema.OptimizerConfig`.
+        options: of the recipe.
         max_steps: the length of the run; a constant rate does not depend on it, so such a run, and no other,
             may be made longer (:func:`iwin_dit.build.trainer.build_run`).
     """
@@ -28,7 +42,13 @@ def learning_rate(step: int, options: Any, max_steps: int) -> float:
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Gives each group this rate, times its own ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """All parameters; weight decay acts on matrices and kernels, not on biases, norms or UNDECAYED."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -37,26 +57,50 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_adamw(
-    groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW over groups of parameters; a group's ``lr_scale`` multiplies its learning rate.
+def build_optimizer(groups: Groups, options: OptimizerConfig) -> Optimizer:
+    """The optimiser of a recipe. Its state exists from the start, so that a checkpoint's is copied into it.
 
-    The fused kernel: the fastest, and the one that leaves everything as it was where ``found_inf`` says so,
-    without asking the host. Its state exists from the start, so that a checkpoint's can be copied into it.
+    Raises:
+        TypeError: where its state is not of tensors, which alone a checkpoint keeps.
     """
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
+    optimizer = OPTIMIZERS[options.name](groups, options)
+    if not optimizer.state:
+        _make_state(optimizer)
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{options.name} keeps {key} as a {type(value).__name__}, expected a tensor")
     return optimizer
 
 
-def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+@torch.no_grad()
+def _make_state(optimizer: Optimizer) -> None:
+    """Makes by steps what most optimisers make in their first one: zeros. The parameters stay."""
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        before, parameter.grad = parameter.clone(), torch.zeros_like(parameter)
+        optimizer.step()
+        parameter.grad = None
+        parameter.copy_(before)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+def step_if_finite(optimizer: Optimizer, not_finite: Tensor) -> None:
+    """Takes a step; where ``not_finite`` is not 0, it changes neither parameters nor state.
+
+    An optimiser that knows ``found_inf``, as PyTorch's fused ones do for its gradient scaler, decides on the
+    device. The host decides for any other, and waits for the device in each step.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # so PyTorch's gradient scaler does it
+        optimizer.step()
+    elif not not_finite:
+        optimizer.step()
+
+
+def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimiser's state by parameter name, by reference: ``blocks.0.mlp.down.weight/exp_avg``."""
     return {
         f"{name}/{key}": value

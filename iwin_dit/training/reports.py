@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -196,12 +195,9 @@ class Meter:
         return record
 
 
-def is_spike(loss: float | None, before: list[float | None], factor: float | None) -> bool:
-    """Whether a logged loss is above ``factor`` times the median of the 20 before it; at least five."""
-    recent = [value for value in before[-20:] if value is not None]
-    if factor is None or loss is None or len(recent) < 5:
-        return False
-    return loss > factor * median(recent)
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from iwin_dit.config.classifier import Recipe
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError
 from iwin_dit.runtime.processes import shared, together
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.training.optimizer import named_state
 from iwin_dit.training.sharding import assign, full
-
-T = TypeVar("T")
 
 
 class State(NamedTuple):
@@ -33,46 +32,77 @@ class State(NamedTuple):
         return {"model": self.model.state_dict(), **emas, "optimizer": optimizer}
 
 
+class Run(NamedTuple):
+    """What trains: a recipe, the processes, the run directory, and the state on the accelerator's device.
+
+    The main process alone holds the directory, and asks for it as ``run.files``.
+    """
+
+    config: Recipe
+    accelerator: Accelerator
+    directory: RunDirectory | None
+    state: State
+
+    @property
+    def files(self) -> RunDirectory:
+        """The run directory, which the main process may ask for."""
+        assert self.directory is not None, "only the main process holds the run directory"
+        return self.directory
+
+
 class Progress(NamedTuple):
     """Where a run stands: the step, and by how many steps its data are ahead of it after roll-backs."""
 
     step: int = 0
     data_offset: int = 0
 
+    @property
+    def data_step(self) -> int:
+        """The step of the data that comes next."""
+        return self.step + self.data_offset
 
-def save(accelerator: Accelerator, run: RunDirectory | None, at: Progress, state: State, keep: int) -> None:
+
+def save(run: Run, at: Progress) -> None:
     """A checkpoint, written by the main process while the others wait; its failure is everybody's."""
-    tensors = gather(accelerator, state.groups())
+    tensors, keep = gather(run.accelerator, run.state.groups()), run.config.train.keep_checkpoints
     extra = {"data_offset": at.data_offset}
-    together(accelerator, lambda: checkpoint.save_checkpoint(run.checkpoints, at.step, tensors, extra, keep))
+
+    def write() -> None:
+        checkpoint.save_checkpoint(run.files.checkpoints, at.step, tensors, extra, keep)
+
+    together(run.accelerator, write)
 
 
-def save_snapshot(accelerator: Accelerator, run: RunDirectory | None, step: int, state: State) -> None:
+def save_snapshot(run: Run, step: int) -> None:
     """The power-function averages of this step, kept for post-hoc reconstruction."""
-    powers = {name: ema.state_dict() for name, ema in state.emas.items() if name.startswith("ema_std_")}
-    tensors = gather(accelerator, powers)
-    together(accelerator, lambda: checkpoint.save_checkpoint(run.snapshots, step, tensors, {}, keep=None))
+    powers = {name: ema.state_dict() for name, ema in run.state.emas.items() if name.startswith("ema_std_")}
+    tensors = gather(run.accelerator, powers)
+
+    def write() -> None:
+        checkpoint.save_checkpoint(run.files.snapshots, step, tensors, {}, keep=None)
+
+    together(run.accelerator, write)
 
 
-def resume(accelerator: Accelerator, run: RunDirectory | None, state: State) -> Progress:
+def resume(run: Run) -> Progress:
     """Loads the newest checkpoint on the main process, then on all others; nothing where there is none.
 
     Raises:
         CheckpointError: where it is damaged or does not fit, on every process.
     """
-    groups = state.groups()
+    accelerator, groups = run.accelerator, run.state.groups()
 
     def read() -> tuple[Progress, dict[str, dict[str, Tensor]]]:
-        newest = checkpoint.newest(run.checkpoints)
+        newest = checkpoint.newest(run.files.checkpoints)
         if newest is None:
-            run.begin(0)
+            run.files.begin(0)
             return Progress(), {}
         tensors = {name: checkpoint.read_tensors(newest, name, like=groups[name]) for name in groups}
         found = checkpoint.read_state(newest)
         offset = found.get("data_offset", 0)
         if type(offset) is not int or offset < 0:
             raise CheckpointError(f"{newest} has data_offset {offset!r}, expected a number of steps")
-        run.begin(found["step"])
+        run.files.begin(found["step"])
         return Progress(found["step"], offset), tensors
 
     progress, tensors = together(accelerator, read) or (Progress(), {})

@@ -17,8 +17,8 @@ from conftest import ROOT, make_pipeline, make_vae
 from safetensors.torch import load_file, save_file
 
 from iwin_dit import IwinDiTPipeline
-from iwin_dit.build import classifier
-from iwin_dit.build.classifier import load_classifier
+from iwin_dit.build import classifier_network
+from iwin_dit.build.classifier_network import load_classifier
 from iwin_dit.build.evaluation import build_extractor
 from iwin_dit.build.loading import load_pipeline
 from iwin_dit.config.classifier import ClassifierConfig
@@ -260,8 +260,8 @@ def test_32_a_strangers_classifier_makes_no_library_load_a_file(tmp_path, marker
     for load in (
         lambda: load_classifier(str(tmp_path / "run")),
         lambda: build_extractor(f"iwin:{tmp_path / 'run'}", None),
-        lambda: classifier.build_model(config),
-        lambda: classifier.begin_from(model, str(tmp_path / "run")),
+        lambda: classifier_network.build_classifier(config),
+        lambda: classifier_network.begin_classifier(model, str(tmp_path / "run")),
     ):
         with pytest.raises(ConfigError, match="which makes timm load a file"):
             load()
@@ -272,7 +272,7 @@ def test_32_a_strangers_classifier_makes_no_library_load_a_file(tmp_path, marker
 )
 def test_a_classifier_whose_data_are_not_said(tmp_path, text, monkeypatch):
     config = ClassifierConfig()
-    monkeypatch.setattr(classifier, "read_run", lambda run: (config, torch.nn.Linear(2, 2)))
+    monkeypatch.setattr(classifier_network, "read_run", lambda run: (config, torch.nn.Linear(2, 2)))
     if text is not None:
         (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"data\.json does not say what the classes of its run are: "):
