@@ -51,7 +51,8 @@ class NpzImages:
         DataError: where there is no such array.
     """
 
-    what, axes = "images", ("height", "width")
+    what = "images"
+    axes: tuple[str, ...] = ("height", "width")
 
     def __init__(self, path: Path, workers: int = 0):
         self.path, self.workers = path, workers
@@ -76,7 +77,7 @@ class NpzImages:
                 f"{path} holds {self.what} of shape {self.shape[1:]}, more than "
                 f"{files.in_units(limits.IMAGE_BYTES)} each; make smaller ones"
             )
-        self.description = {"npz": str(path), self.what: len(self)}
+        self.description: dict[str, Any] = {"npz": str(path), self.what: len(self)}
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -140,7 +141,8 @@ class NpzImages:
 class NpzClips(NpzImages):
     """The array ``arr_0`` of an ``.npz`` file, uint8 ``(N, T, H, W, 3)``, read piece by piece."""
 
-    what, axes = "clips", ("frames", "height", "width")
+    what = "clips"
+    axes = ("frames", "height", "width")
 
     def __init__(self, path: Path, workers: int = 0):
         super().__init__(path, workers)

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class FolderClips:
                 )
             check_numbers(str(clip[0].parent), [frame.name for frame in clip])
         counts = {"clips": self.num_clips, "frames": self.num_frames}
-        self.description = {k: v for k, v in self._images.description.items() if k != "images"} | counts
+        self.description: dict[str, Any] = {
+            k: v for k, v in self._images.description.items() if k != "images"
+        } | counts
 
     def __len__(self) -> int:
         return self.num_clips
@@ -83,7 +86,11 @@ class VideoClips:
             if one.with_suffix("") == two.with_suffix(""):
                 raise DataError(f"{one} and {two.name} are one clip twice; give a folder with one of each")
         self.num_frames = count_frames(str(self.paths[0]))
-        self.description = {"folder": str(folder), "clips": len(self.paths), "frames": self.num_frames}
+        self.description: dict[str, Any] = {
+            "folder": str(folder),
+            "clips": len(self.paths),
+            "frames": self.num_frames,
+        }
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from iwin_dit.evaluation.export import Export
-from iwin_dit.evaluation.images import Images, read_batches
+from iwin_dit.evaluation.images import Extractor, Images, read_batches
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
@@ -30,7 +29,7 @@ CHUNK = 256
 
 def extract_features(
     images: Images,
-    extractor: Any,
+    extractor: Extractor,
     layers: Iterable[str],
     folder: Path,
     batch_size: int,
@@ -104,7 +103,7 @@ def _digest(path: Path, features: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(f"{path.parent.name}/{path.name}".encode())
     for layer, tensor in sorted(features.items()):
         digest.update(f"{layer} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 
@@ -128,7 +127,7 @@ def read_features(folder: Path, images: int, metrics: Iterable[str]) -> Features
     return features
 
 
-def features_key(images: Images, extractor: Any) -> str:
+def features_key(images: Images, extractor: Extractor) -> str:
     """What files of features depend on: the images, the extractor's weights and how it prepares images."""
     content = json.dumps(
         [2, CHUNK, extractor.name, extractor.sha256, extractor.preprocessing, images.fingerprint]

@@ -40,14 +40,29 @@ class Images(Protocol):
     workers: processes that read it ahead; 0 for what is drawn.
     """
 
-    fingerprint: str
     description: dict[str, Any]
     workers: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content."""
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Tensor:
         """Some of them, in order: uint8 ``(stop - start, 3, H, W)``."""
+
+
+class Extractor(Protocol):
+    """A network whose features metrics compare; see :mod:`iwin_dit.evaluation.extractors`."""
+
+    name: str
+    sha256: str  # of its weights
+    preprocessing: str
+    layers: tuple[str, ...]
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Features ``(B, D)`` of each layer, of uint8 images ``(B, 3, H, W)``, or of clips."""
 
 
 class Reading(NamedTuple):
@@ -120,7 +135,7 @@ class FolderImages:
             raise DataError(
                 f"there are no images in {folder}; expected files such as {', '.join(sorted(wanted.endings))}"
             )
-        self.description = {"folder": str(folder), "images": len(self)}
+        self.description: dict[str, Any] = {"folder": str(folder), "images": len(self)}
         if reading.size is not None:
             self.description["center_crop"] = list(reading.size)
         if reading.background is not None:

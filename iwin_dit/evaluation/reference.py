@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from torch import nn
 
 from iwin_dit.config.metrics import looks_at_clips
 from iwin_dit.evaluation.archives import array_names
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
 from iwin_dit.evaluation.export import Export
-from iwin_dit.evaluation.images import AS_THEY_ARE, Images, Reading
+from iwin_dit.evaluation.images import AS_THEY_ARE, Extractor, Images, Reading
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts
 from iwin_dit.evaluation.statistics import STATISTICS, read_statistics
 from iwin_dit.runtime import files
@@ -51,12 +50,13 @@ class Reference:
     def describe(self) -> dict[str, Any]:
         """For the result."""
         if self.statistics is None:
+            assert self.images is not None  # there is one of both
             return self.images.description | {"sha256": self.images.fingerprint}
         counted = {} if self.images is None else {"images": len(self.images)}
         sha256 = files.fingerprint(self.statistics)["sha256"]
         return {"statistics": str(self.statistics), **counted, "sha256": sha256}
 
-    def read(self, metrics: list[str], extractor: nn.Module) -> Features:
+    def read(self, metrics: list[str], extractor: Extractor) -> Features:
         """What the metrics need of it.
 
         Raises:
@@ -64,11 +64,15 @@ class Reference:
         """
         one_by_one, by_moments = split(metrics)
         if self.statistics is None:
-            return read_features(self.features, len(self.images), metrics)
+            return self._read_images(metrics)
         features = read_statistics(self.statistics, by_moments, extractor)
         if self.images is not None:
-            features.samples = read_features(self.features, len(self.images), one_by_one).samples
+            features.samples = self._read_images(one_by_one).samples
         return features
+
+    def _read_images(self, metrics: list[str]) -> Features:
+        assert self.images is not None and self.features is not None, "extract_reference comes first"  # noqa: PT018
+        return read_features(self.features, len(self.images), metrics)
 
 
 def split(metrics: list[str]) -> tuple[list[str], list[str]]:
@@ -117,7 +121,7 @@ def open_reference(
 
 
 def extract_reference(
-    reference: Reference, extractor: nn.Module, batch_size: int, accelerator: Accelerator
+    reference: Reference, extractor: Extractor, batch_size: int, accelerator: Accelerator
 ) -> None:
     """Makes the features of real images that are not in the cache, under a key of their content.
 
@@ -138,7 +142,7 @@ def extract_reference(
 
 def extract(
     images: Images,
-    extractor: nn.Module,
+    extractor: Extractor,
     folder: Path,
     batch_size: int,
     accelerator: Accelerator,

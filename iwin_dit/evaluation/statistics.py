@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from iwin_dit.evaluation.archives import BROKEN_NPZ, read_array
 from iwin_dit.evaluation.frechet import Moments
+from iwin_dit.evaluation.images import Extractor
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError, reason
@@ -26,7 +27,7 @@ STATISTICS = {  # ADM's names; of logits, as FVD has them
 }
 
 
-def read_statistics(path: Path, metrics: Iterable[str], extractor: Any) -> Features:
+def read_statistics(path: Path, metrics: Iterable[str], extractor: Extractor) -> Features:
     """Of an ``.npz`` with ``mu, sigma`` and, for sFID, ``mu_s, sigma_s``, or of :func:`write_statistics`.
 
     Args:
@@ -64,7 +65,7 @@ def _read_adms(path: Path, layers: Iterable[str]) -> dict[str, tuple[int, Any, A
     return found
 
 
-def _read_ours(path: Path, layers: Iterable[str], extractor: Any) -> dict[str, tuple[int, Any, Any]]:
+def _read_ours(path: Path, layers: Iterable[str], extractor: Extractor) -> dict[str, tuple[int, Any, Any]]:
     if path.stat().st_size > len(STATISTICS) * limits.ARRAY_BYTES:
         raise ValueError(f"it has more than {files.in_units(len(STATISTICS) * limits.ARRAY_BYTES)}")
     with safe_open(path, "np") as file:
@@ -97,7 +98,7 @@ def read_about(file: Any) -> dict[str, Any]:
     return about
 
 
-def write_statistics(path: Path, features: Features, extractor: Any, source: Mapping[str, Any]) -> None:
+def write_statistics(path: Path, features: Features, extractor: Extractor, source: Mapping[str, Any]) -> None:
     """Means and covariances of all layers that were gathered, what made them and of what: safetensors."""
     tensors = {}
     for layer, moments in features.moments.items():
@@ -109,6 +110,6 @@ def write_statistics(path: Path, features: Features, extractor: Any, source: Map
     files.replace(path, save(tensors, {"about": json.dumps(about)}))
 
 
-def identity(extractor: Any) -> dict[str, str]:
+def identity(extractor: Extractor) -> dict[str, str]:
     """What features depend on beside the images."""
     return {key: getattr(extractor, key) for key in ("name", "sha256", "preprocessing")}

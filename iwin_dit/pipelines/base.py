@@ -1,11 +1,12 @@
 """What the pipelines of images and of clips have in common: labels, and from noise to latents.
 
-Legend: B images or clips, C latent channels, T, h and w sides of the latent.
+Legend: B images or clips, C latent channels, T, h and w sides of the latent; F frames of H x W pixels.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -20,6 +21,7 @@ from iwin_dit.data.codec import (
     VAES,
     decode,
     denormalize,
+    latent_frames,
     spatial_factor,
     usable_dtype,
     vae_statistics,
@@ -76,7 +78,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         # from_pipe takes over the models of these very classes, not those of classes derived from them
         transformer: IwinDiTTransformer2DModel | IwinDiTTransformer3DModel,
-        vae: Union[tuple(VAES.values())],  # noqa: UP007  the classes of a table
+        vae: Union[tuple(VAES.values())],  # type: ignore[valid-type]  # noqa: UP007  diffusers reads a table's
         scheduler: SchedulerMixin,
         id2label: Any = None,
         latents_mean: Any = None,
@@ -164,50 +166,94 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         return self.class_names.ids(labels, self.transformer.config.num_classes)
 
-    def _denoise(
+    @torch.no_grad()
+    def __call__(
         self,
-        class_labels: Any,
-        size: tuple[int | None, ...],
-        guidance_scale: float,
-        num_inference_steps: int,
-        guidance_interval: tuple[float, float],
-        guidance_channels: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-        output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        guide: IwinDiTTransformer2DModel | None,
-    ) -> Tensor:
-        """From noise to normalised latents ``(B, C, [T,] h, w)``; the call's arguments are checked first.
+        class_labels: int | str | Sequence[int | str],
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the signature that diffusers expects
+        guide: IwinDiTTransformer2DModel | None = None,
+        num_frames: int | None = None,
+    ) -> Any:
+        """Draws one image, or clip, per label.
 
         Args:
-            size: sides of the latent, None for the model's own.
+            class_labels: ids or names, one or several, mixed as you like.
+            guidance_scale: 1 is unguided and takes one forward pass a step instead of two.
+            num_inference_steps: steps of the sampler.
+            guidance_interval: (low, high) of t in [0, 1], with t = 1 noise, in which guidance acts.
+            guidance_channels: guide only the first so many latent channels; 3 reproduces DiT's, SiT's and
+                LightningDiT's published figures.
+            height, width: in pixels. Default: what the model was made for.
+            generator: one, or one per image; image k then depends on its own generator alone.
+            latents: initial noise ``(B, C, [T,] h, w)`` instead of drawing it.
+            output_type: ``pil``; ``np`` (B, [F,] H, W, 3) or ``pt`` (B, [F,] 3, H, W) in [0, 1]; normalised
+                ``latent``. A clip as ``pil`` is a list of F images.
+            return_dict: an output of diffusers' kind, with ``images`` or ``frames``, rather than a tuple.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ...})``; returns
+                such a dictionary, perhaps with new latents.
+            guide: a smaller or less trained transformer of the same latents and classes, away from which
+                predictions are pushed instead of from those without a class: autoguidance (Karras et al.
+                2024). No null label is needed.
+            num_frames: of clips, F. Default: what the model was made for.
+
+        Raises:
+            ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
         """
-        model, device = self.transformer, self._execution_device
+        size = self._latent_size(num_frames, height, width)
         ids = self.get_label_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty, expected at least one id or name")
         self._guidance_scale = guidance_scale
-        if guide is not None:
-            self._check_guide(guide)
-        elif guidance_scale != 1 and model.null_label is None:
-            raise ValueError(
-                f"guidance_scale is {guidance_scale}, but the model was trained without a null label "
-                "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
-            )
-        self._check(guidance_scale, guidance_interval, guidance_channels, num_inference_steps, output_type)
+        low, high = guidance_interval
+        guidance = Guidance(guidance_scale, guidance_channels, (low, high))
+        self._check(guidance, guide, num_inference_steps, output_type)
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {', '.join(sorted(unknown))}, expected only "
                 f"{', '.join(self._callback_tensor_inputs)}"
             )
-        labels = torch.tensor(ids, device=device)
-        latents = self._initial_latents(len(ids), size, generator, latents)
 
-        # The schedule stays on the CPU: schedulers look their numbers up there, and no step waits for a GPU.
+        def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return latents
+            wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+            return callback_on_step_end(self, step, timestep, wanted).pop("latents", latents)
+
+        noise = self._initial_latents(len(ids), size, generator, latents)
+        labels = torch.tensor(ids, device=self._execution_device)
         timesteps = set_timesteps(self.scheduler, num_inference_steps, "cpu")
-        asked, when = model_timesteps(self.scheduler).to(device), times(self.scheduler)
+        drawn = self._denoise(noise, labels, timesteps, guidance, guide, generator, after_step)
+        result = drawn if output_type == "latent" else self._postprocess(self._decode(drawn), output_type)
+        self.maybe_free_model_hooks()
+        return self.output(result) if return_dict else (result,)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        timesteps: Tensor,
+        guidance: Guidance,
+        guide: IwinDiTTransformer2DModel | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """From noise to normalised latents, ``(B, C, [T,] h, w)`` both.
+
+        The schedule stays on the CPU: schedulers look their numbers up there, and no step waits for a GPU.
+        """
+        model = self.transformer
+        asked, when = model_timesteps(self.scheduler).to(self._execution_device), times(self.scheduler)
         self._num_timesteps = len(timesteps)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
@@ -215,23 +261,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
                 begin = when[i] if begins_step(self.scheduler) else begin
-                guidance = Guidance(self.guidance_scale, guidance_channels, tuple(guidance_interval))
+                guidance = replace(guidance, scale=self.guidance_scale)  # which a callback may set
                 noisy = model_input(self.scheduler, latents, timestep).to(model.dtype)
                 prediction = guidance.predict(model, noisy, asked[i], labels, model.null_label, begin, guide)
                 prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
                 latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
-                if callback_on_step_end is not None:
-                    given = {"latents": latents}
-                    wanted = {name: given[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
+                latents = after_step(i, timestep, latents)
                 bar.update()
         return latents
 
+    def _postprocess(self, pixels: Tensor, output_type: str) -> Any:
+        """Pixels about [-1, 1] as the call's ``output_type``."""
+        raise NotImplementedError
+
     def _check(
-        self, scale: float, interval: tuple[float, float], channels: int | None, steps: int, output_type: str
+        self, guidance: Guidance, guide: IwinDiTTransformer2DModel | None, steps: int, output_type: str
     ) -> None:
+        if guide is not None:
+            self._check_guide(guide)
+        elif guidance.scale != 1 and self.transformer.null_label is None:
+            raise ValueError(
+                f"guidance_scale is {guidance.scale}, but the model was trained without a null label "
+                "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
+            )
         check_scheduler(self.scheduler, self.transformer.config.prediction_type)
-        Guidance(scale, channels, tuple(interval))
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -245,16 +298,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for name, (found, expected) in pairs.items():
             if found != expected:
                 raise ValueError(f"the guide's {name} is {found}, expected {expected}, as of the model")
-        found, expected = (guide.dtype, _where_it_runs(guide)), (model.dtype, self._execution_device)
-        places = [(device.type, device.index or 0) for _, device in (found, expected)]
-        if found[0] != expected[0] or places[0] != places[1]:
+        here, there = _where_it_runs(guide), self._execution_device
+        places = [(device.type, device.index or 0) for device in (here, there)]
+        if guide.dtype != model.dtype or places[0] != places[1]:
             raise ValueError(
-                f"the guide is {found[0]} on {found[1]}, the model {expected[0]} on {expected[1]}: "
+                f"the guide is {guide.dtype} on {here}, the model {model.dtype} on {there}: "
                 "move it there with guide.to(device, dtype)"
             )
 
-    def _sides(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
-        """Pixels to latents; None stays None."""
+    def _latent_size(
+        self, num_frames: int | None, height: int | None, width: int | None
+    ) -> tuple[int | None, ...]:
+        """Sides of the latent, of frames and pixels; None stays None, the model's own."""
         factor, multiple = spatial_factor(self.vae), spatial_factor(self.vae) * self.transformer.patch_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < 1 or pixels % multiple):
@@ -262,7 +317,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     f"{name} is {pixels}, expected a multiple of {multiple} (VAE factor times patch size)"
                     + ("" if pixels > 0 else " above 0")
                 )
-        return tuple(None if pixels is None else pixels // factor for pixels in (height, width))
+        sides = [None if pixels is None else pixels // factor for pixels in (height, width)]
+        if self.transformer.rank == 3:
+            return (None if num_frames is None else latent_frames(self.vae, num_frames), *sides)
+        if num_frames is not None:
+            raise ValueError(f"num_frames is {num_frames}, but this model draws images; leave it out")
+        return tuple(sides)
 
     def _initial_latents(
         self, batch: int, size: tuple[int | None, ...], generator: Any, latents: Tensor | None

@@ -24,16 +24,17 @@ FONTS = (
     *("NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansDevanagari-Regular.ttf"),
     *("NotoSansThai-Regular.ttf", "NotoEmoji-Regular.ttf", "Symbola.ttf"),
 )
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # Pillow has the latter without FreeType
 NOBODYS = "\U0010ffff"  # has a glyph in no font, and so is drawn as what is missing
 
 
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
+def font_for(text: str, size: int) -> Font | None:
     """The first font here, Pillow's own before others, that has a glyph for each character; else None."""
     letters = {letter for letter in text if not letter.isspace()}
     return next((font for font in _fonts(size) if not any(_is_missing(font, x) for x in letters)), None)
 
 
-def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+def _fonts(size: int) -> Iterator[Font]:
     yield ImageFont.load_default(size)
     for name in (*FONTS, *_matplotlibs()):
         if (font := _load(name, size)) is not None:
@@ -41,7 +42,7 @@ def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
 
 
 @functools.cache
-def _load(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+def _load(name: str, size: int) -> Font | None:
     try:
         return ImageFont.truetype(name, size)
     except OSError:
@@ -56,11 +57,11 @@ def _matplotlibs() -> list[str]:
     return [str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")]
 
 
-def _is_missing(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+def _is_missing(font: Font, letter: str) -> bool:
     return _drawn(font, letter) == _drawn(font, NOBODYS)
 
 
-def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
+def _drawn(font: Font, letter: str) -> tuple:
     mask = font.getmask(letter)
     return mask.size, bytes(mask)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -11,11 +11,12 @@ from accelerate.utils.memory import clear_device_cache
 from iwin_dit.pipelines.sampling import is_out_of_memory
 
 T = TypeVar("T")
+L = TypeVar("L")
 
 
 def draw_in_parts(
-    draw: Callable[[Sequence[Any], list[torch.Generator]], T],
-    labels: Sequence[Any],
+    draw: Callable[[list[L], list[torch.Generator]], T],
+    labels: list[L],
     generators: list[torch.Generator],
 ) -> list[T]:
     """``[draw(labels, generators)]``; or, where this runs out of memory, of the first and of the second half.

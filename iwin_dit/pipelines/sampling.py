@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from iwin_dit.data.video import write_gif, write_mp4
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.pipelines.lettering import font_for
+from iwin_dit.pipelines.lettering import Font, font_for
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
@@ -235,9 +235,7 @@ def as_png(image: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def _row_title(
-    label: int | str, name: str | None, limit: int = 28, size: int = 14
-) -> tuple[str, ImageFont.FreeTypeFont]:
+def _row_title(label: int | str, name: str | None, limit: int = 28, size: int = 14) -> tuple[str, Font]:
     """The class and its name in a font that has its letters; without such a font, the class alone."""
     title = str(label) if name in (None, str(label)) else f"{label}  {name}"
     title = title if len(title) <= limit else f"{title[: limit - 3]}..."

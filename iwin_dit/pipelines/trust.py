@@ -225,7 +225,7 @@ def _check_scheduler(path: Path, name: str) -> None:
         raise _unexpected(path, "num_train_timesteps", steps, f"a whole number from 1 to {MAX_TIMESTEPS:,}")
 
 
-def _check_weights(folder: Path, kind: type) -> None:
+def _check_weights(folder: Path, kind: Any) -> None:
     """Compares names and shapes with those of a model on the meta device, which takes no memory."""
     config = _read_json(folder / "config.json")
     try:

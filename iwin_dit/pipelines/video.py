@@ -1,19 +1,12 @@
-"""The video pipeline: class labels in, clips out.
+"""The video pipeline: class labels in, clips out."""
 
-Legend: B clips, C latent channels, T latent frames, h and w sides of the latent; F frames of H x W pixels.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from iwin_dit.data.codec import latent_frames
-from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 
 
@@ -27,73 +20,12 @@ class IwinDiTVideoPipelineOutput(BaseOutput):
 class IwinDiTVideoPipeline(ClassConditionalPipeline):
     """Samples clips from an :class:`~iwin_dit.IwinDiTTransformer3DModel`.
 
-    Its parts are those of :class:`~iwin_dit.pipelines.base.ClassConditionalPipeline`; an autoencoder of
-    images decodes frame by frame.
+    Its parts and its call are those of :class:`~iwin_dit.pipelines.base.ClassConditionalPipeline`; an
+    autoencoder of images decodes frame by frame.
     """
 
     video_processor = VideoProcessor()
+    output = IwinDiTVideoPipelineOutput
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: int | str | list[int | str],
-        guidance_scale: float = 4.0,
-        num_inference_steps: int = 50,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_channels: int | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the signature that diffusers expects
-        guide: IwinDiTTransformer2DModel | None = None,
-    ) -> IwinDiTVideoPipelineOutput | tuple:
-        """Draws one clip per label.
-
-        Args:
-            class_labels: ids or names, one or several, mixed as you like.
-            guidance_scale: 1 is unguided and takes one forward pass a step instead of two.
-            num_inference_steps: steps of the sampler.
-            guidance_interval: (low, high) of t in [0, 1], with t = 1 noise, in which guidance acts.
-            guidance_channels: guide only the first so many latent channels; 3 reproduces DiT's, SiT's and
-                LightningDiT's published figures.
-            num_frames: of the clips, F. Default: what the model was made for.
-            height, width: of the frames in pixels. Default: what the model was made for.
-            generator: one, or one per clip; clip k then depends on its own generator alone.
-            latents: initial noise ``(B, C, T, h, w)`` instead of drawing it.
-            output_type: ``pil``, a list of F images for each clip; ``np`` (B, F, H, W, 3) or ``pt``
-                (B, F, 3, H, W) in [0, 1]; normalised ``latent``.
-            return_dict: an :class:`IwinDiTVideoPipelineOutput` rather than a tuple.
-            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ...})``; returns
-                such a dictionary, perhaps with new latents.
-            guide: a smaller or less trained transformer of the same latents and classes, away from which
-                predictions are pushed instead of from those without a class: autoguidance (Karras et al.
-                2024). No null label is needed.
-
-        Raises:
-            ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
-        """
-        frames = None if num_frames is None else latent_frames(self.vae, num_frames)
-        latents = self._denoise(
-            class_labels,
-            (frames, *self._sides(height, width)),
-            guidance_scale,
-            num_inference_steps,
-            guidance_interval,
-            guidance_channels,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            guide,
-        )
-        frames = latents
-        if output_type != "latent":
-            frames = self.video_processor.postprocess_video(self._decode(latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return IwinDiTVideoPipelineOutput(frames=frames) if return_dict else (frames,)
+    def _postprocess(self, pixels: Tensor, output_type: str) -> Any:
+        return self.video_processor.postprocess_video(pixels, output_type=output_type)
