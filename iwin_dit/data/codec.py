@@ -27,7 +27,10 @@ from torch import Tensor
 from iwin_dit.runtime.errors import ConfigError, DataError, reason
 
 # Autoencoders that a folder or a hub repository may name; diffusers' classes have no types.
-IMAGE_VAES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+IMAGE_VAES: dict[str, Any] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderDC": AutoencoderDC,
+}
 VIDEO_VAES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)

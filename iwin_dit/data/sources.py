@@ -59,6 +59,13 @@ class Source(Protocol):
         """
 
 
+# What opens a location such as ``hf:NAME``, by what stands before the colon: it is called with what stands
+# behind, ``follow_links`` and the columns of :func:`open_source`.
+SCHEMES: dict[str, Callable[..., Source]] = {
+    "hf": HuggingFaceSource,
+}
+
+
 def open_source(
     location: str,
     labels: str | None = None,
@@ -80,11 +87,13 @@ def open_source(
         DataError: where nothing is there, or not what was expected.
     """
     is_folder = os.path.isdir(location)
-    name = location.removeprefix("hf:")
-    if name != location or (labels is None and is_folder and (is_saved(name) or has_parquet(name))):
+    scheme, colon, name = location.partition(":")
+    if labels is None and is_folder and (is_saved(location) or has_parquet(location)):
+        scheme, colon, name = "hf", ":", location
+    if colon and scheme in SCHEMES:
         if labels is not None:
             raise DataError(f"{location} has labels of its own; leave out the labels in {labels}")
-        return HuggingFaceSource(name, follow_links=follow_links, **columns)
+        return SCHEMES[scheme](name, follow_links=follow_links, **columns)
     if given := [key for key, value in columns.items() if value is not None]:
         raise DataError(f"{given[0]} is for Hugging Face data, which {location} is not; leave it out")
     if labels is not None:
