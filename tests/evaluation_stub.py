@@ -62,8 +62,7 @@ if __name__ == "__main__":
     import sys
     import time
 
-    import evaluate_fid
-    from iwin_dit.build import evaluation
+    from iwin_dit.commands import evaluate, measure
     from iwin_dit.evaluation import extractors, images
     from iwin_dit.runtime.errors import UserError
 
@@ -73,7 +72,7 @@ if __name__ == "__main__":
             return super().forward(images)
 
     extractors.Inception = Slow
-    evaluation.use_all_cores = lambda processes: None
+    measure.use_all_cores = lambda processes: None
     counts = dict.fromkeys(("looked at", "listed", "computed"), 0)
 
     def counted(what, call):
@@ -85,9 +84,9 @@ if __name__ == "__main__":
 
     images.read_header = counted("looked at", images.read_header)
     images.list_files = counted("listed", images.list_files)
-    evaluation.compute = counted("computed", evaluation.compute)
+    measure.compute = counted("computed", measure.compute)
     if sys.argv[1:]:
-        evaluate_fid.run(evaluate_fid.parse_arguments(sys.argv[1:]))
+        evaluate.run(evaluate.parse_arguments(sys.argv[1:]))
         group = torch.distributed.distributed_c10d._get_default_group()
         seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
         print(f"process {os.environ['RANK']}: {counts} timeout {seconds:.0f}", flush=True)
@@ -95,7 +94,7 @@ if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
         try:
-            evaluate_fid.run(evaluate_fid.parse_arguments(json.loads(line)))
+            evaluate.run(evaluate.parse_arguments(json.loads(line)))
             print("ended: well", flush=True)
         except UserError as error:
             print(f"ended: {error}", flush=True)

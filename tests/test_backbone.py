@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import iwin_dit.models  # noqa: F401  (registers the names)
+from iwin_dit.commands.convert import main
 from iwin_dit.convert import from_iwin_transformer
-from iwin_dit.convert.__main__ import main
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.backbone import IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D

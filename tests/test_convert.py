@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from iwin_dit.build.data import read_statistics
 from iwin_dit.build.loading import begin_from, choose_sampler, load_pipeline
+from iwin_dit.commands.convert import main, read_config
 from iwin_dit.convert import (
     from_dit,
     from_flashdit,
@@ -21,7 +22,6 @@ from iwin_dit.convert import (
     from_lightningdit,
     load_official,
 )
-from iwin_dit.convert.__main__ import main, read_config
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, run_script
 

@@ -24,10 +24,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from evaluate_fid import parse_arguments
 from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPipeline
 from iwin_dit.build import evaluation
 from iwin_dit.build.loading import load_pipeline
+from iwin_dit.commands import measure
+from iwin_dit.commands.evaluate import parse_arguments
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -60,7 +61,7 @@ def sets(tmp_path_factory):
 def stub(monkeypatch):
     monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
     monkeypatch.setattr(gc, "collect", lambda: None)  # which script_here does for a run's lock: here is none
-    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)  # for so little
+    monkeypatch.setattr(measure, "use_all_cores", lambda processes: None)  # for so little
 
 
 @pytest.fixture
@@ -175,9 +176,9 @@ def test_a_guide_is_in_the_result_and_repeated(sets, evaluate, stub, refused_her
     )
     options = (*DRAWN, "--guide", tmp_path / "guide", "--sampler", "heun", "--guidance-scale", 0)
     found, result = evaluate("pipeline", *options)
-    alone, _ = evaluate(tmp_path / "guide", *DRAWN, "--sampler", "heun")
+    alone, _ = evaluate(tmp_path / "guide", *DRAWN, "--sampler", "heun", "--guidance-scale", 1)
     assert found == pytest.approx(alone, rel=1e-4)
-    unguided, plain = evaluate("pipeline", *DRAWN)
+    unguided, plain = evaluate("pipeline", *DRAWN, "--guidance-scale", 1)
     assert found != pytest.approx(unguided, rel=1e-3)
     generated = result["generated"]
     assert generated["guide"] == str(tmp_path / "guide")
@@ -213,8 +214,25 @@ def test_a_stored_command_is_that_of_before():
     assert not parse_arguments(stored_command({"arguments": vars(arguments) | {"compile": False}})).compile
 
 
+def test_a_model_is_measured_as_its_own_recipe_says(evaluate, stub, script_here, sets, tmp_path):
+    """The result says how, so that it is repeated as it was when the recipe has changed."""
+    own = {"num_inference_steps": 3, "guidance_scale": 1.5, "guidance_interval": [0.1, 0.8]}
+    folder = tmp_path / "model"
+    shutil.copytree(sets / "pipeline", folder)
+    for sample in (own, own | {"guidance_channels": 2}):
+        (folder / "recipe.json").write_text(json.dumps({"config": {"sample": sample}}))
+        _, result = evaluate(folder, "--num-images", 12)
+        assert {key: result["generated"][key] for key in sample} == sample
+        other = {"num_inference_steps": 1, "guidance_channels": 1}
+        (folder / "recipe.json").write_text(json.dumps({"config": {"sample": other}}))
+        code, output = script_here("evaluate_fid.py", "--repeat", tmp_path / "result.json")
+        assert code == 0, output
+        assert float(re.search(r"largest relative difference (\S+)", output)[1]) < 1e-6
+        assert "has changed" not in output
+
+
 def test_a_sweep_is_an_evaluation_per_value(evaluate, stub, tmp_path):
-    expected, _ = evaluate("pipeline", *DRAWN, "--metrics", "fid,is")
+    expected, _ = evaluate("pipeline", *DRAWN, "--guidance-scale", 1, "--metrics", "fid,is")
     sweep = ("--sweep", "guidance_scale=1,2", "--save-images", tmp_path / "drawn")
     evaluate("pipeline", *DRAWN, "--metrics", "fid,is", *sweep)
     assert (tmp_path / "result.png").stat().st_size > 5000
@@ -492,7 +510,7 @@ def test_one_of_two_processes_looks_lists_and_computes(sets, evaluate, stub, tmp
 @pytest.mark.slow
 def test_two_processes_give_the_same_figures(evaluate, sets, inception_weights, tmp_path, monkeypatch):
     """With as many threads in each, since the number of threads decides how float32 is rounded."""
-    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: use_all_cores(2))
+    monkeypatch.setattr(measure, "use_all_cores", lambda processes: use_all_cores(2))
     options = (*DRAWN, "--metrics", "fid,kid,is", "--inception-weights", inception_weights)
     one, _ = evaluate("pipeline", *options, "--save-images", tmp_path / "one.npz")
     shutil.rmtree(tmp_path / "cache")

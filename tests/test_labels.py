@@ -7,7 +7,8 @@ import torch
 from conftest import make_model, make_vae
 
 from iwin_dit import IwinDiTPipeline
-from iwin_dit.build import loading, samples
+from iwin_dit.build import loading
+from iwin_dit.config.schema import SampleConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.runtime.errors import ConfigError
@@ -112,7 +113,8 @@ def test_labels_after_saving_and_loading(pipelines, tmp_path):
 def test_labels_of_the_command_line(pipelines, script_here, tmp_path, monkeypatch):
     """One command for all labels of a model that are taken, and one for each that is refused."""
     for title, pipeline in pipelines.items():
-        monkeypatch.setattr(samples, "load_pipeline", lambda *arguments, p=pipeline, **options: p)
+        monkeypatch.setattr(loading, "load_pipeline", lambda *arguments, p=pipeline, **options: p)
+        monkeypatch.setattr(loading, "sampling_of", lambda source: SampleConfig())
         rows = [
             (label, expected) for name, label, expected in ROWS if name == title and isinstance(label, str)
         ]

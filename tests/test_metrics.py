@@ -10,7 +10,7 @@ from evaluation_stub import frechet_of_few
 from PIL import Image
 from torch_fidelity import fidelity
 
-from iwin_dit.build import evaluation
+from iwin_dit.commands import measure
 from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.extractors import Inception
@@ -44,7 +44,7 @@ def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as --gpu "" will set it
-    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(measure, "use_all_cores", lambda processes: None)
     seen = []
 
     class Recording(Inception):

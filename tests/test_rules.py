@@ -9,7 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 
-from evaluate_fid import parse_arguments
+from iwin_dit.commands.evaluate import parse_arguments
 from iwin_dit.config.metrics import chosen_metrics, name_figures
 from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.rules import (
@@ -97,10 +97,10 @@ def test_what_is_not_given_is_filled_in_for_a_model_alone(images, tmp_path):
     assert (given.metrics, given.steps, given.num_images, given.seed) == ("fid", None, None, None)
     drawn = parse_arguments(["--generated=model", "--reference=images", "--metrics=kid,pr"])
     assert (drawn.metrics, drawn.num_images, drawn.plan, drawn.seed) == ("kid,pr", 50_000, "equal", 0)
-    assert (drawn.steps, drawn.guidance_scale, drawn.guidance_interval) == (50, 1.0, [0.0, 1.0])
+    assert (drawn.steps, drawn.guidance_scale, drawn.guidance_interval) == (None, None, None), "the recipe's"
     with pytest.raises(ConfigError, match="--steps is 3, and --sweep gives it too"):
         parse_arguments(["--generated=model", "--reference=images", "--steps=3", "--sweep=steps=5,6"])
-    assert parse_arguments(["--generated=model", "--reference=images", "--sweep=steps=5,6"]).steps == 50
+    assert parse_arguments(["--generated=model", "--reference=images", "--sweep=steps=5,6"]).steps is None
     with pytest.raises(ConfigError, match="--generated is missing"):
         parse_arguments(["--reference=images"])
 
@@ -179,6 +179,8 @@ def test_a_command_is_stored_without_where_it_writes():
         o for o in options if o != "--compile"
     ]
     assert stored_command({"arguments": arguments, "generated": {"folder": "f"}}) == ["--generated=a b"]
+    of_01 = {"arguments": arguments | {"guidance_channels": None}, "generated": {"model": "m"}}
+    assert stored_command(of_01) == [*options, "--guidance-channels=all"], "whatever the recipe says by now"
 
 
 KINDS = {"steps": int, "guidance_scale": float}

@@ -1,7 +1,9 @@
 """sample.py: what it draws, and what it refuses with one line."""
 
 import contextlib
+import dataclasses
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -14,11 +16,11 @@ from accelerate import Accelerator
 from conftest import make_model, make_vae, read_checkpoint
 from PIL import Image
 
-from iwin_dit import IwinDiTPipeline
+from iwin_dit import IwinDiTPipeline, IwinDiTVideoPipeline
 from iwin_dit.build import loading
 from iwin_dit.build import pipeline as build_pipeline_module
 from iwin_dit.build.data import PREPARE
-from iwin_dit.config.schema import Config
+from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.export import export_pipeline
@@ -355,6 +357,55 @@ def test_a_run_is_sampled_from_its_ema_before_it_ends(recipe, run_here, tmp_path
     (run / "pipeline" / "recipe.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"recipe\.json does not say the step of its pipeline"):
         loading.load_pipeline(str(run))
+
+
+def test_a_run_is_drawn_as_its_own_recipe_says(recipe, run_here, refused_here, tmp_path):
+    """Of a run and of its pipeline, elsewhere; an option of the command counts more."""
+    own = {"num_inference_steps": 12, "guidance_scale": 1.5, "guidance_interval": [0.1, 0.8]}
+    own |= {"guidance_channels": 3, "sampler": "heun"}
+    run_here("train_dit.py", "--config", recipe(train={"max_steps": 1}, sample=own))
+    run = tmp_path / "run"
+    shutil.copytree(run / "pipeline", tmp_path / "pipeline")
+    expected = {key: value for key, value in own.items() if key != "sampler"}
+    for source in (run, tmp_path / "pipeline"):
+        out = tmp_path / f"{source.name} images"
+        command = ("sample.py", "--checkpoint", source, "--class", 1, "--num-images", 2)
+        run_here(*command, "--out", out)
+        said = json.loads((out / "recipe.json").read_text())
+        assert {key: said[key] for key in expected} == expected
+        assert said["scheduler"] == "FlowMatchHeunDiscreteScheduler"
+        pipeline = loading.load_pipeline(str(source))
+        generators = [generator(0, "image", 1, number) for number in range(2)]
+        for number, image in enumerate(pipeline([1, 1], generator=generators, **expected).images):
+            assert np.abs(pixels(out / f"0001-{number:05d}.png") - np.asarray(image)).max() <= 1
+    options = ("--steps", 2, "--guidance-scale", 1, "--guidance-interval", 0, 1, "--guidance-channels", "all")
+    run_here(*command, *options, "--sampler", "euler", "--out", tmp_path / "other.png")
+    said = json.loads((tmp_path / "other.json").read_text())
+    other = {"num_inference_steps": 2, "guidance_scale": 1, "guidance_interval": [0, 1]}
+    other |= {"guidance_channels": None, "scheduler": "FlowMatchEulerDiscreteScheduler"}
+    assert {key: said[key] for key in other} == other
+
+    for sample, message in (
+        ({"steps": 3}, "sample.steps is not a key"),
+        ({"guidance_scale": "much"}, "sample.guidance_scale is 'much', expected a finite number"),
+        ([], "sample is [], expected keys"),
+    ):
+        text = json.dumps({"step": 1, "config": {"sample": sample}})
+        (tmp_path / "pipeline" / "recipe.json").write_text(text)
+        error = refused_here(*command, "--out", tmp_path / "x.png")
+        assert "recipe.json does not say how its pipeline draws: " in error
+        assert message in error
+    for text in ("{}", "[]", '{"config": "mine"}'):  # of another program
+        (tmp_path / "pipeline" / "recipe.json").write_text(text)
+        assert loading.sampling_of(str(tmp_path / "pipeline")) == SampleConfig()
+
+
+def test_a_pipeline_in_python_has_the_defaults_of_a_recipe():
+    for kind in (IwinDiTPipeline, IwinDiTVideoPipeline):
+        parameters = inspect.signature(kind.__call__).parameters
+        for f in dataclasses.fields(SampleConfig):
+            assert f.name not in parameters or parameters[f.name].default == f.default
+        assert {"guidance_scale", "num_inference_steps"} <= {*parameters}
 
 
 def test_sampling_makes_no_data(recipe, run_here, tmp_path, monkeypatch):

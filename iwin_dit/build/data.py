@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from iwin_dit.config.parse import load_yaml
 from iwin_dit.config.schema import Config
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
-from iwin_dit.data.classes import numbering_line
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import (
     VA_VAE_PRESET,
@@ -28,23 +26,16 @@ from iwin_dit.data.codec import (
     pixel_frames,
     spatial_factor,
     vae_statistics,
-    weights_sha256,
 )
 from iwin_dit.data.examples import ImagesAsClips
-from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.folders import ignored_line
-from iwin_dit.data.latent_index import read_index
 from iwin_dit.data.latents import LatentDataset, published_index
 from iwin_dit.data.pixels import PixelDataset
-from iwin_dit.data.provenance import verify_content
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.sources import Source
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import background
-from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import DataError, reason
-from iwin_dit.runtime.processes import group_timeout
-from iwin_dit.runtime.progress import say
 
 PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
 
@@ -223,67 +214,3 @@ def _download(repository: str, file: str) -> str:
         raise DataError(
             f"{repository}/{file} cannot be downloaded: {reason(error)}; or give the file itself"
         ) from None
-
-
-def verify_images(arguments: argparse.Namespace) -> str:
-    """Compares the images of ``--images`` with what the latents of ``--verify`` were made of.
-
-    Raises:
-        DataError: where they are others.
-    """
-    index = read_index(arguments.verify)
-    source = open_images(arguments.images, arguments, "frames" in index, index["class_names"])
-    compared = verify_content(arguments.verify, source, arguments.images)
-    shards = len(index["shards"])
-    return f"{arguments.images} is its origin; contents were compared of {compared} of {shards} shards"
-
-
-def extract_latents(arguments: argparse.Namespace) -> None:
-    """Runs ``extract_latents.py``."""
-    accelerator = Accelerator(kwargs_handlers=[group_timeout()])
-    if accelerator.device.type == "cpu":
-        use_all_cores(1)  # the same threads on any number of processes, since they decide the rounding
-        keep_freed_memory()
-    size = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
-    clip = None if arguments.frames is None else ClipSpec(arguments.frames, arguments.frame_stride)
-    begun = classes_begun(arguments.out / ".entries" / "settings.json", "class_names")
-    source = open_images(arguments.images, arguments, clip is not None, begun)
-    what = "images" if clip is None else "clips"
-    if accelerator.is_main_process:
-        lines = ignored_line(arguments.images, what, source.ignored), numbering_line(source.class_names)
-        for line in filter(None, lines):
-            say(line)
-    vae = load_autoencoder(arguments.vae, arguments.vae_config)
-    local = Path(arguments.vae).exists()
-    settings = Settings(
-        size=size,
-        crop=arguments.crop,
-        batch_images=arguments.batch_images,
-        shard_images=arguments.shard_images,
-        precision=arguments.precision,
-        store=arguments.store,
-        posterior=arguments.posterior,
-        clip=clip,
-        clips_per_video=None if clip is None else arguments.clips_per_video,
-        background=arguments.background,
-    )
-    description = {"vae": LOCAL_VAE if local else arguments.vae, "vae_sha256": weights_sha256(vae)}
-    bad = extract(
-        source,
-        vae.to(accelerator.device),
-        arguments.out,
-        settings,
-        description,
-        num_workers=arguments.workers,
-        max_bad_images=arguments.max_bad_images,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
-        timeout=arguments.worker_timeout,
-    )
-    if accelerator.is_main_process:
-        for reason in bad:
-            print(f"left out: {reason}")
-        count = len(source) * (1 if clip is None else arguments.clips_per_video) - len(bad)
-        print(f"{count:,} {what} in {arguments.out}; look at them with --info {arguments.out}")
-    accelerator.end_training()

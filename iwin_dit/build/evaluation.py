@@ -1,173 +1,20 @@
-"""Where the arguments of ``evaluate_fid.py`` become objects, and figures a result that can be repeated."""
+"""Where the name of an extractor becomes a network, and samples are held against their reference."""
 
 from __future__ import annotations
 
-import argparse
 import pkgutil
-import platform
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from iwin_dit.build.classifier_network import load_classifier
-from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline
-from iwin_dit.config.metrics import EXTRACTORS, looks_at_clips, name_figures
-from iwin_dit.data.codec import weights_sha256
-from iwin_dit.evaluation.clips import open_set
-from iwin_dit.evaluation.drawing import drawer
-from iwin_dit.evaluation.evaluate import features_key, read_features
-from iwin_dit.evaluation.export import Export, open_export
+from iwin_dit.config.metrics import EXTRACTORS
 from iwin_dit.evaluation.extractors import Classifier
-from iwin_dit.evaluation.images import Images, Reading, SampledImages, label_plan
-from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
-from iwin_dit.evaluation.reference import (
-    Reference,
-    extract,
-    extract_reference,
-    on_main,
-    open_reference,
-    split,
-)
-from iwin_dit.evaluation.rules import holds_images
-from iwin_dit.evaluation.statistics import identity, read_statistics, write_statistics
-from iwin_dit.runtime import files, scratch
-from iwin_dit.runtime.colours import colour
-from iwin_dit.runtime.cpu import cores, keep_freed_memory, use_all_cores
-from iwin_dit.runtime.errors import ConfigError, DataError
-from iwin_dit.runtime.lock import hold
-from iwin_dit.runtime.processes import group_timeout, together
-from iwin_dit.runtime.progress import say
-
-VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
-
-
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one set of images, with all that is needed to repeat them.
-
-    The main process writes the result to ``arguments.out``.
-
-    Args:
-        arguments: as :func:`iwin_dit.evaluation.rules.check_arguments` leaves them.
-
-    Returns:
-        the result, on every process.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: for what is found to be of no use before images are drawn.
-    """
-    metrics = arguments.metrics.split(",")
-    accelerator = Accelerator(kwargs_handlers=[group_timeout()])
-    if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
-        keep_freed_memory()
-    reading = _reading(arguments)
-    reference = on_main(
-        accelerator, lambda: open_reference(arguments.reference, metrics, arguments.extractor, reading)
-    )
-    _check_save_reference(arguments.save_reference, metrics, reference)
-    generated = _generated(arguments, reading, accelerator)
-    with accelerator.local_main_process_first():  # which may fetch the weights
-        extractor = build_extractor(arguments.extractor, arguments.inception_weights).to(accelerator.device)
-    if reference is None:
-        check_counts(metrics, len(generated), None)
-    else:
-        reference.check_counts(metrics, len(generated))
-        check_fit(generated, reference, metrics, extractor, accelerator.device)
-    works = _works(arguments)
-    # to the end: another evaluation with one of these outputs is refused
-    held = together(accelerator, lambda: [hold(scratch.make(work)) for work in works.values()])
-    with accelerator.main_process_first():
-        export = _export(arguments.save_images, generated, works)
-    if reference is not None:  # before images are drawn: what is wrong with one of them shows now
-        extract_reference(reference, extractor, arguments.batch_size, accelerator)
-    folder = works["out"] / features_key(generated, extractor)
-    extract(generated, extractor, folder, arguments.batch_size, accelerator, "generated", export)
-    if export is not None:
-        together(accelerator, export.finish)
-
-    def measure() -> dict[str, Any]:
-        own = read_features(folder, len(generated), metrics)
-        figures = _figures(arguments, own, reference, extractor, accelerator.device)
-        return _result(arguments, figures, generated, reference, extractor)
-
-    result = on_main(accelerator, measure)
-
-    def finish() -> None:
-        files.replace(Path(arguments.out), files.to_json(result))
-        for made, lock in zip(works.values(), held, strict=True):
-            scratch.remove(made)
-            lock.close()
-
-    together(accelerator, finish)
-    return result
-
-
-def _figures(
-    arguments: argparse.Namespace,
-    own: Features,
-    reference: Reference | None,
-    extractor: nn.Module,
-    device: torch.device,
-) -> dict[str, float]:
-    """The metrics of generated samples by their features, named after the extractor."""
-    metrics = arguments.metrics.split(",")
-    other = None if reference is None else reference.read(metrics, extractor)
-    if arguments.save_reference is not None:
-        write_statistics(Path(arguments.save_reference), other, extractor, reference.describe())
-    figures = compute(metrics, own, other, device)
-    _warn_of_few_images(metrics, own)
-    return name_figures(figures, arguments.extractor.partition(":")[0])
-
-
-def _result(
-    arguments: argparse.Namespace,
-    figures: dict[str, float],
-    generated: Images,
-    reference: Reference | None,
-    extractor: nn.Module,
-) -> dict[str, Any]:
-    return {
-        "figures": figures,
-        "generated": generated.description | {"sha256": generated.fingerprint},
-        "reference": None if reference is None else reference.describe(),
-        "extractor": identity(extractor),
-        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
-    }
-
-
-def _export(path: str | None, generated: Images, works: dict[str, Path]) -> Export | None:
-    """Where the images go that ``--save-images`` keeps."""
-    if path is None:
-        return None
-    return open_export(Path(path), generated, works["save_images"] / f"images-{generated.fingerprint[:32]}")
-
-
-def _works(arguments: argparse.Namespace) -> dict[str, Path]:
-    """A place for intermediate files beside each output."""
-    outputs = {name: getattr(arguments, name) for name in ("out", "save_images", "save_reference")}
-    return {name: scratch.beside(Path(path)) for name, path in outputs.items() if path is not None}
-
-
-def _reading(arguments: argparse.Namespace) -> Reading:
-    size = arguments.size and (arguments.size[0], arguments.size[-1])
-    background = None if arguments.background is None else colour(arguments.background)
-    workers = min(4, cores()) if arguments.workers is None else arguments.workers
-    return Reading(size, background, arguments.follow_links, workers)
-
-
-def _check_save_reference(path: str | None, metrics: list[str], reference: Reference | None) -> None:
-    if path is None:
-        return
-    if reference is None or reference.statistics is not None or not split(metrics)[1]:
-        raise ConfigError(
-            "--save-reference keeps means and covariances of real images for fid, sfid, fd or fvd; give one "
-            "of these metrics and a --reference of images, or leave it out"
-        )
+from iwin_dit.evaluation.images import Images
+from iwin_dit.evaluation.reference import Reference, split
+from iwin_dit.evaluation.statistics import read_statistics
+from iwin_dit.runtime.errors import DataError
 
 
 def build_extractor(name: str, inception_weights: str | None) -> nn.Module:
@@ -213,64 +60,3 @@ def check_fit(
             f"the generated images have {sides[0]} pixels, the reference's have {sides[1]}; "
             "take a reference of the same size, or crop its images with --size"
         )
-
-
-def _warn_of_few_images(metrics: list[str], generated: Features) -> None:
-    for name in metrics:
-        moments = generated.moments.get(METRICS[name].layer)
-        if not METRICS[name].every_sample and moments.count < len(moments.mean):
-            say(
-                f"{name} of {moments.count} images, fewer than the {len(moments.mean)} features: it comes "
-                "out too high, and compares with figures of the same number of images alone"
-            )
-
-
-def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Accelerator) -> Images:
-    """A folder or ``.npz`` of images, all looked at; or what a run or pipeline draws."""
-    if holds_images(arguments.generated):
-
-        def open_and_look() -> Images:
-            images = open_set(arguments.generated, looks_at_clips(arguments.extractor), reading)
-            _ = images.fingerprint
-            return images
-
-        return on_main(accelerator, open_and_look)
-    averages = {"ema": arguments.ema, "ema_std": arguments.ema_std}
-    pipeline = load_pipeline(arguments.generated, accelerator.device, **averages)
-    draws_clips = pipeline.transformer.rank == 3
-    if draws_clips != looks_at_clips(arguments.extractor):
-        what = "clips, which i3d:FILE alone compares" if draws_clips else "images, i3d compares clips"
-        raise ConfigError(f"{arguments.generated} draws {what}; take another --extractor, or other samples")
-    if draws_clips and arguments.save_images is not None:
-        raise ConfigError("--save-images is for images; sample.py writes clips to a folder")
-    choose_sampler(pipeline, arguments.sampler)
-    guide = None if arguments.guide is None else load_guide(arguments.guide, pipeline)
-    options = dict(
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        guidance_interval=tuple(arguments.guidance_interval),
-        guidance_channels=arguments.guidance_channels,
-    )
-    num_classes = pipeline.transformer.config.num_classes
-    settings = {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"}
-    recipe = (
-        options
-        | {
-            "model": arguments.generated,
-            "weights_sha256": weights_sha256(pipeline.transformer),
-            "vae_sha256": weights_sha256(pipeline.vae),
-            "scheduler": type(pipeline.scheduler).__name__,
-            "scheduler_settings": settings,
-            "latents_mean": pipeline.config.latents_mean,
-            "latents_std": pipeline.config.latents_std,
-            "plan": arguments.plan,
-        }
-        | {name: value for name, value in averages.items() if value is not None}
-    )
-    if guide is not None:
-        recipe |= {"guide": arguments.guide, "guide_sha256": weights_sha256(guide)}
-        options["guide"] = guide
-    if arguments.compile:
-        compile_models(pipeline.transformer, guide)
-    labels = label_plan(arguments.plan, arguments.num_images, num_classes, arguments.seed)
-    return SampledImages(drawer(pipeline, options), labels, arguments.seed, recipe, arguments.draw_batch)

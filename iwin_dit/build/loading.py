@@ -15,8 +15,8 @@ from torch import nn
 from iwin_dit.build.data import build_dataset
 from iwin_dit.build.network import build_model, fitting_tensors
 from iwin_dit.build.pipeline import build_pipeline, model_of
-from iwin_dit.config.parse import load_run
-from iwin_dit.config.schema import Config
+from iwin_dit.config.parse import load_run, sampling_in
+from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.data.codec import vae_statistics, weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.diffusion.sampling import make_scheduler, prediction_type, set_timesteps, with_schedule_of
@@ -102,6 +102,26 @@ def load_pipeline(
         pipeline.to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def sampling_of(source: str) -> SampleConfig:
+    """How a run, a pipeline's folder or one of the hub draws by itself: as the recipe of its training says.
+
+    A pipeline that was not exported by a run, such as an imported one, takes the defaults of a recipe.
+
+    Raises:
+        CheckpointError: where the recipe beside a pipeline cannot be read, or asks for what cannot be.
+    """
+    path = Path(expand_home(source))
+    if (path / "config.yaml").is_file():
+        return load_run(path).sample
+    recipe = (path if path.exists() else _fetch(source, "recipe.json")) / "recipe.json"
+    if not recipe.is_file():
+        return SampleConfig()
+    try:
+        return sampling_in(files.read_json(recipe, limits.INDEX_BYTES))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{recipe} does not say how its pipeline draws: {reason(error)}") from error
 
 
 def load_transformer(source: str) -> IwinDiTTransformer2DModel:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, overload
 
 from iwin_dit.config import classifier, rules
-from iwin_dit.config.schema import Config
+from iwin_dit.config.bounds import check_ranges
+from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.config.types import build, check_keys, is_section, types_of
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import strict_yaml
@@ -90,6 +91,22 @@ def load_run(run: Path) -> Config:
     config, _ = parse_arguments(["--config", str(path), "--model.allow_blind", "true"], path)
     mixer = of_earlier_version(config.model.mixer, config.model.grid)
     return replace(config, model=replace(config.model, mixer=mixer))
+
+
+def sampling_in(exported: Any) -> SampleConfig:
+    """What the recipe beside an exported pipeline says about sampling; the defaults where it says nothing.
+
+    Raises:
+        ConfigError: for a key or value that a recipe cannot have.
+    """
+    config = exported.get("config") if isinstance(exported, dict) else None
+    content = config.get("sample") if isinstance(config, dict) else None
+    if content is None:
+        return SampleConfig()
+    check_keys({"sample": content}, Config)
+    sample = build(content, SampleConfig, "sample.")
+    check_ranges(sample, "sample.")
+    return sample
 
 
 def is_of_earlier_version(content: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from iwin_dit.config.bounds import (
     Share,
     at_most,
 )
-from iwin_dit.diffusion.specs import ObjectiveConfig
+from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, ObjectiveConfig
 from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import SIZES, MixerSpec, MlpName, NormName
 from iwin_dit.runtime import limits
@@ -308,8 +308,8 @@ class SampleConfig:
     """
 
     sampler: str | None = None
-    num_inference_steps: Annotated[int, ABOVE_ZERO, at_most(100_000)] = 50
-    guidance_scale: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 4.0
+    num_inference_steps: Annotated[int, ABOVE_ZERO, at_most(100_000)] = NUM_INFERENCE_STEPS
+    guidance_scale: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = GUIDANCE_SCALE
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_channels: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
     num_per_class: Annotated[int, ABOVE_ZERO, at_most(1_000)] = 4

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NUM_TRAIN_TIMESTEPS = 1000  # of DDPM; flow matching tells the model 1000 t
+GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 4.0, 50  # of sampling, where neither a recipe nor a call says more
 FLOW, NOISE = "flow_prediction", "epsilon"  # what a model predicts, in the words of diffusers' schedulers
 
 

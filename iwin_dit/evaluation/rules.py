@@ -14,14 +14,14 @@ from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.errors import ConfigError
 
-DRAWING = {  # options for a model that draws, with what stands in where they are not given
+DRAWING = {  # options for a model that draws, with what stands in; None: what the model's own recipe says
     "num_images": 50_000,
     "plan": "equal",
     "seed": 0,
     "sampler": None,
-    "steps": 50,
-    "guidance_scale": 1.0,
-    "guidance_interval": [0.0, 1.0],
+    "steps": None,
+    "guidance_scale": None,
+    "guidance_interval": None,
     "guidance_channels": None,
     "ema": None,
     "ema_std": None,
@@ -176,10 +176,13 @@ def read_result(path: Path) -> dict[str, Any]:
 def stored_command(result: Mapping[str, Any]) -> list[str]:
     """The command line that a result was made by, but for where to write."""
     made = result.get("generated")
+    drawn = isinstance(made, dict) and "model" in made
     # results of images that were there held the options of drawing, too, before these were refused
-    left_out = DRAWING if isinstance(made, dict) and "model" not in made else ()
+    left_out = DRAWING if isinstance(made, dict) and not drawn else ()
     command = []
     for key, value in result["arguments"].items():
+        if key == "guidance_channels" and value is None and drawn:
+            value = "all"  # which version 0.1 wrote as null
         if value is None or value is False or key in NOT_REPEATED or key in left_out:
             continue
         option = _option(key)

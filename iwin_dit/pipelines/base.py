@@ -37,6 +37,7 @@ from iwin_dit.diffusion.sampling import (
     step_arguments,
     times,
 )
+from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.labels import ClassNames
 from iwin_dit.runtime import files
@@ -170,8 +171,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str],
-        guidance_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        guidance_scale: float = GUIDANCE_SCALE,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
         height: int | None = None,

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from iwin_dit import IwinDiTPipeline
-from iwin_dit.build import evaluation
+from iwin_dit.commands import measure
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
 from iwin_dit.evaluation.archives import NpzImages
@@ -41,7 +41,7 @@ def sets(tmp_path_factory):
 def evaluate(monkeypatch, script_here, tmp_path):
     """``evaluate(*arguments) -> (exit code, output)``; a stub is in Inception's place."""
     monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
-    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(measure, "use_all_cores", lambda processes: None)
     monkeypatch.setattr(gc, "collect", lambda: None)  # which script_here does for a run's lock: here is none
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -304,7 +304,7 @@ def test_41_weights_that_cannot_be_had(sets, script_here, monkeypatch, tmp_path)
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(measure, "use_all_cores", lambda processes: None)
     real = ("evaluate_fid.py", "--generated", sets / "real", "--reference", sets / "real")
     real += ("--out", tmp_path / "x.json")
     for arguments, message in (

@@ -17,7 +17,7 @@ from evaluation_stub import COUNT, Stub, make_sets
 from PIL import Image
 from safetensors.torch import save_file
 
-from iwin_dit.build import evaluation
+from iwin_dit.commands import measure
 from iwin_dit.evaluation import export, images
 from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.clips import open_set
@@ -37,7 +37,7 @@ def sets(tmp_path_factory):
 def evaluate(monkeypatch, script_here, tmp_path):
     """``evaluate(*arguments) -> (exit code, output)``; a stub is in Inception's place."""
     monkeypatch.setattr("iwin_dit.evaluation.extractors.Inception", Stub)
-    monkeypatch.setattr(evaluation, "use_all_cores", lambda processes: None)
+    monkeypatch.setattr(measure, "use_all_cores", lambda processes: None)
     monkeypatch.setattr(gc, "collect", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -60,13 +60,13 @@ def copied(sets, folder, name="real"):
 
 def test_a_broken_reference_is_found_before_anything_is_drawn(sets, evaluate, tmp_path, monkeypatch):
     """The last image has another size, is no image, or is cut off within its pixels."""
-    real, drawn = evaluation.drawer, []
+    real, drawn = measure.drawer, []
 
     def drawer(*arguments):
         draw = real(*arguments)
         return lambda labels, generators: (drawn.append(len(labels)), draw(labels, generators))[1]
 
-    monkeypatch.setattr(evaluation, "drawer", drawer)
+    monkeypatch.setattr(measure, "drawer", drawer)
     first = ("--generated", sets / "pipeline", "--num-images", 64, "--steps", 1, "--draw-batch", 4)
     for name, damage, message, seen in (
         ("size", lambda path: Image.new("RGB", (8, 8)).save(path), "11.png has 8 x 8 pixels", 0),

@@ -1,0 +1,154 @@
+"""Official file in, safetensors out: ``iwin-dit convert dit DiT-XL-2.pt out --config dit.json``.
+
+The folder that is written holds ``config.json`` and the weights: as diffusers' ``from_pretrained`` reads
+them, or, for an Iwin Transformer of images, ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+With ``--vae``, a generator becomes a pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iwin_dit.runtime import files, scratch, strict_yaml
+from iwin_dit.runtime.errors import ConfigError, DataError
+
+KINDS = {
+    "dit": "from_dit",
+    "lightningdit": "from_lightningdit",
+    "flashdit": "from_flashdit",
+    "ldm_vae": "from_ldm_vae",
+    "iwin_transformer": "from_iwin_transformer",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("kind", choices=KINDS, help="the official model")
+    parser.add_argument("file", type=Path, help="its .pt, .pth, .ckpt or .safetensors")
+    parser.add_argument("folder", type=Path, help="the folder to write, which must not exist")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help="JSON or YAML of the official constructor's arguments; or an Iwin Transformer's name in timm",
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="NAME",
+        help="write a pipeline for sample.py, with this autoencoder: a preset, a folder, a hub id or an "
+        "original file (the model alone, for model.init_from)",
+    )
+    parser.add_argument(
+        "--latents-stats",
+        type=Path,
+        metavar="FILE",
+        help="how the latents are normalised, such as latents_stats.pt (as the autoencoder says)",
+    )
+    arguments = parser.parse_args()
+    if arguments.vae is None and arguments.latents_stats is not None:
+        raise ConfigError("--latents-stats belongs to a pipeline; give --vae, too")
+    if arguments.vae is not None and arguments.kind not in ("dit", "lightningdit", "flashdit"):
+        raise ConfigError(f"--vae is for a model that draws; a {arguments.kind} needs none")
+    if arguments.vae is not None and arguments.kind != "dit" and arguments.latents_stats is None:
+        raise ConfigError(
+            f"a {arguments.kind} was trained on latents normalised by mean and standard deviation of each "
+            "channel; give them by --latents-stats, such as LightningDiT's latents_stats.pt"
+        )
+    return arguments
+
+
+def read_config(source: str, kind: str) -> dict[str, Any]:
+    """The official constructor's arguments, from a file or by the name of a published model."""
+    from iwin_dit.models.iwin_transformer import VARIANTS
+
+    if kind == "iwin_transformer" and source in VARIANTS:
+        return {name: VARIANTS[source][0][name] for name in ("img_size", "window_size", "num_heads")}
+    path = Path(source)
+    if not path.is_file():
+        names = f", nor is it one of {', '.join(VARIANTS)}" if kind == "iwin_transformer" else ""
+        raise ConfigError(f"--config {source} is not a file{names}")
+    config = strict_yaml.load(path)  # which reads JSON, too
+    if odd := [name for name in config if not isinstance(name, str)]:
+        raise ConfigError(f"{path} has the argument {odd[0]!r}, expected names")
+    return config
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """An official file, without running any code in it."""
+    from iwin_dit.convert import load_official
+
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    return load_official(path)
+
+
+def save(model: Any, folder: Path) -> None:
+    """``config.json`` and safetensors, in a folder that is complete or absent."""
+    from safetensors.torch import save_file
+
+    with scratch.replacement(folder) as new:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(new)
+        else:
+            weights = getattr(model, "model", model).state_dict()  # features_only wraps the weights' model
+            weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(weights, new / "model.safetensors")
+            (new / "config.json").write_text(json.dumps(backbone_config(model), indent=2) + "\n")
+
+
+def backbone_config(model: Any) -> dict[str, Any]:
+    """What rebuilds a backbone: timm's ``config.json``, or that of a class that timm does not know."""
+    from iwin_dit.models.backbone_3d import IwinTransformer3D
+    from iwin_dit.models.iwin_transformer import VARIANTS
+
+    arguments = model._model_args
+    if isinstance(model, IwinTransformer3D):
+        return {"architecture": "IwinTransformer3D", "model_args": arguments}
+    told = ("img_size", "depths", "num_heads", "embed_dim")  # a name sets defaults; the arguments decide
+
+    def in_common(name: str) -> int:
+        return sum(VARIANTS[name][0][key] in (arguments[key], _tuple(arguments[key])) for key in told)
+
+    name = max(VARIANTS, key=in_common)
+    classes = arguments.get("num_classes", 1000)
+    return {
+        "architecture": name,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": VARIANTS[name][1] | {"num_classes": classes},
+    }
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.folder.exists():
+        raise ConfigError(f"{arguments.folder} exists; name a new folder, or remove it")
+    if not files.can_write_folder(arguments.folder):
+        raise ConfigError(f"{arguments.folder} cannot be written; take a path in a folder that is yours")
+    config = read_config(arguments.config, arguments.kind)
+    tensors = read_tensors(arguments.file)
+
+    from iwin_dit import convert
+
+    try:
+        model = getattr(convert, KINDS[arguments.kind])(tensors, config)
+    except ValueError as error:
+        raise DataError(f"{arguments.file} with --config {arguments.config}: {error}") from None
+    count = sum(parameter.numel() for parameter in model.parameters())
+    told = f"{arguments.folder}: {type(model).__name__}, {count:,} parameters"
+    if arguments.vae is None:
+        save(model, arguments.folder)
+        print(told)
+        return
+    from iwin_dit.build.imports import import_pipeline
+
+    import_pipeline(model, arguments.vae, arguments.latents_stats, arguments.folder, arguments.file)
+    print(f"{told}; try: python sample.py --checkpoint {arguments.folder} --class 0")

@@ -1,0 +1,101 @@
+"""Figures of generated images against real ones, with everything that is needed to repeat them.
+
+``iwin-dit evaluate --generated RUN --reference FOLDER``; on several GPUs, ``accelerate launch -m
+iwin_dit.commands evaluate``. The same command again goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from iwin_dit.commands.drawing import add_drawing_options
+from iwin_dit.config import metrics
+from iwin_dit.evaluation import rules
+from iwin_dit.runtime.errors import ConfigError
+
+SWEEPS = {"guidance_scale": float, "steps": int}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
+    """Those of a command line (default: of the process), checked."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
+    add("--reference", help="a folder or .npz of real images (clips), or stored statistics")
+    add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
+    add(
+        "--metrics",
+        help="; ".join(f"{name}: {','.join(kind.metrics)}" for name, kind in metrics.EXTRACTORS.items()),
+    )
+    add("--num-images", type=int, help="to draw (50,000)")
+    add("--plan", choices=("equal", "uniform"), help="classes in turn, or at random (equal)")
+    add("--seed", type=int, help="image k of a class depends on seed, class and k alone (0)")
+    side = dict(type=int, nargs="+", metavar="PIXELS")
+    add("--size", **side, help="a side, or height and width: images of folders are cropped, as ADM's")
+    add("--background", metavar="COLOUR", help="of transparent pixels: white, black or R,G,B")
+    add("--follow-links", action="store_true", help="links may lead out of a folder of images")
+    add("--workers", type=int, help="processes that read images (4, or as many as there are cores)")
+    add("--batch-size", type=int, default=64, help="images of one forward pass (64)")
+    add("--draw-batch", type=int, help="images drawn together; a pixel in 10^5 depends on it (32)")
+    add("--compile", action="store_true", help="compile the model first: worth it for many images")
+    add("--inception-weights", help="torch-fidelity's file, for machines without a network")
+    add("--save-images", metavar="PATH", help="keep what is drawn: a folder of PNGs, or an .npz as ADM's")
+    add("--save-reference", metavar="PATH", help="keep the reference's statistics, as .safetensors")
+    add("--out", default="evaluation.json", help="the result (evaluation.json)")
+    add("--repeat", metavar="RESULT", help="run a result's evaluation again, and compare")
+    add("--compare", metavar="RESULT", nargs="+", help="print stored results as one table")
+    add("--sweep", metavar="KEY=V1,V2", help=f"one evaluation per value of {' or '.join(SWEEPS)}, and a plot")
+    add_drawing_options(parser)
+    arguments = parser.parse_args(command)
+    rules.check_arguments(arguments, {name: parser.get_default(name) for name in vars(arguments)})
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One evaluation, its result written to ``--out`` and returned."""
+    from iwin_dit.commands.measure import evaluate
+
+    return evaluate(arguments)
+
+
+def repeat(path: Path) -> None:
+    """The evaluation of a stored result again, beside it, and how they differ."""
+    stored = rules.read_result(path)
+    try:
+        again = parse_arguments([*rules.stored_command(stored), f"--out={path}.again.json"])
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no result of this evaluation: {error}") from None
+    result = run(again)
+    rows = {"stored": stored["figures"], "again": result["figures"]}
+    rules.show(rows, rules.differences(stored, result))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.repeat is not None:
+        repeat(Path(arguments.repeat))
+        return
+    if arguments.compare is not None:
+        rules.show({path: rules.read_result(Path(path))["figures"] for path in arguments.compare})
+        return
+    if arguments.sweep is None:
+        rules.show({arguments.generated: run(arguments)["figures"]})
+        return
+    from iwin_dit.evaluation.sweep import draw_sweep, named, values_of
+
+    key, values = values_of(arguments.sweep, SWEEPS)
+    rows = {}
+    for value in values:
+        one = argparse.Namespace(**vars(arguments) | {key: value})
+        one.out, one.save_images = (named(path, key, value) for path in (one.out, one.save_images))
+        rows[f"{key} {value}"] = run(one)["figures"]
+    rules.show(rows)
+    draw_sweep(key, values, list(rows.values()), Path(arguments.out).with_suffix(".png"))
