@@ -309,12 +309,17 @@ def logged_steps(directory):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def kill_after(process, directory, step):
-    """kill -9 once this step has been logged."""
+def wait_for_step(process, directory, step):
+    """Returns once this step has been logged."""
     deadline = time.time() + 240
     while max(logged_steps(directory), default=0) < step:
         assert process.poll() is None, process.communicate()[1]
         assert time.time() < deadline
-        time.sleep(0.02)
+        time.sleep(0.05)
+
+
+def kill_after(process, directory, step):
+    """kill -9 once this step has been logged."""
+    wait_for_step(process, directory, step)
     process.send_signal(signal.SIGKILL)
     process.communicate()

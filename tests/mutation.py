@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("torchvision", "timm", "diffusers", "transformers", "accelerate", "torch_fidelity")  # slow
+PACKAGES = ("torchvision", "timm", "diffusers", "accelerate", "torch_fidelity")  # slow
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 60  # seconds of a processor, of the tests of one mutant
 TESTS = {  # files of tests/, without test_ and .py

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_equal, read_checkpoint, refused, run
+from conftest import assert_equal, read_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +38,9 @@ def trained(train_here, *arguments):
 # --- averages
 
 
-def test_averages_are_those_of_the_weights_at_each_step(recipe, train_here, tmp_path, monkeypatch):
+def test_averages_are_those_of_the_weights_at_each_step(
+    recipe, train_here, run_here, refused_here, tmp_path, monkeypatch
+):
     """Every average against its definition, from the weights of each step; what a kill interrupts goes on."""
     config = recipe(
         train=SHORT,
@@ -76,12 +78,12 @@ def test_averages_are_those_of_the_weights_at_each_step(recipe, train_here, tmp_
     assert [checkpoint.step_of(path) for path in checkpoint.step_directories(snapshots)] == [4, 8, 12]
     again = reconstruct(snapshots, 0.1)
     torch.testing.assert_close(again[key], final["ema_std_0.1"][key], atol=1e-5, rtol=0)
-    run(
+    run_here(
         *("sample.py", "--checkpoint", tmp_path / "run", "--ema-std", 0.15, "--class", 0, "--steps", 2),
         *("--num-images", 1, "--out", tmp_path / "grid.png"),
     )
     assert json.loads((tmp_path / "grid.json").read_text())["ema_std"] == 0.15
-    error = refused("sample.py", "--checkpoint", tmp_path / "run", "--ema-std", 0.4, "--class", 0)
+    error = refused_here("sample.py", "--checkpoint", tmp_path / "run", "--ema-std", 0.4, "--class", 0)
     assert "found the relative standard deviation 0.4" in error
 
     # a run that goes on from step 6 makes the snapshots of steps 8 and 12 again, the same
