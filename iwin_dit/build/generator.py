@@ -15,7 +15,7 @@ from iwin_dit.build.loading import build_denoiser
 from iwin_dit.build.network import build_objective
 from iwin_dit.build.pipeline import build_pipeline, draw_preview, model_of
 from iwin_dit.config.schema import Config
-from iwin_dit.data.examples import Data, ImagesAsClips, MixedExamples, TrainingExamples
+from iwin_dit.data.examples import Drawn, ImagesAsClips, MixedExamples, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.pipelines.export import export_pipeline
@@ -53,7 +53,7 @@ def build_examples(config: Config, data: TrainingData) -> TrainingExamples | Mix
     """What training sees at each position: of the dataset, and of images that are mixed in with it."""
     null_label = config.model.num_classes if config.model.label_dropout else None
 
-    def examples(source: Data) -> TrainingExamples:
+    def examples(source: Drawn) -> TrainingExamples:
         options = config.data.random_flip, config.model.label_dropout, null_label
         return TrainingExamples(source, config.seed, *options)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torchvision.models._meta import _IMAGENET_CATEGORIES
+from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET_NAMES
 
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError, listed
@@ -127,7 +127,7 @@ def _oddity(names: Sequence[str], counts: np.ndarray) -> str | None:
         return f"has a single class, {names[0]}; give the folder that holds the class folders"
     if len(names) == counts.sum():
         return f"has as many classes as images, {len(names)}; expected several images of each class"
-    if list(names) != list(_IMAGENET_CATEGORIES):  # which has a cardigan and a dog called Cardigan
+    if list(names) != list(IMAGENET_NAMES):  # which has a cardigan and a dog called Cardigan
         same = defaultdict(list)
         for name in names:
             same[name.casefold()].append(name)

@@ -58,9 +58,6 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: where it is damaged.
     """
     try:
-        value = files.retry(lambda: files.read_json(path, limits.INDEX_BYTES))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
+        return files.read_object(path, limits.INDEX_BYTES)
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); remove it, or extract into another folder") from None
-    return value

@@ -19,15 +19,14 @@ from torch.utils.data import Dataset, Sampler
 from iwin_dit.runtime.seeds import generator
 
 
-class Data(Protocol):
-    """What can be trained on: latents, or images that the step encodes."""
+class Drawn(Protocol):
+    """Latents, or images that the step encodes, with labels."""
 
     latent_shape: tuple[int, ...]
-    class_names: list[str]
-    mean: list[float]  # per latent channel
-    std: list[float]
-    vae_path: str
-    identity: dict[str, Any]  # what makes the data the same to a run that is resumed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the data the same to a run that is resumed."""
 
     def __len__(self) -> int: ...
 
@@ -35,6 +34,18 @@ class Data(Protocol):
         self, indices: Sequence[int], mirrored: Sequence[bool], rngs: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[int]]:
         """These images or their mirror images, one generator for each, and their labels."""
+
+
+class Data(Drawn, Protocol):
+    """What can be trained on, and drawn again afterwards."""
+
+    class_names: list[str]
+    mean: list[float]  # per latent channel
+    std: list[float]
+
+    @property
+    def vae_path(self) -> str:
+        """The autoencoder: a preset, a folder, a file or a hub id."""
 
 
 class Example(NamedTuple):
@@ -53,7 +64,7 @@ class Example(NamedTuple):
 class Draw(NamedTuple):
     """The random choices of one position."""
 
-    index: int
+    image: int  # its number in the data
     mirrored: bool
     dropped: bool
     u: float
@@ -71,10 +82,13 @@ class TrainingExamples(Dataset):
     """
 
     def __init__(
-        self, data: Data, seed: int, random_flip: bool, label_dropout: float, null_label: int | None
+        self, data: Drawn, seed: int, random_flip: bool, label_dropout: float, null_label: int | None
     ):
         self.data, self.seed, self.random_flip = data, seed, random_flip
-        self.label_dropout, self.null_label = label_dropout, null_label
+        if label_dropout > 0 and null_label is None:
+            raise ValueError(f"label_dropout is {label_dropout}, but there is no null label")
+        self.label_dropout = label_dropout
+        self.null_label = -1 if null_label is None else null_label  # never taken without dropout
 
     def __getitem__(self, position: int) -> Example:
         return Example(*(part[0] for part in self.__getitems__([position])))
@@ -106,7 +120,7 @@ class ImagesAsClips:
         self.images = images
         self.identity = {"mixed_in": images.identity}
         channels, *_, height, width = images.latent_shape
-        self.latent_shape = (channels, 1, height, width)
+        self.latent_shape: tuple[int, ...] = (channels, 1, height, width)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.examples import epoch_order
 from iwin_dit.data.images import BadImage, decode_image
 from iwin_dit.data.sources import Source, identity_of
@@ -33,35 +34,43 @@ class LabelledExample(NamedTuple):
     mixing: Tensor
 
 
-class Labelled(Protocol):
-    """What a classifier learns from: images, or clips, each with its label."""
+S = TypeVar("S", Source, ClipFolderSource)
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        """Image or clip i, normalised, and its class."""
+class Labelled(Dataset[tuple[Tensor, int]], Generic[S]):
+    """What a classifier learns from or is judged by: ``data[i] -> (image or clip, label)``, as in the source.
+
+    Args:
+        source: of images, see :mod:`iwin_dit.data.sources`, or of videos.
+        background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
+    """
+
+    def __init__(self, source: S, background: Colour | None = None):
+        self.source: S = source
+        self.background = background
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the data the same to a run that is resumed."""
+        return identity_of(self.source)
 
 
-class LabelledImages(Dataset):
-    """``images[i] -> (image (3, H, W), label)``, in the order of the source.
+class LabelledImages(Labelled[Source]):
+    """``images[i] -> (image (3, H, W), label)``.
 
     Args:
-        source: of encoded images, see :mod:`iwin_dit.data.sources`.
+        source, background: of :class:`Labelled`.
         transform: from a PIL image to a tensor.
-        background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
     """
 
     def __init__(
         self, source: Source, transform: Callable[[Image.Image], Tensor], background: Colour | None = None
     ):
-        self.source, self.transform, self.background = source, transform, background
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source, background)
+        self.transform = transform
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         name = self.source.name(i)
@@ -71,13 +80,8 @@ class LabelledImages(Dataset):
         except BadImage as error:
             raise DataError(str(error) if name in str(error) else f"{name}: {error}") from None
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes these images the same to a run that is resumed."""
-        return identity_of(self.source)
 
-
-class LabelledExamples(Dataset):
+class LabelledExamples(Dataset[LabelledExample]):
     """``examples[position] -> LabelledExample``: a pure function of (seed, position).
 
     Args:
@@ -88,7 +92,7 @@ class LabelledExamples(Dataset):
         cutmix: alpha of CutMix; 0 for none.
     """
 
-    def __init__(self, images: Labelled, seed: int, mixup: float, cutmix: float):
+    def __init__(self, images: Labelled[Any], seed: int, mixup: float, cutmix: float):
         self.images, self.seed, self.mixup, self.cutmix = images, seed, mixup, cutmix
 
     def __getitem__(self, position: int) -> LabelledExample:

@@ -6,17 +6,14 @@ Legend: T frames of a clip, H and W of the model's input, V views of a video.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from iwin_dit.data.clip_sources import ClipFolderSource
-from iwin_dit.data.labelled import drawing_from, seed_generators
-from iwin_dit.data.sources import identity_of
+from iwin_dit.data.labelled import Labelled, drawing_from, seed_generators
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import Colour
 
@@ -24,7 +21,7 @@ from iwin_dit.runtime.colours import Colour
 CROPS: dict[int, tuple[float, ...]] = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
 
 
-class LabelledClips(Dataset):
+class LabelledClips(Labelled[ClipFolderSource]):
     """``clips[i] -> (clip (3, T, H, W), label)``: from a random place of the video, and varied.
 
     Place and variation follow from two numbers of PyTorch's global generator.
@@ -43,10 +40,8 @@ class LabelledClips(Dataset):
         transform: Callable[[Image.Image], Tensor],
         background: Colour | None = None,
     ):
-        self.source, self.spec, self.transform, self.background = source, spec, transform, background
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source, background)
+        self.spec, self.transform = spec, transform
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Raises DataError, naming the video that is broken or too short."""
@@ -59,13 +54,8 @@ class LabelledClips(Dataset):
                 varied.append(self.transform(frame))
         return torch.stack(varied, 1), label
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes these clips the same to a run that is resumed."""
-        return identity_of(self.source)
 
-
-class HeldOutClips(Dataset):
+class HeldOutClips(Labelled[ClipFolderSource]):
     """``clips[i] -> (views (V, 3, T, H, W), label)``, in the order of the source.
 
     Args:
@@ -85,13 +75,11 @@ class HeldOutClips(Dataset):
         views: tuple[int, int],
         background: Colour | None = None,
     ):
-        self.source, self.spec, self.background = source, spec, background
+        super().__init__(source, background)
+        self.spec = spec
         self.scale, center_crop, *rest = transform.transforms
         self.size, self.finish = center_crop.size, Compose(rest)
         self.num_clips, self.places = views[0], CROPS[views[1]]
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Raises DataError, naming the video that is broken or too short."""

@@ -28,9 +28,7 @@ def read_index(directory: Path) -> dict[str, Any]:
     """
     path = directory / "index.json"
     try:
-        index = files.retry(lambda: files.read_json(path, limits.INDEX_BYTES))
-        if not isinstance(index, dict):
-            raise ValueError(f"it is a {type(index).__name__}, expected keys and values")
+        index = files.read_object(path, limits.INDEX_BYTES)
         if index.get("format") != FORMAT:
             raise ValueError(f"it has format {index.get('format')!s:.40}, this version reads {FORMAT}")
     except (FileNotFoundError, NotADirectoryError):

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET_NAMES
 
-from iwin_dit.data.classes import classes_of, in_order
+from iwin_dit.data.classes import IMAGENET_NAMES, classes_of, in_order
 from iwin_dit.data.folders import Folder
 from iwin_dit.data.formats import ENDINGS, IMAGES
 from iwin_dit.data.hugging_face import HuggingFaceSource, has_parquet, is_saved

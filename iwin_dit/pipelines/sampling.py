@@ -197,14 +197,11 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        recipe = files.read_json(path, limits.JSON_BYTES)
-        if not isinstance(recipe, dict):
-            raise ValueError(f"it holds a {type(recipe).__name__}")
+        return files.read_object(path, limits.JSON_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} is not the recipe of the images beside it: {error}; remove the folder, or take another"
         ) from error
-    return recipe
 
 
 def write_samples(samples: Iterable[Sample], folder: Path, fps: float = FPS) -> int:

@@ -40,22 +40,17 @@ COMPONENTS = {  # the package and the classes that each may name, beside the tra
 SETTINGS = ("_class_name", "_diffusers_version", "_name_or_path", "id2label", "latents_mean", "latents_std")
 
 # The largest of every number that decides how much is built or allocated.
-MAX_WIDTH = 65_536
 MAX_NUMBER = 1e18  # which 64 bits hold, too
 SIZES = {
     "num_layers": 1_000,
-    "num_attention_heads": MAX_WIDTH,
-    "attention_head_dim": MAX_WIDTH,
-    "num_classes": 10_000_000,
-    "in_channels": 65_536,
-    "out_channels": 65_536,
-    "patch_size": 1_024,
-    "sample_size": 65_536,
-    "sample_frames": 65_536,
-    "mlp_ratio": 64,
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels"), limits.SIDE),
+    **dict.fromkeys(("out_channels", "sample_size", "sample_frames"), limits.SIDE),
+    "num_classes": limits.LABELS,
+    "patch_size": limits.PATCH,
+    "mlp_ratio": limits.MLP_RATIO,
 }
 KINDS = {bool: bool, str: str, int: int, float: int | float}  # of a value, by that of its default
-MIXER_SIZES = {"window_size": 65_536, "kernel_size": 1_023}
+MIXER_SIZES = {"window_size": limits.SIDE, "kernel_size": limits.KERNEL}
 MAX_VAE_LAYERS, MAX_VAE_NUMBER = 64, 65_536
 MAX_TIMESTEPS = 1_000_000
 
@@ -115,13 +110,11 @@ def check_index(path: Path) -> tuple[str, str, str]:
             )
         raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
     try:
-        content = files.read_json(index, limits.INDEX_BYTES)
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
+        content = files.read_object(index, limits.INDEX_BYTES)
         name = content["_class_name"]
     except OSError as error:
         raise _unreadable(index, error) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"{index} is not the index of a pipeline: {reason(error)}") from error
     name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
     if not isinstance(name, str) or name not in PIPELINES:
@@ -170,7 +163,7 @@ def _check_transformer(path: Path, kind: str) -> int:
         if config[key] is not None or key not in ("out_channels", "sample_frames"):  # which are optional
             _check_size(path, key, config[key], most)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    _check_size(path, "num_attention_heads x attention_head_dim", width, MAX_WIDTH)
+    _check_size(path, "num_attention_heads x attention_head_dim", width, limits.SIDE)
     for key, most in MIXER_SIZES.items():
         if key in mixer:
             _check_size(path, key, mixer[key], most)
@@ -288,12 +281,9 @@ def _read_config(path: Path, kind: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = files.read_json(path, limits.INDEX_BYTES)
+        return files.read_object(path, limits.INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise _damaged(path.parent, f"{path} holds a {type(content).__name__}, expected keys and values")
-    return content
 
 
 def _numbers(value: Any) -> Iterator[int | float]:

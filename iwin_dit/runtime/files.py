@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -232,3 +233,11 @@ def read_json(path: Path, max_bytes: int) -> Any:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:  # whose own representation holds the whole file
         raise ValueError(str(error)) from None
+
+
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """As :func:`read_json`, with :func:`retry`, of a file that has to hold keys and values."""
+    value = retry(partial(read_json, path, max_bytes))
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, expected keys and values")
+    return value

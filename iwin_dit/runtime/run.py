@@ -196,15 +196,12 @@ def read_data(run: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        data = files.retry(lambda: files.read_json(path, limits.INDEX_BYTES))
-        if not isinstance(data, dict):
-            raise ValueError(f"it holds a {type(data).__name__}")
+        return files.read_object(path, limits.INDEX_BYTES)
     except ValueError as error:
         raise ConfigError(
             f"{path} does not say what the run was trained on ({error}); restore the file. Without it, the "
             "run goes on, and nothing compares its data with those that it was begun on"
         ) from error
-    return data
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
