@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from iwin_dit.build import budget
+from iwin_dit.build.budget import Budget
 from iwin_dit.config.parse import parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def main() -> None:
     saved = None
     for images, peak in peaks.items():
         config, _ = parse_arguments(["--train.batch_images", str(images)], quickstart)
-        saved = saved or budget.activations(config)
+        saved = saved or Budget(config).activations
         extra = (images - 1) * saved.image / 2**20
         print(f"| {images} | {peak:.0f} | {peak - peaks[1]:.0f} | {extra:.0f} |")
 
@@ -63,13 +63,12 @@ def main() -> None:
         "\n| XL/1, bf16, GiB on each of 8 GPUs, micro-batch | " + " | ".join(map(str, MICRO_BATCHES)) + " |"
     )
     print("|---" * (1 + len(MICRO_BATCHES)) + "|")
-    saved = budget.activations(parse_arguments([], XL)[0])
     for name, arguments in LEVERS.items():
         cells = []
         for micro_batch in MICRO_BATCHES:
             batch = ("--train.batch_images", "1024", "--train.micro_batch", str(micro_batch))
-            config, _ = parse_arguments([*arguments, *batch], XL)
-            cells.append(f"{budget.memory(config, 8, saved).total / 2**30:.1f}")
+            budget = Budget(parse_arguments([*arguments, *batch], XL)[0])
+            cells.append(f"{budget.memory(8).total / 2**30:.1f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

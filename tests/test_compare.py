@@ -16,7 +16,8 @@ import torch
 import yaml
 from conftest import ROOT
 
-from iwin_dit.build import budget, network
+from iwin_dit.build import network
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.classifier_network import LoadedClassifier
 from iwin_dit.config.parse import load_config
 from iwin_dit.data import digits
@@ -106,7 +107,7 @@ def test_memory_of_a_step_holds_what_autograd_saves():
     for name in ("iwin", "swin"):
         config = load_config(ROOT / "configs" / "compare" / f"{name}.yaml")
         config = replace(config, model=replace(config.model, depth=2))
-        found, saved = costs.training_memory(config), budget.memory(config).activations
+        found, saved = costs.training_memory(config), Budget(config).memory().activations
         assert saved < found < 1.6 * saved, name
     assert found == costs.training_memory(config)
 
@@ -274,9 +275,7 @@ def test_compare_is_interrupted_and_goes_on(setup, tmp_path, monkeypatch, capsys
     for name, row in by_name.items():
         assert all(row), name
         assert float(row[1]) > 0
-        assert int(row[6].replace(",", "")) == budget.parameter_count(
-            load_config(setup.recipes / f"{name}.yaml")
-        )
+        assert int(row[6].replace(",", "")) == Budget(load_config(setup.recipes / f"{name}.yaml")).parameters
     assert (by_name["iwin"][-1], by_name["global_sincos"][-1]) == ("2", "1")
     assert float(cells[0][1]) <= float(cells[1][1])
     assert (out.parent / "compare.png").stat().st_size > 1000

@@ -15,6 +15,7 @@ from conftest import ROOT, watch_attention
 from evaluation_stub import COUNT, Stub, make_sets
 
 from iwin_dit.build import network, trainer
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.describe import describe_classifier, describe_run
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config, parse_arguments
@@ -48,7 +49,7 @@ def test_every_recipe_is_built(path):
     assert output.shape[0] == 2
     assert output.shape[2:] == latent.shape[2:]
     network.build_objective(config).scheduler(config.sample.sampler)
-    assert "parameters" in describe_run(config)
+    assert "parameters" in describe_run(Budget(config))
 
 
 @pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda p: p.stem)

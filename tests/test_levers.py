@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iwin_dit.build import budget, generator
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.describe import describe_run
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -172,9 +173,9 @@ def test_the_memory_of_activations_is_counted(recipe, checkpointing):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         build_objective(config).loss(model, x, torch.zeros(8, dtype=torch.long), noise, u)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    computed = budget.memory(config).activations
+    computed = Budget(config).memory().activations
     if checkpointing:
-        saved = budget.activations(config)
+        saved = Budget(config).activations
         computed -= 8 * saved.block  # of the one that is computed again, in the backward pass
     assert computed == pytest.approx(measured, rel=0.1)
 
@@ -182,11 +183,11 @@ def test_the_memory_of_activations_is_counted(recipe, checkpointing):
 def test_the_budget_of_the_authors_model():
     """The parts that are arithmetic: 712,475,552 parameters of four bytes."""
     config = load_config(budget.Path(__file__).parent.parent / "configs" / "iwin_xl_1_imagenet256.yaml")
-    found = budget.memory(config, num_processes=8)
+    found = Budget(config).memory(num_processes=8)
     assert found.weights == found.gradients == found.ema == 4 * 712_475_552
     assert found.optimizer == 8 * 712_475_552
-    assert budget.checkpoint_bytes(config) == 16 * 712_475_552
-    assert budget.disk_bytes(config) == 16 * 712_475_552 * 3 + 4 * 712_475_552
+    assert Budget(config).checkpoint_bytes == 16 * 712_475_552
+    assert Budget(config).disk_bytes == 16 * 712_475_552 * 3 + 4 * 712_475_552
 
 
 def test_the_operations_of_the_authors_model():
@@ -198,13 +199,13 @@ def test_the_operations_of_the_authors_model():
     condition = 256 * width + width**2  # of the timestep
     ends = 2 * tokens * width * channels + 2 * width**2  # the patches, in and out, and the last modulation
     forward = 28 * (mixer + mlp + modulation) + condition + ends
-    assert budget.training_flops(config) == 6 * forward  # two for each, forward; twice that backward
+    assert Budget(config).training_flops == 6 * forward  # two for each, forward; twice that backward
 
 
 def test_tokens_of_clips_are_counted_along_all_axes(recipe):
     clips = recipe(model={"sample_frames": 6, "sample_size": [8, 4], "mixer": {"window_size": [3, 4, 2]}})
-    assert "6 x 8 x 4 = 192, windows of 3 x 4 x 2" in describe_run(load_config(clips))
-    assert "8 x 8 = 64, windows of 4 x 4" in describe_run(load_config(recipe()))
+    assert "6 x 8 x 4 = 192, windows of 3 x 4 x 2" in describe_run(Budget(load_config(clips)))
+    assert "8 x 8 = 64, windows of 4 x 4" in describe_run(Budget(load_config(recipe())))
 
 
 def test_a_run_that_cannot_fit_is_refused(recipe, train_here, tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_a_run_that_cannot_fit_is_refused(recipe, train_here, tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(budget, "device_bytes", lambda: ("a small card", 1 << 20))
     with pytest.raises(ConfigError, match=r"a small card has 1\.0 MiB; lower train\.micro_batch"):
-        budget.check(load_config(config))
+        Budget(load_config(config)).check()
 
 
 # --- speed
@@ -282,7 +283,7 @@ def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch
         | {"sample_every_steps": 4},
         ema={"power_stds": [0.1], "snapshot_every_steps": 8},
     )
-    flops = 8 * budget.training_flops(load_config(config))
+    flops = 8 * Budget(load_config(config)).training_flops
     monkeypatch.setattr(reports, "peak_flops", lambda device: 2 * flops)
     assert "back to step 12" in trained(train_here, "--config", config)
     assert clock[0] >= 1000 + len(steps), "the clock went on"
@@ -319,7 +320,7 @@ def test_speed_and_size_are_in_the_log(recipe, train_here, tmp_path):
     config = recipe(train={**SHORT, "health_every_steps": 8})
     trained(train_here, "--config", config)
     first, second, last = read_log(tmp_path / "run")
-    flops = budget.training_flops(load_config(config))
+    flops = Budget(load_config(config)).training_flops
     for record in (first, second, last):
         expected = record["images_per_second"] * flops / 1e12
         assert record["tflops_per_device"] == pytest.approx(expected, rel=0.02)

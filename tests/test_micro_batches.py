@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from iwin_dit.build import budget, trainer
 from iwin_dit.build import classifier as build_classifier
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.describe import describe_run
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config
@@ -149,18 +150,18 @@ def test_an_odd_share_of_a_process_is_refused(classifier):
 def test_the_budget_of_auto_is_that_of_one_image(recipe, monkeypatch):
     """What may be split is not refused; what one image does not fit is."""
     auto, one, whole = (load_config(recipe(train={"micro_batch": size})) for size in ("auto", 1, 8))
-    least, most = budget.memory(one).total, budget.memory(whole).total
+    least, most = Budget(one).memory().total, Budget(whole).memory().total
     assert least < most
-    assert f"or down to {budget.in_units(least)} with smaller micro-batches" in describe_run(auto)
-    assert "down to" not in describe_run(whole)
+    assert f"or down to {budget.in_units(least)} with smaller micro-batches" in describe_run(Budget(auto))
+    assert "down to" not in describe_run(Budget(whole))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(budget, "device_bytes", lambda: ("a card", least))
-    budget.check(auto)
+    Budget(auto).check()
     with pytest.raises(ConfigError, match=r"lower train\.micro_batch, or set"):
-        budget.check(whole)
+        Budget(whole).check()
     monkeypatch.setattr(budget, "device_bytes", lambda: ("a card", least - 1))
     with pytest.raises(ConfigError, match=r"; set train\.gradient_checkpointing"):
-        budget.check(auto)
+        Budget(auto).check()
 
 
 def test_a_split_model_keeps_its_part_of_the_gradients_alone(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,43 +61,122 @@ def multiply_adds(model: IwinDiTTransformer2DModel) -> int:
     return counter.get_total_flops() // 2
 
 
-def training_flops(config: Config) -> float:
-    """Floating-point operations of a training step on one image: a forward pass, and twice that backward."""
-    with torch.device("meta"):
-        return 6 * multiply_adds(build_model(config))
+class Budget:
+    """What a run of a recipe takes. The network is built once, without content.
 
-
-def parameter_count(config: Config) -> int:
-    """Of the network."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config).parameters())
-
-
-def activations(config: Config) -> Activations:
-    """Counts what autograd saves, in forward passes of one and of two images on tensors without content.
-
-    The blocks of a model are alike, two by two: four of them tell of any number.
+    parameters: of the network; grid: its tokens per axis.
     """
-    depth, width, heads, patch_size = config.model.shape
-    if depth <= 4:
-        return _activations(config)
-    shape = dict(size=None, width=width, heads=heads, patch_size=patch_size)
-    part, more = (
-        _activations(replace(config, model=replace(config.model, **shape, depth=number)))
-        for number in (2 + depth % 2, 4 + depth % 2)
-    )
-    pairs = (depth - 2 - depth % 2) // 2
-    fixed, image = (a + pairs * (b - a) for a, b in zip(part[:2], more[:2], strict=True))
-    return Activations(fixed, image, *part[2:])
+
+    def __init__(self, config: Config):
+        self.config = config
+        with torch.device("meta"):
+            self.model = build_model(config)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.grid = self.model.grid(*self.model.latent_size)
+
+    @cached_property
+    def multiply_adds(self) -> int:
+        """Of one forward pass of one image."""
+        return multiply_adds(self.model)
+
+    @property
+    def training_flops(self) -> int:
+        """Operations of a training step on one image: a forward pass, and twice that backward."""
+        return 6 * self.multiply_adds
+
+    @cached_property
+    def activations(self) -> Activations:
+        """Counts what autograd saves, in forward passes of one and of two images on tensors without content.
+
+        The blocks of a model are alike, two by two: four of them tell of any number.
+        """
+        depth, model = len(self.model.blocks), copy.deepcopy(self.model)
+        model.blocks = blocks = model.blocks[: min(depth, 4 + depth % 2)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")  # whose autocast is counted, too; the meta device has none
+            more = _activations(model, self.config)
+            if depth <= 4:
+                return more
+            model.blocks = blocks[:-2]
+            part = _activations(model, self.config)
+        pairs = (depth - 2 - depth % 2) // 2
+        fixed, image = (a + pairs * (b - a) for a, b in zip(part[:2], more[:2], strict=True))
+        return Activations(fixed, image, part.block, part.block_input)
+
+    def memory(self, num_processes: int = 1, least: bool = False) -> Memory:
+        """Of one device at its peak: the end of the forward pass, or of a checkpointed block's backward pass.
+
+        Args:
+            least: with the smallest micro-batch that the recipe allows: ``auto`` goes down to one image.
+        """
+        config, saved = self.config, self.activations
+        parts = num_processes if config.train.sharding == "fsdp2" else 1
+        averages = 0 if config.ema.on_cpu else self._averages
+        _, images = local_batch(config.train, num_processes)
+        if least and config.train.micro_batch == "auto":
+            images = 1
+        kept = images * saved.image
+        if every := config.train.gradient_checkpointing:
+            blocks = -(-config.model.shape[0] // every)
+            kept -= images * (blocks * (saved.block - saved.block_input) - saved.block)
+        size = 4 * self.parameters // parts
+        return Memory(size, averages * size, size, 2 * size, saved.fixed + kept)
+
+    @property
+    def _averages(self) -> int:
+        return len(self.config.ema.decays) + len(self.config.ema.power_stds)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint: weights, averages and the optimiser's two moments."""
+        return 4 * self.parameters * (3 + self._averages)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of a whole run: the checkpoints that are kept and one being written, snapshots, the pipeline."""
+        ema, train = self.config.ema, self.config.train
+        every = ema.snapshot_every_steps
+        snapshots = train.max_steps // every * len(ema.power_stds) if every else 0
+        return self.checkpoint_bytes * (train.keep_checkpoints + 1) + 4 * self.parameters * (snapshots + 1)
+
+    def check(self) -> None:
+        """Refuses a run that cannot work here: on this card, on this disk.
+
+        Raises:
+            ConfigError: where memory or disk do not suffice, with what is needed, what there is, what helps.
+        """
+        config, (name, there) = self.config, device_bytes()
+        needed = self.memory(int(os.environ.get("WORLD_SIZE", "1")), least=True)
+        if torch.cuda.is_available() and needed.total > there:
+            lower = "" if config.train.micro_batch == "auto" else "lower train.micro_batch, or "
+            raise ConfigError(
+                f"the run takes {in_units(needed.total)} of memory, {name} has {in_units(there)}; {lower}set "
+                "train.gradient_checkpointing 1, and ema.on_cpu true or train.sharding fsdp2"
+            )
+        root = Path(config.output_dir).absolute()
+        has = sum(file.stat().st_size for file in root.rglob("*.safetensors")) if root.exists() else 0
+        free = files.free_bytes(root)
+        if self.disk_bytes - has > free:
+            raise ConfigError(
+                f"the run writes {in_units(self.disk_bytes)} to {config.output_dir}, where "
+                f"{in_units(free)} are free; lower train.keep_checkpoints, raise ema.snapshot_every_steps, "
+                "or take another disk"
+            )
 
 
-def _activations(config: Config) -> Activations:
-    with FakeTensorMode():
-        model = build_model(config)
-        counts = [_saved_bytes(model, config, images) for images in (1, 2)]
-        grid = model.grid(*model.latent_size)
-        tokens, width = math.prod(grid), config.model.shape[1]
-        blocks = [_saved_bytes(model, config, images, only_block=True) for images in (1, 2)]
+def device_bytes() -> tuple[str, int]:
+    """The device that training would take here, and its memory."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.name, properties.total_memory
+    return "this machine", psutil.virtual_memory().total
+
+
+def _activations(model: IwinDiTTransformer2DModel, config: Config) -> Activations:
+    """Of a model on tensors without content."""
+    counts = [_saved_bytes(model, config, images) for images in (1, 2)]
+    blocks = [_saved_bytes(model, config, images, only_block=True) for images in (1, 2)]
+    tokens, width = math.prod(model.grid(*model.latent_size)), config.model.shape[1]
     image = counts[1] - counts[0]
     return Activations(counts[0] - image, image, blocks[1] - blocks[0], 4 * tokens * width)
 
@@ -124,76 +204,3 @@ def _saved_bytes(
         output = model.blocks[0](x, condition, None) if only_block else model(latents, times, labels)
         del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def memory(config: Config, num_processes: int = 1, saved: Activations | None = None) -> Memory:
-    """Of one device, at the peak: the end of the forward pass, or the backward pass of a checkpointed block.
-
-    Args:
-        saved: what :func:`activations` found; it does not depend on batch or levers.
-    """
-    saved = saved or activations(config)
-    parameters = parameter_count(config)
-    parts = num_processes if config.train.sharding == "fsdp2" else 1
-    averages = 0 if config.ema.on_cpu else len(config.ema.decays) + len(config.ema.power_stds)
-    _, images = local_batch(config.train, num_processes)
-    kept = images * saved.image
-    if every := config.train.gradient_checkpointing:
-        blocks = -(-config.model.shape[0] // every)
-        kept -= images * (blocks * (saved.block - saved.block_input) - saved.block)
-    size = 4 * parameters // parts
-    return Memory(size, averages * size, size, 2 * size, saved.fixed + kept)
-
-
-def at_least(config: Config) -> Config:
-    """The config with the smallest micro-batch that it allows: ``auto`` goes down to one image."""
-    if config.train.micro_batch != "auto":
-        return config
-    return replace(config, train=replace(config.train, micro_batch=1))
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Of one checkpoint: weights, averages and the optimiser's two moments."""
-    averages = len(config.ema.decays) + len(config.ema.power_stds)
-    return 4 * parameter_count(config) * (3 + averages)
-
-
-def disk_bytes(config: Config) -> int:
-    """Of a whole run: the checkpoints that are kept and one being written, snapshots, the pipeline."""
-    weights = 4 * parameter_count(config)
-    every = config.ema.snapshot_every_steps
-    snapshots = config.train.max_steps // every * len(config.ema.power_stds) if every else 0
-    return checkpoint_bytes(config) * (config.train.keep_checkpoints + 1) + weights * (snapshots + 1)
-
-
-def device_bytes() -> tuple[str, int]:
-    """The device that training would take here, and its memory."""
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return properties.name, properties.total_memory
-    return "this machine", psutil.virtual_memory().total
-
-
-def check(config: Config) -> None:
-    """Refuses a run that cannot work here: on this card, on this disk.
-
-    Raises:
-        ConfigError: where memory or disk do not suffice, with what is needed, what is there and what helps.
-    """
-    name, there = device_bytes()
-    needed = memory(at_least(config), int(os.environ.get("WORLD_SIZE", "1")))
-    if torch.cuda.is_available() and needed.total > there:
-        lower = "" if config.train.micro_batch == "auto" else "lower train.micro_batch, or "
-        raise ConfigError(
-            f"the run takes {in_units(needed.total)} of memory, {name} has {in_units(there)}; {lower}set "
-            "train.gradient_checkpointing 1, and ema.on_cpu true or train.sharding fsdp2"
-        )
-    root = Path(config.output_dir).absolute()
-    has = sum(file.stat().st_size for file in root.rglob("*.safetensors")) if root.exists() else 0
-    free = files.free_bytes(root)
-    if disk_bytes(config) - has > free:
-        raise ConfigError(
-            f"the run writes {in_units(disk_bytes(config))} to {config.output_dir}, where "
-            f"{in_units(free)} are free; lower train.keep_checkpoints, raise ema.snapshot_every_steps, "
-            "or take another disk"
-        )

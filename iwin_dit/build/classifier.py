@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from iwin_dit.build.classifier_export import export
-from iwin_dit.build.classifier_network import build_classifier, head_names, multiply_adds, without_init
+from iwin_dit.build.classifier_network import (
+    build_classifier,
+    head_names,
+    multiply_adds,
+    without_content,
+    without_init,
+)
 from iwin_dit.build.labelled import LabelledData, build_examples
 from iwin_dit.build.pipeline import show
 from iwin_dit.build.trainer import reading
@@ -41,7 +47,7 @@ class Classifier:
         self.config, self.held_out = config, data.held_out
         self.model = build_trained(config)
         self.examples = build_examples(config, data.train)
-        self.flops_per_image = 6 * multiply_adds(config)
+        self.flops_per_image = 6 * multiply_adds(without_content(config), config)
         self.in_pairs = config.mixes
         own = range(accelerator.process_index, len(data.held_out), accelerator.num_processes)
         self.loader = held_out_loader(config, Subset(data.held_out, own), accelerator)

@@ -142,13 +142,15 @@ def without_content(config: ClassifierConfig) -> nn.Module:
         return build_classifier(without_init(config)).eval()
 
 
-def multiply_adds(config: ClassifierConfig) -> int:
+def multiply_adds(model: nn.Module, config: ClassifierConfig) -> int:
     """Multiply-adds of one forward pass of one image or clip, counted operation by operation.
+
+    Args:
+        model: of :func:`without_content`.
 
     Raises:
         ConfigError: where the network does not take such images, or does not return a number for each class.
     """
-    model = without_content(config)
     pixels = torch.empty(1, 3, *config.data.shape, device="meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

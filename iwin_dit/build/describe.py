@@ -6,27 +6,20 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
-from iwin_dit.build import budget
+from iwin_dit.build.budget import Budget, device_bytes
 from iwin_dit.build.data import count_images
-from iwin_dit.build.network import build_model
 from iwin_dit.config.classifier import ClassifierConfig
-from iwin_dit.config.schema import Config
 from iwin_dit.data.folders import ignored_line
 from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.errors import DataError
 
 
-def describe_run(config: Config) -> str:
+def describe_run(budget: Budget) -> str:
     """The resolved config, and what the run takes.
 
     That is parameters, multiply-adds, tokens, memory, checkpoints, disk and the steps of an epoch.
     """
-    with torch.device("meta"):
-        model = build_model(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    grid = model.grid(*model.latent_size)
+    config, grid = budget.config, budget.grid
     mixer = config.model.resolved_mixer
     window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.reads("window_size") else ""
     ignored = None
@@ -36,22 +29,20 @@ def describe_run(config: Config) -> str:
     except DataError as error:
         epoch = f"unknown: {error}"
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    saved = budget.activations(config)
-    needed = budget.memory(config, num_processes, saved)
-    least = budget.memory(budget.at_least(config), num_processes, saved)
+    needed, least = budget.memory(num_processes), budget.memory(num_processes, least=True)
     size = files.in_units
     parts = ", ".join(f"{name} {size(count)}" for name, count in needed._asdict().items())
     lowest = "" if least == needed else f", or down to {size(least.total)} with smaller micro-batches"
     free = files.free_bytes(Path(config.output_dir))
-    device, there = budget.device_bytes()
+    device, there = device_bytes()
     lines = {
-        "parameters": f"{parameters:,}",
-        "multiply-adds per image": f"{budget.multiply_adds(model) / 1e9:,.3f} G, one forward pass",
+        "parameters": f"{budget.parameters:,}",
+        "multiply-adds per image": f"{budget.multiply_adds / 1e9:,.3f} G, one forward pass",
         "tokens": f"{' x '.join(map(str, grid))} = {math.prod(grid):,}{window}",
         "memory of a device": f"{size(needed.total)} at the peak: {parts}{lowest}; "
         f"{device} has {size(there)}",
-        "checkpoint": f"{size(budget.checkpoint_bytes(config))}, {config.train.keep_checkpoints} are kept",
-        "disk": f"{size(budget.disk_bytes(config))} for the whole run, {size(free)} are free",
+        "checkpoint": f"{size(budget.checkpoint_bytes)}, {config.train.keep_checkpoints} are kept",
+        "disk": f"{size(budget.disk_bytes)} for the whole run, {size(free)} are free",
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
         "an epoch": epoch,
         "data": ignored,
@@ -68,7 +59,7 @@ def describe_classifier(config: ClassifierConfig) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     averages = len(config.ema.decays) + len(config.ema.power_stds)
     checkpoint = 4 * parameters * (3 + averages)
-    macs = classifier_network.multiply_adds(config)
+    macs = classifier_network.multiply_adds(model, config)
     unit = "image" if config.data.frames is None else "clip"
     ignored = None
     try:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from iwin_dit.build.budget import training_flops
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.data import build_dataset, build_encoder, build_images
 from iwin_dit.build.loading import build_denoiser
 from iwin_dit.build.network import build_objective
@@ -78,7 +78,7 @@ class Generator:
         self.objective = build_objective(config)
         self.encode = build_encoder(data.dataset, accelerator)
         self.examples = build_examples(config, data)
-        self.flops_per_image = training_flops(config)
+        self.flops_per_image = Budget(config).training_flops
         self.monitor = None
         if config.train.evaluate_every_steps:
             from iwin_dit.build.monitor import Monitor  # and all that evaluates

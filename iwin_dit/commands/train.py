@@ -19,11 +19,12 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 def main() -> int:
     config, dry_run = parse_arguments(sys.argv[1:], default=QUICKSTART)
     if dry_run:
-        from iwin_dit.build import budget
+        from iwin_dit.build.budget import Budget
         from iwin_dit.build.describe import describe_run
 
-        print(describe_run(config), flush=True)
-        budget.check(config)
+        budget = Budget(config)
+        print(describe_run(budget), flush=True)
+        budget.check()
         return 0
     if not files.can_write_folder(Path(config.output_dir)):
         raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")

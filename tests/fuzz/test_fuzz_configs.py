@@ -7,7 +7,7 @@ import yaml
 from conftest import ROOT
 from mutate import ODD, fuzz, mutate_bytes, mutate_json, mutate_text
 
-from iwin_dit.build import budget
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.describe import describe_classifier, describe_run
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import parse_arguments
@@ -99,8 +99,9 @@ def test_configs(tmp_path):
         if isinstance(config, ClassifierConfig):
             describe_classifier(config)
         else:
-            describe_run(config)
-            budget.check(config)
+            budget = Budget(config)
+            describe_run(budget)
+            budget.check()
         return "said"
 
     fuzz("dry runs", dry_run, full=150, short=1)
