@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from iwin_dit.build import data
 from iwin_dit.config.parse import parse_arguments
-from iwin_dit.data.examples import TrainingExamples
+from iwin_dit.data.examples import TrainingExamples, whole
 from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.data.reading import Reader
 from iwin_dit.data.sources import open_source
@@ -101,7 +101,7 @@ def test_crops_are_a_function_of_the_position(workshop):
         TrainingExamples(dataset(workshop, crop), 0, True, 0.1, 3) for crop in ("center", "random")
     )
     again = TrainingExamples(dataset(workshop, "random"), 0, True, 0.1, 3)
-    batch = next(iter(DataLoader(cropped, batch_sampler=[[0, 1, 30]], num_workers=1)))
+    batch = next(iter(DataLoader(cropped, batch_sampler=[[0, 1, 30]], num_workers=1, collate_fn=whole)))
     assert batch.x0.shape == (3, 3, 16, 16)
     assert batch.x0.dtype == torch.uint8
     for i, position in enumerate((0, 1, 30)):

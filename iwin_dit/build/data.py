@@ -60,10 +60,10 @@ def build_dataset(config: Config, accelerator: Accelerator | None = None) -> Lat
         ("num_classes", "classes", len(dataset.class_names), model.num_classes),
     ):
         if have != want:
-            have = list(have) if isinstance(have, tuple) else have
+            shown = list(have) if isinstance(have, tuple) else have
             raise DataError(
-                f"{config.data.path} has {name} {have} (VAE {dataset.vae_name}), the config's model.{key} is "
-                f"{getattr(model, key)}; set model.{key} to {have}, or take other data"
+                f"{config.data.path} has {name} {shown} (VAE {dataset.vae_name}), the config's model.{key} "
+                f"is {getattr(model, key)}; set model.{key} to {shown}, or take other data"
             )
     return dataset
 
@@ -134,6 +134,7 @@ def _source(config: Config) -> Source | ClipFolderSource:
 
 
 def _pixels(config: Config) -> PixelDataset:
+    assert config.data.vae is not None  # the rules ask for it
     vae, frames = load_autoencoder(config.data.vae), config.model.sample_frames
     clip = None if frames is None else ClipSpec(pixel_frames(vae, frames), config.data.frame_stride)
     if clip is None and is_of_videos(vae):

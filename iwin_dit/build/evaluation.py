@@ -6,18 +6,17 @@ import pkgutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from iwin_dit.build.classifier_network import load_classifier
 from iwin_dit.config.metrics import EXTRACTORS
 from iwin_dit.evaluation.extractors import Classifier
-from iwin_dit.evaluation.images import Images
+from iwin_dit.evaluation.images import Extractor, Images
 from iwin_dit.evaluation.reference import Reference, split
 from iwin_dit.evaluation.statistics import read_statistics
 from iwin_dit.runtime.errors import DataError
 
 
-def build_extractor(name: str, inception_weights: str | None) -> nn.Module:
+def build_extractor(name: str, inception_weights: str | None) -> Extractor:
     """The network that ``--extractor`` names, on the CPU.
 
     Raises:
@@ -35,7 +34,7 @@ def own_classifier(run: Path) -> Classifier:
 
 
 def check_fit(
-    generated: Images, reference: Reference, metrics: list[str], extractor: nn.Module, device: torch.device
+    generated: Images, reference: Reference, metrics: list[str], extractor: Extractor, device: torch.device
 ) -> None:
     """Sizes of images; of statistics, the number of features. Looks at one image, or draws it.
 

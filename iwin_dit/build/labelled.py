@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
 from timm.data import create_transform
@@ -58,10 +58,12 @@ def open_data(config: ClassifierConfig, accelerator: Accelerator) -> LabelledDat
     _check_classes(config, train.class_names, held_out.class_names)
     ground = background(data.background)
     if data.frames is None:
-        return LabelledData(LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground))
+        images, others = cast(tuple[Source, Source], (train, held_out))
+        return LabelledData(LabelledImages(images, varied, ground), LabelledImages(others, plain, ground))
     spec = ClipSpec(data.frames, data.frame_stride)
+    clips, more = cast(tuple[ClipFolderSource, ClipFolderSource], (train, held_out))
     return LabelledData(
-        LabelledClips(train, spec, varied, ground), HeldOutClips(held_out, spec, plain, data.views, ground)
+        LabelledClips(clips, spec, varied, ground), HeldOutClips(more, spec, plain, data.views, ground)
     )
 
 
@@ -83,14 +85,16 @@ def build_examples(config: ClassifierConfig, images: TrainingData) -> LabelledEx
 def _transforms(config: ClassifierConfig) -> tuple[Compose, Compose]:
     """timm's, of an image: for training, and for held-out ones."""
     data, augment = config.data, config.augment
-    common = dict(input_size=(3, *data.size), interpolation="bicubic", mean=data.mean, std=data.std)
+    common: dict[str, Any] = dict(
+        input_size=(3, *data.size), interpolation="bicubic", mean=data.mean, std=data.std
+    )
     varied = create_transform(
         **common,
         is_training=True,
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=0.5 if augment.random_flip else 0.0,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm takes None, unlike its types
         auto_augment=None if augment.rand_augment == "none" else augment.rand_augment,
         re_prob=augment.random_erasing,
         re_mode="pixel",

@@ -32,7 +32,7 @@ def open_images(
     if are_clips:
         if given := [name for name, value in columns.items() if value is not None]:
             raise DataError(f"{given[0]} is for Hugging Face data; clips lie in class folders: leave it out")
-        source = ClipFolderSource(location, options.follow_links, begun)
+        source: Source | ClipFolderSource = ClipFolderSource(location, options.follow_links, begun)
     else:
         source = open_source(location, options.labels, options.follow_links, begun, **columns)
     if not options.allow_odd_classes and source.class_names != begun:

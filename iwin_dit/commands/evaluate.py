@@ -38,8 +38,13 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-images", type=int, help="to draw (50,000)")
     add("--plan", choices=("equal", "uniform"), help="classes in turn, or at random (equal)")
     add("--seed", type=int, help="image k of a class depends on seed, class and k alone (0)")
-    side = dict(type=int, nargs="+", metavar="PIXELS")
-    add("--size", **side, help="a side, or height and width: images of folders are cropped, as ADM's")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="a side, or height and width: images of folders are cropped, as ADM's",
+    )
     add("--background", metavar="COLOUR", help="of transparent pixels: white, black or R,G,B")
     add("--follow-links", action="store_true", help="links may lead out of a folder of images")
     add("--workers", type=int, help="processes that read images (4, or as many as there are cores)")

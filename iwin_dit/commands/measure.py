@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from iwin_dit.build.evaluation import build_extractor, check_fit
 from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline, sampling_of
@@ -21,7 +20,7 @@ from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.evaluate import features_key, read_features
 from iwin_dit.evaluation.export import Export, open_export
-from iwin_dit.evaluation.images import Images, Reading, SampledImages, label_plan
+from iwin_dit.evaluation.images import Extractor, Images, Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
 from iwin_dit.evaluation.reference import (
     Reference,
@@ -97,7 +96,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def finish() -> None:
         files.replace(Path(arguments.out), files.to_json(result))
-        for made, lock in zip(works.values(), held, strict=True):
+        for made, lock in zip(works.values(), held or (), strict=True):
             scratch.remove(made)
             lock.close()
 
@@ -109,13 +108,13 @@ def _figures(
     arguments: argparse.Namespace,
     own: Features,
     reference: Reference | None,
-    extractor: nn.Module,
+    extractor: Extractor,
     device: torch.device,
 ) -> dict[str, float]:
     """The metrics of generated samples by their features, named after the extractor."""
     metrics = arguments.metrics.split(",")
     other = None if reference is None else reference.read(metrics, extractor)
-    if arguments.save_reference is not None:
+    if arguments.save_reference is not None and reference is not None and other is not None:
         write_statistics(Path(arguments.save_reference), other, extractor, reference.describe())
     figures = compute(metrics, own, other, device)
     _warn_of_few_images(metrics, own)
@@ -127,7 +126,7 @@ def _result(
     figures: dict[str, float],
     generated: Images,
     reference: Reference | None,
-    extractor: nn.Module,
+    extractor: Extractor,
 ) -> dict[str, Any]:
     return {
         "figures": figures,
@@ -171,8 +170,8 @@ def _check_save_reference(path: str | None, metrics: list[str], reference: Refer
 
 def _warn_of_few_images(metrics: list[str], generated: Features) -> None:
     for name in metrics:
-        moments = generated.moments.get(METRICS[name].layer)
-        if not METRICS[name].every_sample and moments.count < len(moments.mean):
+        moments = None if METRICS[name].every_sample else generated.moments[METRICS[name].layer]
+        if moments is not None and moments.count < len(moments.mean):
             say(
                 f"{name} of {moments.count} images, fewer than the {len(moments.mean)} features: it comes "
                 "out too high, and compares with figures of the same number of images alone"

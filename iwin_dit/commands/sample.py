@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iwin_dit.commands.drawing import add_drawing_options, describe_scheduler, settle
 from iwin_dit.runtime import files
@@ -110,7 +110,8 @@ def draw(
     count, seed, out = arguments.num_images, arguments.seed, arguments.out
     labels = list(dict.fromkeys(pipeline.get_label_ids(arguments.labels)))
     named = [pipeline.id2label.get(label) for label in labels]
-    recipe = {"checkpoint": checkpoint, "weights_sha256": weights_sha256(pipeline.transformer)}
+    recipe: dict[str, Any] = {"checkpoint": checkpoint}
+    recipe |= {"weights_sha256": weights_sha256(pipeline.transformer)}
     recipe |= {"classes": labels, "class_names": named, "num_images": count, "seed": seed, **options}
     recipe |= {"dtype": arguments.dtype, "ema_std": arguments.ema_std, "ema": arguments.ema}
     recipe |= {"sampler": arguments.sampler} | describe_scheduler(pipeline)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from iwin_dit.convert import load_official
+from iwin_dit.evaluation.images import Extractor
 from iwin_dit.runtime.errors import CheckpointError, DataError, reason
 
 # of torch-fidelity's file, whose name holds the first eight digits: the network that FID is defined by
@@ -33,7 +34,7 @@ DINOV2_SIZE, DINOV2_PATCH = 224, 14  # pixels
 RESIZED = "bicubic as Pillow resizes"
 
 
-class Inception(nn.Module):
+class Inception(Extractor):
     """The Inception network of 2015, ported from TensorFlow by torch-fidelity.
 
     Layers: ``pool`` (B, 2048) for FID, KID, precision and recall; ``logits`` (B, 1008) for the Inception
@@ -82,7 +83,7 @@ def vit_large() -> nn.Module:
     )
 
 
-class DINOv2(nn.Module):
+class DINOv2(Extractor):
     """DINOv2 ViT-L/14 (Oquab et al. 2023), for FD-DINOv2 as Stein et al. 2023 define it ("Exposing flaws of
     generative model evaluation metrics and their unfair treatment of diffusion models"; ``dgm-eval``).
 
@@ -137,7 +138,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], 1)
 
 
-class Classifier(nn.Module):
+class Classifier(Extractor):
     """A classifier of the user's own, in the interface of timm, for figures named "FD (iwin)".
 
     Layers: ``pool``, the features before its last layer; ``logits``, of its classes.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from iwin_dit.convert import load_official
+from iwin_dit.evaluation.images import Extractor
 from iwin_dit.runtime.errors import CheckpointError, DataError
 
 SIZE = 224  # pixels: 7 x 7 after the five strides
@@ -120,7 +121,7 @@ def _mixed(stage: int) -> list[tuple[str, nn.Module]]:
     return [(name, Mixed(*widths)) for name, widths in MIXED.items() if name.startswith(f"Mixed_{stage}")]
 
 
-class I3D(nn.Module):
+class I3D(Extractor):
     """Clips to ``logits`` (B, 400), float32, for FVD.
 
     What is computed: frames, uint8, resized to 224 x 224 as :func:`torch.nn.functional.interpolate` does by

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -53,16 +53,16 @@ class Images(Protocol):
         """Some of them, in order: uint8 ``(stop - start, 3, H, W)``."""
 
 
-class Extractor(Protocol):
-    """A network whose features metrics compare; see :mod:`iwin_dit.evaluation.extractors`."""
+class Extractor(nn.Module):
+    """A network whose features metrics compare: uint8 images or clips to ``{layer: (B, D)}``.
+
+    sha256: of its weights.
+    """
 
     name: str
-    sha256: str  # of its weights
+    sha256: str
     preprocessing: str
     layers: tuple[str, ...]
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Features ``(B, D)`` of each layer, of uint8 images ``(B, 3, H, W)``, or of clips."""
 
 
 class Reading(NamedTuple):
