@@ -13,7 +13,7 @@ from importlib import import_module
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "IwinDiTTransformer2DModel": "iwin_dit.models.transformer",

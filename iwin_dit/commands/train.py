@@ -11,9 +11,9 @@ from pathlib import Path
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.config.schema import Config
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.errors import ConfigError
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = "quickstart"
 
 
 def main() -> int:
@@ -35,7 +35,3 @@ def train(config: Config) -> int:
     from iwin_dit.build import generator, trainer
 
     return trainer.train(config, generator.open_data, generator.Generator)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -12,9 +12,9 @@ from pathlib import Path
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.errors import ConfigError
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "classifier" / "digits.yaml"
+QUICKSTART = "digits"
 
 
 def main() -> int:
@@ -33,7 +33,3 @@ def train(config: ClassifierConfig) -> int:
     from iwin_dit.build import classifier, labelled, trainer
 
     return trainer.train(config, labelled.open_data, classifier.Classifier)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from iwin_dit.config import classifier, rules
 from iwin_dit.config.bounds import check_ranges
+from iwin_dit.config.recipes import find_recipe
 from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.config.types import build, check_keys, is_section, types_of
 from iwin_dit.layers.blindness import of_earlier_version
@@ -29,20 +30,22 @@ load_yaml = strict_yaml.load
 
 
 @overload
-def parse_arguments(arguments: Sequence[str], default: Path) -> tuple[Config, bool]: ...
+def parse_arguments(arguments: Sequence[str], default: str | Path) -> tuple[Config, bool]: ...
 
 
 @overload
-def parse_arguments(arguments: Sequence[str], default: Path, kind: type[T]) -> tuple[T, bool]: ...
+def parse_arguments(arguments: Sequence[str], default: str | Path, kind: type[T]) -> tuple[T, bool]: ...
 
 
-def parse_arguments(arguments: Sequence[str], default: Path, kind: type[Any] = Config) -> tuple[Any, bool]:
+def parse_arguments(
+    arguments: Sequence[str], default: str | Path, kind: type[Any] = Config
+) -> tuple[Any, bool]:
     """The checked config, and whether ``--dry-run`` was asked for.
 
     Args:
         arguments: ``--config FILE``, ``--dry-run`` and overrides such as ``--train.max_steps 100``. Of two
             that set the same key, the later one counts.
-        default: the recipe when no ``--config`` is given.
+        default: the recipe when no ``--config`` is given, a path or a name as ``--config`` takes it.
         kind: the dataclass of the recipe.
 
     Raises:
@@ -115,7 +118,8 @@ def is_of_earlier_version(content: dict[str, Any]) -> bool:
     return not isinstance(model, dict) or "allow_blind" not in model
 
 
-def _read(path: str, kind: type) -> dict[str, Any]:
+def _read(name: str, kind: type) -> dict[str, Any]:
+    path = find_recipe(name, "classifier" if kind is classifier.ClassifierConfig else "")
     content = load_yaml(path)
     check_keys(content, kind, f"{path}: ")
     return content
@@ -189,7 +193,7 @@ def _parser(kind: type) -> Any:
     parser = ArgumentParser(
         description="Trains on the recipe of --config. Without arguments: the quickstart.",
     )
-    parser.add_argument("--config", help="a recipe from configs/ or your own")
+    parser.add_argument("--config", help="your recipe, or the name of one that comes along, as quickstart")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
     parser.add_class_arguments(kind, None)
     return parser
