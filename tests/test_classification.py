@@ -104,7 +104,7 @@ def test_examples_are_functions_of_their_positions(examples):
 
 @pytest.mark.parametrize(("mixup", "cutmix", "cuts"), [(0.0, 1.0, 1), (0.8, 0.0, 0), (0.0, 0.0, 0)])
 def test_one_kind_of_mixing_alone_and_none(examples, mixup, cutmix, cuts):
-    few = LabelledExamples(examples.images, seed=3, mixup=mixup, cutmix=cutmix)
+    few = LabelledExamples(examples.data, seed=3, mixup=mixup, cutmix=cutmix)
     mixings = torch.stack([few._mixing(pair) for pair in range(200)])
     assert (mixings[:, 1] == cuts).all()
     share, centre = mixings[:, 0], mixings[:, 2:]

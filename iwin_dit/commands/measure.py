@@ -33,7 +33,7 @@ from iwin_dit.evaluation.reference import (
 from iwin_dit.evaluation.rules import holds_images
 from iwin_dit.evaluation.statistics import identity, write_statistics
 from iwin_dit.runtime import files, scratch
-from iwin_dit.runtime.colours import colour
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import cores, keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.lock import hold
@@ -153,9 +153,9 @@ def _works(arguments: argparse.Namespace) -> dict[str, Path]:
 
 def _reading(arguments: argparse.Namespace) -> Reading:
     size = arguments.size and (arguments.size[0], arguments.size[-1])
-    background = None if arguments.background is None else colour(arguments.background)
+    ground = background(arguments.background)
     workers = min(4, cores()) if arguments.workers is None else arguments.workers
-    return Reading(size, background, arguments.follow_links, workers)
+    return Reading(size, ground, arguments.follow_links, workers)
 
 
 def _check_save_reference(path: str | None, metrics: list[str], reference: Reference | None) -> None:

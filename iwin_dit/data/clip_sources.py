@@ -13,7 +13,7 @@ from PIL import Image
 
 from iwin_dit.data.folders import Folder
 from iwin_dit.data.packed_sources import stamped
-from iwin_dit.data.sources import by_class
+from iwin_dit.data.sources import Files, by_class
 from iwin_dit.data.video import (
     CLIPS,
     EXTENSIONS,
@@ -28,7 +28,7 @@ from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError, printable
 
 
-class ClipFolderSource:
+class ClipFolderSource(Files):
     """A folder per class, with video files and folders of frames below it at any depth, in sorted order.
 
     A folder that directly holds images is one clip, its frames in the order of their names. What is taken
@@ -40,10 +40,6 @@ class ClipFolderSource:
             class folder or beside videos; or names put frame 10 before frame 2.
     """
 
-    class_names: list[str]
-    labels: list[int]
-    ignored: list[str]
-
     def __init__(self, root: str | Path, follow_links: bool = False, order: Sequence[str] | None = None):
         expected = (
             f"CLIP with {' '.join(EXTENSIONS)}, or frames CLASS/CLIP/FRAME with "
@@ -51,26 +47,15 @@ class ClipFolderSource:
         )
         with Folder(root, CLIPS, follow_links) as folder:
             below = partial(_clips_below, folder)
-            self.class_names, self._clips, self.labels = by_class(folder, below, "clips", expected, order)
+            self.class_names, self._paths, self.labels = by_class(folder, below, "clips", expected, order)
         self.root, self.ignored = folder.root, folder.ignored
-
-    def __len__(self) -> int:
-        return len(self._clips)
-
-    def name(self, i: int) -> str:
-        """What to call clip i in an error."""
-        return printable(self.path(i))
 
     def stamp(self, i: int) -> tuple[str, int]:
         """Label, sizes and names of clip i's files, without reading them; and when the last was modified."""
-        clip, path = self._clips[i], self.path(i)
+        clip, path = self._paths[i], self.path(i)
         files = [os.path.join(clip, name) for name in frame_names(path)] if os.path.isdir(path) else [clip]
         stamps = [stamped(self.root, file) for file in files]
         return f"{self.labels[i]} {' '.join(found for found, _ in stamps)}", max(time for _, time in stamps)
-
-    def path(self, i: int) -> str:
-        """The video file or the folder of frames."""
-        return os.path.join(self.root, self._clips[i])
 
     def read(
         self, i: int, spec: ClipSpec, rng: torch.Generator | None, background: Colour | None = None

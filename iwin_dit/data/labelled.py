@@ -85,21 +85,20 @@ class LabelledExamples(Dataset[LabelledExample]):
     """``examples[position] -> LabelledExample``: a pure function of (seed, position).
 
     Args:
-        images: :class:`LabelledImages` or :class:`~iwin_dit.data.labelled_clips.LabelledClips`; what they do
-            may draw random numbers.
+        data: images, or clips; what they do may draw random numbers.
         seed: of order, augmentation and mixing.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of CutMix; 0 for none.
     """
 
-    def __init__(self, images: Labelled[Any], seed: int, mixup: float, cutmix: float):
-        self.images, self.seed, self.mixup, self.cutmix = images, seed, mixup, cutmix
+    def __init__(self, data: Labelled[Any], seed: int, mixup: float, cutmix: float):
+        self.data, self.seed, self.mixup, self.cutmix = data, seed, mixup, cutmix
 
     def __getitem__(self, position: int) -> LabelledExample:
-        epoch, offset = divmod(position, len(self.images))
-        index = int(epoch_order(self.seed, epoch, len(self.images))[offset])
+        epoch, offset = divmod(position, len(self.data))
+        index = int(epoch_order(self.seed, epoch, len(self.data))[offset])
         with drawing_from(derive_seed(self.seed, "augment", position)):
-            image, label = self.images[index]
+            image, label = self.data[index]
         return LabelledExample(image, label, self._mixing(position // 2))
 
     def _mixing(self, pair: int) -> Tensor:

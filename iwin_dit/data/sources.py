@@ -149,29 +149,37 @@ def identity_of(source: Any, chosen: Sequence[int] | None = None) -> dict[str, A
     }
 
 
-class _FilesSource:
-    """Image files below ``root``: what a folder of classes and a CSV have in common."""
+class Files:
+    """What lies below ``root``: images, or clips, with the class of each and names for errors."""
 
     root: str
-    ignored: list[str]
-    _files: list[str]
+    class_names: list[str]
     labels: list[int]
+    ignored: list[str]
+    _paths: list[str]  # below the root
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._paths)
 
-    def read(self, i: int) -> tuple[bytes, int]:
-        return read_file(os.path.join(self.root, self._files[i])), self.labels[i]
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, self._paths[i])
 
     def name(self, i: int) -> str:
-        return printable(os.path.join(self.root, self._files[i]))
+        return printable(self.path(i))
+
+
+class _ImageFiles(Files):
+    """What a folder of classes and a CSV have in common."""
+
+    def read(self, i: int) -> tuple[bytes, int]:
+        return read_file(self.path(i)), self.labels[i]
 
     def stamp(self, i: int) -> tuple[str, int]:
-        found, modified = stamped(self.root, self._files[i])
+        found, modified = stamped(self.root, self._paths[i])
         return f"{self.labels[i]} {found}", modified
 
 
-class FolderSource(_FilesSource):
+class FolderSource(_ImageFiles):
     """A folder per class, with images at any depth, by the rule of :mod:`iwin_dit.data.folders`.
 
     They are in the order of torchvision's ``ImageFolder``, but class folders whose names are all numbers are
@@ -184,7 +192,7 @@ class FolderSource(_FilesSource):
     def __init__(self, root: str | Path, follow_links: bool = False, order: Sequence[str] | None = None):
         expected = f"IMAGE with {' '.join(ENDINGS)}"
         with Folder(root, IMAGES, follow_links) as folder:
-            folders, self._files, self.labels = by_class(
+            folders, self._paths, self.labels = by_class(
                 folder, folder.files_below, "images", expected, order
             )
         self.root, self.ignored = folder.root, folder.ignored
@@ -192,7 +200,7 @@ class FolderSource(_FilesSource):
         self.class_names = list(IMAGENET_NAMES) if ids == SYNSETS_SHA256 else folders
 
 
-class CsvSource(_FilesSource):
+class CsvSource(_ImageFiles):
     """Images in a folder, with labels in a CSV of the header ``file,label``.
 
     Labels that are all integers stay so, and the classes are ``0`` to the largest; otherwise they are class
@@ -205,7 +213,7 @@ class CsvSource(_FilesSource):
     def __init__(self, root: str | Path, csv_file: str | Path, follow_links: bool = False):
         folder = Folder(root, IMAGES, follow_links)
         self.root, self.ignored = folder.root, []
-        self._files = []
+        self._paths = []
         labels: list[str] = []
         places: list[str] = []
         line_of: dict[str, int] = {}  # of the row that names a file first
@@ -230,7 +238,7 @@ class CsvSource(_FilesSource):
                             f"{where}: {row['file']} has the label {row['label']!r}, in {places[first]} "
                             f"it has {labels[first]!r}; keep one of them"
                         )
-                    self._files.append(row["file"])
+                    self._paths.append(row["file"])
                     labels.append(row["label"])
                     places.append(f"line {rows.line_num}")
         except (OSError, UnicodeDecodeError, csv.Error) as error:
