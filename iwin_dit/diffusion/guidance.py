@@ -37,7 +37,7 @@ class Guidance:
     channels: int | None = None
     interval: tuple[float, float] = (0.0, 1.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ValueError(
                 f"guidance_scale is {self.scale}, expected a finite number; 1 is without guidance"
@@ -85,6 +85,8 @@ class Guidance:
         if not self.active(t):
             return model(latents, timestep, labels, return_dict=False)[0]
         if guide is None:
+            if null_label is None:
+                raise ValueError("guidance needs a model with a null label, or a guide")
             labels = torch.cat([labels, torch.full_like(labels, null_label)])
             both = model(torch.cat([latents, latents]), timestep, labels, return_dict=False)[0]
             better, worse = both.chunk(2)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
+from tqdm import tqdm
 
 from iwin_dit.runtime.progress import progress
 
@@ -60,6 +61,7 @@ class Samples:
             if found is None:
                 found = chosen.new_empty(len(indices), chosen.shape[1])
             found[torch.from_numpy(here)] = chosen
+        assert found is not None, "there is an index at least"
         return found
 
     def _part(self, number: int) -> Tensor:
@@ -142,7 +144,7 @@ def precision_and_recall(
     return inside_real.double().mean().item(), inside_generated.double().mean().item()
 
 
-def _squared_reach(samples: Samples, device: torch.device, bar: progress) -> Tensor:
+def _squared_reach(samples: Samples, device: torch.device, bar: tqdm) -> Tensor:
     """Squared distance of each sample to its third nearest neighbour, ``(N,)``.
 
     Of two blocks one product serves both.

@@ -64,7 +64,7 @@ class Inception(Extractor):
             )
         except Exception as error:  # whatever tensors of another network lead to
             raise _not_weights(path, "Inception's", error) from None
-        self._spatial: Tensor | None = None
+        self._spatial = torch.empty(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -162,7 +162,7 @@ class Classifier(Extractor):
         sha256: str,
     ):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)  # timm's interface, which no class states
         self.image_size, self.sha256 = (int(image_size[0]), int(image_size[1])), sha256
         self.normalize = Normalize(mean, std)
         size = " x ".join(map(str, self.image_size))
@@ -189,6 +189,9 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 class Normalize(nn.Module):
     """``(x / 255 - mean) / std`` of each colour, for ``(B, 3, H, W)`` in 0..255."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()

@@ -42,7 +42,7 @@ MIXED = {
 }
 
 
-def pad_same(x: Tensor, kernel: Triple, stride: Triple) -> Tensor:
+def pad_same(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Zeros around ``(B, C, T, H, W)`` as TensorFlow's "SAME" puts them, the odd one at the end.
 
     A convolution or pooling without padding then makes ``ceil(n / stride)`` of every length n.
@@ -56,6 +56,9 @@ def pad_same(x: Tensor, kernel: Triple, stride: Triple) -> Tensor:
 
 class Pool(nn.MaxPool3d):
     """Maxima, with "SAME" padding; by zeros, as good as none for the rectified features that come here."""
+
+    kernel_size: Triple
+    stride: Triple
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(pad_same(x, self.kernel_size, self.stride))

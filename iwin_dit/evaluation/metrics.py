@@ -110,10 +110,12 @@ def check_counts(metrics: Iterable[str], generated: int, real: int | None) -> No
     """
     for name in metrics:
         metric = METRICS[name]
-        both = metric.needs_reference and real is not None
-        if min(generated, real if both else generated) < metric.least:
-            found = f"on each side, found {generated} and {real}" if both else f"found {generated}"
-            raise DataError(f"{name} needs {metric.least} images or more{' ' if both else ', '}{found}")
+        if metric.needs_reference and real is not None:
+            least, found = min(generated, real), f" on each side, found {generated} and {real}"
+        else:
+            least, found = generated, f", found {generated}"
+        if least < metric.least:
+            raise DataError(f"{name} needs {metric.least} images or more{found}")
 
 
 def compute(

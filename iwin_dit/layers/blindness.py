@@ -46,8 +46,8 @@ def blind_spots(mixer: MixerSpec, grid: tuple[int, ...], positions: str, depth: 
     window = mixer.window(grid) if mixer.reads("window_size") else grid
     kernel = mixer.kernel_sides(grid) if mixer.has_convolution(grid) else (1,) * len(grid)
     found = BlindSpots([], [])
-    for name, *tokens in zip(AXES[len(grid)], grid, window, kernel, strict=True):
-        axis = Axis(*tokens, depth)
+    for name, side, m, k in zip(AXES[len(grid)], grid, window, kernel, strict=True):
+        axis = Axis(side, m, k, depth)
         if axis.side == 1:
             continue
         embedded = "sincos" in positions or "rope" in positions or (positions == "time" and name == "frames")

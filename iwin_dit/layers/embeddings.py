@@ -87,7 +87,7 @@ def _sines_first(x: Tensor, num_features: int) -> Tensor:
     return torch.cat([sin, cos], dim=-1)
 
 
-def rope_angles(grid: tuple[int, int], head_width: int, device: torch.device) -> Tensor:
+def rope_angles(grid: tuple[int, ...], head_width: int, device: torch.device) -> Tensor:
     """Angles of the 2-D rotary embedding, one per pair of channels: ``(H, W, head_width / 2)``, float32.
 
     The first half of the width turns by row, the second by column, theta 10,000 (EVA-02; LightningDiT).

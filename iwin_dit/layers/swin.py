@@ -127,12 +127,12 @@ class SwinMixer(TokenMixer):
         real = windows.real_tokens(grid, padded, device)  # (1, *padded, 1)
         marks = [real]
         for axis, (side, s) in enumerate(zip(padded, shift, strict=True)):
-            wrapped = torch.arange(side, device=device) < s
+            is_brought = torch.arange(side, device=device) < s
             marks.append(
-                wrapped.view(*(-1 if a == axis else 1 for a in range(len(padded))), 1).expand_as(real)
+                is_brought.view(*(-1 if a == axis else 1 for a in range(len(padded))), 1).expand_as(real)
             )
-        marks = torch.roll(torch.cat(marks, -1), [-s for s in shift], axes)
-        real, *wrapped = windows.partition(marks, window, interleaved=False).unbind(-1)  # (G, N) each
+        rolled = torch.roll(torch.cat(marks, -1), [-s for s in shift], axes)
+        real, *wrapped = windows.partition(rolled, window, interleaved=False).unbind(-1)  # (G, N) each
         seen = real[:, None, :] | ~real[:, :, None]
         for flags in wrapped:
             seen = seen & (flags[:, None, :] == flags[:, :, None])

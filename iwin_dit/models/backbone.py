@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,15 @@ from timm.layers import ClassifierHead
 from timm.models import register_notrace_function
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys as Incompatible
 
 from iwin_dit.layers.blindness import AXES, BlindSpots, blind_spots
 from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.official_names import checkpoint_filter_fn, is_official, serves_later_stages, unwrap
 from iwin_dit.models.stages import Downsample, IwinBlock, IwinStage, PaddedIwinMixer, PatchEmbedding
+
+Convolution = bool | Literal["auto"]
 
 
 class IwinTransformer(nn.Module):
@@ -76,7 +79,7 @@ class IwinTransformer(nn.Module):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int | str | Sequence[Any] = 7,
         mlp_ratio: float = 4.0,
-        convolution: bool | str | Sequence[bool | str] = "auto",
+        convolution: Convolution | Sequence[Convolution] = "auto",
         mask_padding: bool = True,
         clip_window: bool = True,
         patch_norm: bool = True,
@@ -136,7 +139,7 @@ class IwinTransformer(nn.Module):
                 layers.append(IwinStage(downsample, blocks))
                 spots += [blind_spots(getattr(b.mixer, "spec", spec.mixer), grid, "none") for b in blocks]
             self.layers = nn.Sequential(*layers)
-            self.norm = nn.LayerNorm(self.num_features)
+            self.norm: nn.Module = nn.LayerNorm(self.num_features)
             self.feature_norms = nn.ModuleList(
                 nn.LayerNorm(width) if feature_norm else nn.Identity() for width in widths
             )
@@ -201,8 +204,9 @@ class IwinTransformer(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block twice instead of keeping what its gradient needs."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, IwinStage):
+                module.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc
@@ -211,11 +215,11 @@ class IwinTransformer(nn.Module):
         """A new classifier; the pooling stays as it is unless one is given."""
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        like = self.patch_embed.proj.weight
+        like = next(self.patch_embed.parameters())
         self.head = self._make_head().to(device=like.device, dtype=like.dtype).train(self.training)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Keeps what :meth:`forward_intermediates` needs for these indices, and returns them from zero up."""
         kept, last = feature_take_indices(len(self.layers), indices)
@@ -239,7 +243,7 @@ class IwinTransformer(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -284,7 +288,9 @@ class IwinTransformer(nn.Module):
         """Images ``(B, C, H, W)`` to logits ``(B, num_classes)``."""
         return self.forward_head(self.forward_features(x))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Incompatible:
         """As ``nn.Module``, after ``checkpoint_filter_fn``: the authors' checkpoints load too."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
@@ -294,10 +300,13 @@ class IwinFeatures(FeatureGetterNet):
 
     _model_args: dict[str, Any]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Incompatible:
         """As ``nn.Module``; of an official checkpoint, what was pruned is left out."""
         weights = unwrap(state_dict)
         if is_official(weights):
+            assert isinstance(self.model, IwinTransformer)
             last, ours = len(self.model.layers) - 1, self.model.state_dict()
             weights = {name: weights[name] for name in weights if not serves_later_stages(name, last)}
             weights = checkpoint_filter_fn(weights, self.model)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from iwin_dit.models.backbone import IwinTransformer
 
 WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict")  # EMA first
 PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+|_orig_mod\.")  # of DDP and torch.compile
@@ -90,7 +93,7 @@ def to_our_names(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], rank
     return renamed
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: IwinTransformer) -> dict[str, Tensor]:
     """Weights of an official checkpoint, or of one of ours, under the names of this ``IwinTransformer``.
 
     A model for large images has convolutions in a stage where one for smaller images has a single window.

@@ -27,7 +27,7 @@ from iwin_dit.layers.embeddings import (
     unpatchify,
 )
 from iwin_dit.layers.norm import NORMS
-from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec
+from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec, MlpName, NormName
 from iwin_dit.models.inflation import inflate
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
@@ -88,8 +88,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         class_dropout_prob: float = 0.1,
         mixer: dict[str, Any] | None = None,
         position_embedding: str = "none",
-        norm: str = "rms_norm",
-        mlp: str = "swiglu",
+        norm: NormName = "rms_norm",
+        mlp: MlpName = "swiglu",
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         modulation_shift: bool = True,
@@ -195,12 +195,10 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=self.config.label_embedding_std)
         nn.init.normal_(self.timestep_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedding.linear_2.weight, std=0.02)
-        for module in [
-            *(block.modulation.linear for block in self.blocks),
-            self.modulation_out.linear,
-            self.proj_out,
-        ]:
-            nn.init.zeros_(module.weight)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
 
     @property
     def latent_size(self) -> tuple[int, ...]:

@@ -310,20 +310,22 @@ def _sizes(qkv: Tensor, window: Sequence[int], heads: int) -> dict[str, int]:
     return sizes | {"HEADS": heads, "D": width, "D1": part, "D2": rest}
 
 
-def _launch(kernel: Any, tile: Tile, block: int, sizes: dict[str, int], *arguments: Tensor | float) -> None:
-    """One program for each ``block`` tokens of each head and window; the second argument is qkv."""
+def _launch(
+    kernel: Any, tile: Tile, block: int, sizes: dict[str, int], first: Tensor, *others: Tensor | float
+) -> None:
+    """One program for each ``block`` tokens of each head and window, with these arguments."""
     tokens, windows = (
         math.prod(sizes[f"M{side}"] for side in "THW"),
         math.prod(sizes[f"G{side}"] for side in "THW"),
     )
     blocks = triton.cdiv(tokens, block)
     whole = all(sizes[side] == sizes[f"G{side}"] * sizes[f"M{side}"] for side in "THW")
-    tensor = arguments[0]
-    if not tensor.is_cuda and isinstance(kernel, triton.JITFunction):
+    if not first.is_cuda and isinstance(kernel, triton.JITFunction):
         raise RuntimeError("Triton's kernels need CUDA, or TRITON_INTERPRET=1 set before triton is imported")
-    with torch.cuda.device_of(tensor):
-        kernel[(len(tensor) * windows * sizes["HEADS"] * blocks,)](
-            *arguments,
+    with torch.cuda.device_of(first):
+        kernel[(len(first) * windows * sizes["HEADS"] * blocks,)](
+            first,
+            *others,
             blocks=blocks,
             **sizes,
             FULL=whole and tokens % max(tile.queries, tile.keys) == 0,

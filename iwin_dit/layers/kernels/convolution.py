@@ -110,9 +110,10 @@ def _backward_kernel(
     start = image * T * H * W * C
     real = channels < C
     factor = tl.load(gate + image * gate_stride + channels, mask=real, other=0.0).to(tl.float32)[None, :]
-    products = ()  # one for each tap, and the gradient itself; added over tokens at the end
+    products = ()  # one for each tap, and the gradient itself; added over tokens at the end. Triton knows
+    # tuples alone, and unrolls the loops in which they grow, which a checker of types takes for one type.
     for _ in tl.static_range(TAPS + 1):
-        products = products + (tl.zeros((TOKENS, CHANNELS), tl.float32),)  # noqa: RUF005
+        products = products + (tl.zeros((TOKENS, CHANNELS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for step in range(STEPS):
         n = first + step * TOKENS + tl.arange(0, TOKENS)
         t, h, w = n // (H * W), n // W % H, n % W
@@ -128,9 +129,9 @@ def _backward_kernel(
                 channels, T, H, W, C,
             )  # fmt: skip
             total += tap[None, :] * near
-            larger = larger + (products[i] + near * here,)  # noqa: RUF005
+            larger = larger + (products[i] + near * here,)  # type: ignore[assignment]  # noqa: RUF005
         own = _neighbours(grad + start, t, h, w, channels, T, H, W, C)
-        products = larger + (products[TAPS] + own,)  # noqa: RUF005
+        products = larger + (products[TAPS] + own,)  # type: ignore[assignment]  # noqa: RUF005
         tl.store(dx + places, (total * factor).to(dx.dtype.element_ty), mask=mask)
     for i in tl.static_range(TAPS + 1):
         tl.store(sums + (tile * (TAPS + 1) + i) * C + channels, tl.sum(products[i], 0), mask=real)
@@ -175,9 +176,10 @@ def _convolve(
     # weight (taps, C), gates (B, C); sides are the kernel's
     x, weight, bias, residual = (tensor.contiguous() for tensor in (x, weight, bias, residual))
     gate, out = _rows_contiguous(gate), torch.empty_like(residual)
-    beside = attended is not None
-    attended, other = (attended.contiguous(), _rows_contiguous(attended_gate)) if beside else (x, gate)
-    tensors = x, weight, bias, residual, gate, attended, other, out, other.stride(0)
+    second, other, beside = x, gate, False
+    if attended is not None and attended_gate is not None:
+        second, other, beside = attended.contiguous(), _rows_contiguous(attended_gate), True
+    tensors = x, weight, bias, residual, gate, second, other, out, other.stride(0)
     tile = tile_of("forward", len(weight), math.prod(x.shape[1:-1]))
     _launch(_forward_kernel, tile, x, gate, sides, *tensors, BESIDE=beside)
     return out
@@ -250,11 +252,12 @@ def convolve(
     sides = tuple(weight.shape[2:])
     if any(side % 2 == 0 for side in sides):
         raise ValueError(f"the kernel is {sides}, its sides must be odd")
-    gate, attended_gate = (
-        None
-        if g is None
-        else g.expand(len(x), *(1,) * (g.ndim - 2), x.shape[-1]).reshape(len(x), x.shape[-1])
-        for g in (gate, attended_gate)
-    )
-    weight = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
-    return _convolve(x, weight, bias, residual, gate, attended, attended_gate, sides)
+
+    def rows(gate: Tensor) -> Tensor:
+        return gate.expand(len(x), *(1,) * (gate.ndim - 2), x.shape[-1]).reshape(
+            len(x), x.shape[-1]
+        )  # (B, C)
+
+    taps = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
+    other = None if attended_gate is None else rows(attended_gate)
+    return _convolve(x, taps, bias, residual, rows(gate), attended, other, sides)
