@@ -314,10 +314,7 @@ def _launch(
     kernel: Any, tile: Tile, block: int, sizes: dict[str, int], first: Tensor, *others: Tensor | float
 ) -> None:
     """One program for each ``block`` tokens of each head and window, with these arguments."""
-    tokens, windows = (
-        math.prod(sizes[f"M{side}"] for side in "THW"),
-        math.prod(sizes[f"G{side}"] for side in "THW"),
-    )
+    tokens, windows = (math.prod(sizes[f"{letter}{side}"] for side in "THW") for letter in "MG")
     blocks = triton.cdiv(tokens, block)
     whole = all(sizes[side] == sizes[f"G{side}"] * sizes[f"M{side}"] for side in "THW")
     if not first.is_cuda and isinstance(kernel, triton.JITFunction):
