@@ -59,9 +59,8 @@ class Classifier:
     def loss(self, model: Any, images: Tensor, labels: Tensor, mixing: Tensor) -> Tensor:
         """Cross-entropy of each image or clip, ``(B,)``."""
         config = self.config
-        smoothing = config.augment.label_smoothing
-        options = dict(num_classes=config.model.num_classes, label_smoothing=smoothing, mixes=config.mixes)
-        return classification_loss(model, images, labels, mixing, **options)
+        classes, smoothing = config.model.num_classes, config.augment.label_smoothing
+        return classification_loss(model, images, labels, mixing, classes, smoothing, config.mixes)
 
     def random_batch(self, images: int) -> Sequence[Tensor]:
         """Random pixels of the first class."""
@@ -137,7 +136,7 @@ def build_trained(config: ClassifierConfig) -> nn.Module:
     Raises:
         ConfigError: where the network cannot do that.
     """
-    model = build_classifier(without_init(config) if has_begun(config.output_dir) else config)
+    model: Any = build_classifier(without_init(config) if has_begun(config.output_dir) else config)
     if config.train.gradient_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -151,7 +150,8 @@ def build_trained(config: ClassifierConfig) -> nn.Module:
 
 def parameter_groups(model: nn.Module, config: ClassifierConfig) -> Groups:
     """The parameters layer by layer, without decay where the model says so."""
-    unchanged = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    said = getattr(model, "no_weight_decay", None)
+    unchanged = said() if callable(said) else ()
     options = config.optimizer
     found = param_groups_layer_decay(model, options.weight_decay, unchanged, layer_decay=options.layer_decay)
     found = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in found]

@@ -127,7 +127,8 @@ def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 
 def _heads(model: IwinTransformer) -> list[int]:
-    return [stage.blocks[0].mixer.attention.heads for stage in model.layers]
+    stages: Any = model.layers
+    return [stage.blocks[0].mixer.attention.heads for stage in stages]
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from iwin_dit.build.data import load_autoencoder
 from iwin_dit.build.network import build_model, build_objective
@@ -34,7 +34,9 @@ from iwin_dit.training.attention import any_attention
 from iwin_dit.training.state import Run
 
 
-def build_pipeline(config: Config, model: nn.Module, dataset: Data) -> ClassConditionalPipeline:
+def build_pipeline(
+    config: Config, model: IwinDiTTransformer2DModel, dataset: Data
+) -> ClassConditionalPipeline:
     """The pipeline that samples this model: the VAE of its data, the scheduler of its objective."""
     kind = IwinDiTPipeline if config.model.sample_frames is None else IwinDiTVideoPipeline
     return kind(

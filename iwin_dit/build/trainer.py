@@ -294,7 +294,8 @@ def start_trackers(config: Recipe, accelerator: Accelerator, run: RunDirectory |
     if not config.train.trackers:
         return
     values = {key: str(value) for key, value in flatten(config.to_dict()).items()}
-    folder, options = Path(accelerator.logging_dir), {}
+    folder = Path(accelerator.logging_dir)
+    options: dict[str, dict[str, Any]] = {}
     if run is not None:
         folder.mkdir(exist_ok=True)
         newest = max(map(step_of, step_directories(run.checkpoints)), default=0)

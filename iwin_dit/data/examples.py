@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from iwin_dit.runtime.seeds import generator
+
+T = TypeVar("T")
 
 
 class Drawn(Protocol):
@@ -162,7 +164,7 @@ class MixedExamples(Dataset):
         return (self.images if drawn < self.image_share else self.clips).__getitems__(positions)
 
 
-def whole(batch: Example) -> Example:
+def whole(batch: T) -> T:
     """How a DataLoader joins what ``__getitems__`` returns: it is a batch already."""
     return batch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,11 +22,14 @@ def decay_rules(decays: Sequence[float], power_stds: Sequence[float]) -> dict[st
     """
     rules: dict[str, Callable[[int], float]] = {}
     for i, decay in enumerate(decays):
-        rules[f"ema_{decay!r}" if i else "ema"] = lambda step, decay=decay: decay
+        rules[f"ema_{decay!r}" if i else "ema"] = partial(_constant, decay)
     for std in power_stds:
-        gamma = power_gamma(std)
-        rules[f"ema_std_{std!r}"] = lambda step, gamma=gamma: power_decay(step, gamma)
+        rules[f"ema_std_{std!r}"] = partial(power_decay, gamma=power_gamma(std))
     return rules
+
+
+def _constant(decay: float, step: int) -> float:
+    return decay
 
 
 def make_ema(model: nn.Module) -> nn.Module:

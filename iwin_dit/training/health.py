@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,9 +23,9 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
         yield found
         return
     blocks = blocks_of(model)
-    values: list[Tensor | None] = [None] * len(blocks)
+    values: dict[int, Tensor] = {}
 
-    def hook(i: int):
+    def hook(i: int) -> Callable[[nn.Module, tuple, Tensor], None]:
         def measure(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             values[i] = output.detach().float().square().mean().sqrt()
 
@@ -34,7 +34,7 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
     handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks)]
     try:
         yield found
-        found["activation_rms"] = torch.stack(values)
+        found["activation_rms"] = torch.stack([values[i] for i in range(len(blocks))])
     finally:
         for handle in handles:
             handle.remove()

@@ -50,7 +50,8 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """All parameters; weight decay acts on matrices and kernels, not on biases, norms or UNDECAYED."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and UNDECAYED.isdisjoint(name.split("."))
         (matrices if decays else others).append(parameter)

@@ -45,9 +45,9 @@ def check_weights(accelerator: Accelerator, state: State, step: int) -> None:
     """
     if accelerator.num_processes == 1 or isinstance(state.model, FSDPModule):
         return
-    groups = [state.model.parameters(), *(ema.parameters() for ema in state.emas.values())]
-    groups.append(named_state(state.optimizer, state.model).values())
-    sums = torch.stack([bit_sum(group, accelerator.device) for group in groups])
+    networks: list[Iterable[Tensor]] = [net.parameters() for net in (state.model, *state.emas.values())]
+    moments = named_state(state.optimizer, state.model).values()
+    sums = torch.stack([bit_sum(group, accelerator.device) for group in (*networks, moments)])
     odd = differing([tuple(row) for row in accelerator.gather(sums[None]).tolist()])
     if odd:
         raise ReplicaError(

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from iwin_dit.runtime.signals import StopRequest
+from iwin_dit.training.optimizer import Groups
 from iwin_dit.training.state import Run
 
 
 class Task(Protocol):
-    """What the trunk asks for. B are the examples of a micro-batch.
+    """What the trunk asks for. B are the examples of a micro-batch."""
 
-    model: the network as it begins. examples: what training sees at each position of its stream.
-    flops_per_image: floating-point operations of a training step on one image. in_pairs: images are mixed two
-    by two, so that a micro-batch holds whole pairs.
-    """
+    @property
+    def model(self) -> nn.Module:
+        """The network as it begins."""
 
-    model: nn.Module
-    examples: Dataset
-    flops_per_image: float
-    in_pairs: bool
+    @property
+    def examples(self) -> Dataset:
+        """What training sees at each position of its stream."""
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The parameters of the model as an optimiser takes them."""
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed two by two, so that a micro-batch holds whole pairs."""
 
-    def loss(self, model: Any, /, *batch: Tensor) -> Tensor:
-        """The loss of each example, ``(B,)``, of a micro-batch on the device.
+    @property
+    def flops_per_image(self) -> float:
+        """Floating-point operations of a training step on one image."""
 
-        Args:
-            model: called as the network is; it averages gradients over the processes.
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """``loss(model, *batch) -> (B,)``, of a micro-batch on the device.
+
+        The model is called as the network is; it averages gradients over the processes.
         """
+
+    def parameter_groups(self) -> Groups:
+        """The parameters of the model as an optimiser takes them."""
 
     def random_batch(self, images: int) -> Sequence[Tensor]:
         """A micro-batch of random numbers, to try how many images fit into memory."""
