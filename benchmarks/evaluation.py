@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as theirs
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 from torch_fidelity.datasets import ImagesPathDataset
@@ -66,7 +67,7 @@ def compare_speed(folder: Path, batch: int, rounds: int) -> None:
     for i in range(rounds):
         started = time.perf_counter()
         features = folder.parent / f"features-{i}"
-        extract_features(images, extractor, extractor.layers, features, batch, torch.device("cpu"))
+        extract_features(images, extractor, features, batch, Accelerator(cpu=True))
         rates["ours"].append(len(images) / (time.perf_counter() - started))
         started = time.perf_counter()
         dataset = ImagesPathDataset(files)

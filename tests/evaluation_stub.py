@@ -1,5 +1,7 @@
 """What tests of evaluate_fid.py share: two small sets, a pipeline, and a network in Inception's place."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from conftest import make_pipeline
@@ -30,6 +32,16 @@ class Stub(nn.Module):
         pool = x.mean((2, 3))
         found = {"pool": pool, "logits": 9 * self.head(pool), "spatial": x[:, :2].flatten(1)}
         return {layer: features.float() for layer, features in found.items()}
+
+
+def one_of(processes=1, index=0):
+    """In the place of an accelerator, on the CPU."""
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        process_index=index,
+        num_processes=processes,
+        wait_for_everyone=lambda: None,
+    )
 
 
 def frechet_of_few(a, b):

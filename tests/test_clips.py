@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from evaluation_stub import one_of
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -390,7 +391,7 @@ def test_frechet_distance_of_clips(sets, tmp_path, batch):
     sides, whole = [], []
     for folder in sets[:2]:
         clips = FolderClips(folder)
-        extract_features(clips, Motion(), Motion.layers, tmp_path / folder.name, batch, torch.device("cpu"))
+        extract_features(clips, Motion(), tmp_path / folder.name, batch, one_of())
         sides.append(read_features(tmp_path / folder.name, len(clips), ["fid"]))
         whole.append(Motion()(clips.read(0, COUNT))["pool"].double().numpy())
     a, b = (np.cov(features.T) for features in whole)

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from evaluation_stub import COUNT, Stub, make_sets
+from evaluation_stub import COUNT, Stub, make_sets, one_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,7 +43,7 @@ def test_bars_are_full_at_the_end(sets, tmp_path, monkeypatch):
     np.savez(tmp_path / "real.npz", images.read(0, COUNT).movedim(1, -1).numpy())
     assert images.fingerprint != NpzImages(tmp_path / "real.npz").fingerprint
     for _ in range(2):
-        extract_features(images, Stub(), Stub.layers, tmp_path / "features", 5, torch.device("cpu"))
+        extract_features(images, Stub(), tmp_path / "features", 5, one_of())
     compute(["pr"], *[read_features(tmp_path / "features", COUNT, ["pr"]) for _ in range(2)])
     found = [bar.n for bar in bars]
     assert found[:4] == [COUNT, COUNT * 16 * 16 * 3 + 128, COUNT, COUNT]
@@ -55,7 +55,7 @@ def test_features_that_are_not_as_written_are_computed_again(sets, tmp_path):
     images, folder = FolderImages(sets / "real"), tmp_path / "features"
 
     def features():
-        extract_features(images, Stub(), Stub.layers, folder, COUNT, torch.device("cpu"))
+        extract_features(images, Stub(), folder, COUNT, one_of())
         return load_file(chunk_path(folder, 0))
 
     written = features()

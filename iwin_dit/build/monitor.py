@@ -16,10 +16,10 @@ from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.evaluation.drawing import drawer
-from iwin_dit.evaluation.evaluate import features_key, read_features
+from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
 from iwin_dit.evaluation.images import Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import check_counts, compute
-from iwin_dit.evaluation.reference import extract, extract_reference, on_main, open_reference
+from iwin_dit.evaluation.reference import extract_reference, on_main, open_reference
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.processes import together
@@ -71,7 +71,7 @@ class Monitor:
         try:
             if self.reference is not None:
                 check_fit(generated, self.reference, self.metrics, extractor, accelerator.device)
-            extract(generated, extractor, own, options.batch_images, accelerator, "evaluate")
+            extract_features(generated, extractor, own, options.batch_images, accelerator, "evaluate")
         except Stopped:
             stopped += 1
             accelerator.wait_for_everyone()  # the others do, after their last image

@@ -18,13 +18,12 @@ from iwin_dit.config.metrics import looks_at_clips, name_figures
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.drawing import drawer
-from iwin_dit.evaluation.evaluate import features_key, read_features
+from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
 from iwin_dit.evaluation.export import Export, open_export
 from iwin_dit.evaluation.images import Extractor, Images, Reading, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
 from iwin_dit.evaluation.reference import (
     Reference,
-    extract,
     extract_reference,
     on_main,
     open_reference,
@@ -83,7 +82,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if reference is not None:  # before images are drawn: what is wrong with one of them shows now
         extract_reference(reference, extractor, arguments.batch_size, accelerator)
     folder = works["out"] / features_key(generated, extractor)
-    extract(generated, extractor, folder, arguments.batch_size, accelerator, "generated", export)
+    extract_features(generated, extractor, folder, arguments.batch_size, accelerator, "generated", export)
     if export is not None:
         together(accelerator, export.finish)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
@@ -30,13 +31,9 @@ CHUNK = 256
 def extract_features(
     images: Images,
     extractor: Extractor,
-    layers: Iterable[str],
     folder: Path,
     batch_size: int,
-    device: torch.device,
-    process: int = 0,
-    num_processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    accelerator: Accelerator,
     title: str = "features",
     export: Export | None = None,
 ) -> None:
@@ -44,10 +41,9 @@ def extract_features(
 
     Args:
         images: what to look at.
-        extractor: see :mod:`iwin_dit.evaluation.extractors`; on the device.
-        layers: what to keep.
+        extractor: see :mod:`iwin_dit.evaluation.extractors`; on the accelerator's device.
         batch_size: images of one forward pass.
-        wait: a barrier for all processes.
+        accelerator: of the processes, each of which makes its share.
         export: where the images go too; a chunk whose images are not there is made again.
 
     Raises:
@@ -55,7 +51,8 @@ def extract_features(
         WorkerError: where a process that reads images dies or hangs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    layers, count = list(layers), -(-len(images) // CHUNK)
+    layers, count = extractor.layers, -(-len(images) // CHUNK)
+    process, num_processes = accelerator.process_index, accelerator.num_processes
     with progress(total=len(images), unit="image", desc=title, disable=process != 0) as bar:
         ranges = {}
         for number in range(process, count, num_processes):
@@ -74,7 +71,7 @@ def extract_features(
                 batch = next(batches)
                 if export is not None:
                     kept.append(batch.cpu())
-                found = extractor(batch.to(device))
+                found = extractor(batch.to(accelerator.device))
                 for layer in layers:
                     parts[layer].append(found[layer].cpu())
             start, stop = chunk[0][0], chunk[-1][1]
@@ -90,7 +87,7 @@ def extract_features(
             path = chunk_path(folder, number)
             files.replace(path, save(joined, {"sha256": _digest(path, joined)}))
             bar.update((stop - start) * num_processes)
-    wait()
+    accelerator.wait_for_everyone()
 
 
 def chunk_path(folder: Path, number: int) -> Path:

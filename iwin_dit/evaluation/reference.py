@@ -15,7 +15,6 @@ from iwin_dit.config.metrics import looks_at_clips
 from iwin_dit.evaluation.archives import array_names
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
-from iwin_dit.evaluation.export import Export
 from iwin_dit.evaluation.images import AS_THEY_ARE, Extractor, Images, Reading
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts
 from iwin_dit.evaluation.statistics import STATISTICS, read_statistics
@@ -137,32 +136,7 @@ def extract_reference(
             return hold(folder, wait=True)
 
         with together(accelerator, reserve) or contextlib.nullcontext():
-            extract(reference.images, extractor, folder, batch_size, accelerator, "reference")
-
-
-def extract(
-    images: Images,
-    extractor: Extractor,
-    folder: Path,
-    batch_size: int,
-    accelerator: Accelerator,
-    title: str,
-    export: Export | None = None,
-) -> None:
-    """Writes the features of a set that are not in the folder already, by all processes."""
-    extract_features(
-        images,
-        extractor,
-        extractor.layers,
-        folder,
-        batch_size,
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.wait_for_everyone,
-        title,
-        export,
-    )
+            extract_features(reference.images, extractor, folder, batch_size, accelerator, "reference")
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
