@@ -1,6 +1,7 @@
 """What AdamW is given: rates, which weights decay, gradients that are clipped or not; and averages."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -8,8 +9,15 @@ from conftest import assert_equal, make_model, read_checkpoint
 
 from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.training import optimizer
 from iwin_dit.training.ema import make_ema, update_ema
-from iwin_dit.training.optimizer import build_optimizer, learning_rate, named_state, parameter_groups
+from iwin_dit.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    named_state,
+    parameter_groups,
+    step_if_finite,
+)
 
 TABLES = {
     "iwin": (),
@@ -125,12 +133,73 @@ def test_an_average_is_of_its_own_model():
                 update_ema(average, other, 0.9)
 
 
-def test_optimiser_state_makes_the_round_trip():
+@pytest.fixture(params=["adamw", "sgd", "radam", "adafactor"])
+def options(request, monkeypatch):
+    """The options of an optimiser: ours, fused, and three that know nothing of steps that are not finite."""
+    kinds = {
+        "sgd": lambda groups, options: torch.optim.SGD(groups, options.learning_rate, momentum=0.9),
+        "radam": lambda groups, options: torch.optim.RAdam(groups, options.learning_rate),
+        "adafactor": lambda groups, options: torch.optim.Adafactor(groups, options.learning_rate),
+    }
+    monkeypatch.setattr(optimizer, "OPTIMIZERS", optimizer.OPTIMIZERS | kinds)
+    return OptimizerConfig(name=request.param, learning_rate=1e-2)
+
+
+def test_each_name_of_a_recipe_has_an_optimiser():
+    names = get_type_hints(OptimizerConfig)["name"]
+    assert set(get_args(names)) == set(optimizer.OPTIMIZERS)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(options):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    taken = build_optimizer(parameter_groups(model, 0.1), options)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+    for factor in (1.0, torch.nan, 1.0):
+        before = {**model.state_dict(), **named_state(taken, model)}
+        before = {name: tensor.clone() for name, tensor in before.items()}
+        (model(torch.randn(4, 3)).square().sum() * factor).backward()
+        step_if_finite(taken, torch.tensor(float(factor != 1)))
+        taken.zero_grad()
+        after = {**model.state_dict(), **named_state(taken, model)}
+        assert after.keys() == before.keys(), "the state exists from the start"
+        same = all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+        assert same == (factor != 1)
+
+
+def test_an_optimiser_starts_as_pytorchs_own(options):
+    """The state that is made at the start is the one that a first step would have made."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    made, lazy = (optimizer.OPTIMIZERS[options.name](parameter_groups(m, 0.0), options) for m in models)
+    optimizer.make_state(made)
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        for model, each in zip(models, (made, lazy), strict=True):
+            model(x).square().sum().backward()
+            each.step()
+            each.zero_grad()
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_a_state_that_no_checkpoint_keeps_is_refused(monkeypatch):
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state[self.param_groups[0]["params"][0]]["calls"] = 1
+
+    monkeypatch.setitem(optimizer.OPTIMIZERS, "adamw", lambda groups, options: Counting(groups))
+    with pytest.raises(TypeError, match="adamw keeps calls as a int, expected a tensor"):
+        build_optimizer(parameter_groups(torch.nn.Linear(3, 2), 0.0), OptimizerConfig())
+
+
+def test_optimiser_state_makes_the_round_trip(options):
     """A second optimiser that was given the state of the first takes the same step."""
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    options = OptimizerConfig(learning_rate=1e-2)
     optimizers = [build_optimizer(parameter_groups(m, 0.1), options) for m in models]
     x = torch.randn(4, 3)
 

@@ -66,7 +66,7 @@ def build_optimizer(groups: Groups, options: OptimizerConfig) -> Optimizer:
     """
     optimizer = OPTIMIZERS[options.name](groups, options)
     if not optimizer.state:
-        _make_state(optimizer)
+        make_state(optimizer)
     for state in optimizer.state.values():
         for key, value in state.items():
             if not isinstance(value, Tensor):
@@ -75,7 +75,7 @@ def build_optimizer(groups: Groups, options: OptimizerConfig) -> Optimizer:
 
 
 @torch.no_grad()
-def _make_state(optimizer: Optimizer) -> None:
+def make_state(optimizer: Optimizer) -> None:
     """Makes by steps what most optimisers make in their first one: zeros. The parameters stay."""
     for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
         before, parameter.grad = parameter.clone(), torch.zeros_like(parameter)
