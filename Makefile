@@ -46,6 +46,7 @@ fuzz: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy iwin_dit *.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
