@@ -1,7 +1,9 @@
 """Metrics of image sets: against torch-fidelity's own command, an independent computation, and themselves."""
 
+import io
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages, SampledImages, label_plan
 from iwin_dit.evaluation.metrics import Features, compute
+from iwin_dit.evaluation.rules import holds_images
 from iwin_dit.runtime.errors import CheckpointError, DataError
 
 COUNT, SIDE = 12, 32
@@ -33,6 +36,24 @@ def folders(tmp_path_factory):
             noise = rng.integers(low + 4 * i, high + 4 * i, (SIDE, SIDE, 3), dtype=np.uint8)
             Image.fromarray(noise).save(path)
     return root / "a", root / "b"
+
+
+def test_the_evaluation_reads_what_training_reads(folders, tmp_path):
+    """Images in a tar file are those of the folder; a location that is neither is named."""
+    paths = sorted(folders[0].rglob("*.png"))
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for i, path in enumerate(paths):
+            tar.add(path, f"{i:02d}.png")
+            label = tarfile.TarInfo(f"{i:02d}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"01"[i % 2 :][:1]))
+    packed, folder = open_set(str(tmp_path / "images.tar"), False), FolderImages(folders[0])
+    assert len(packed) == len(folder)
+    assert torch.equal(packed.read(2, 9), folder.read(2, 9))
+    assert len(packed.fingerprint) == 64
+    assert holds_images(str(tmp_path / "images.tar"))
+    with pytest.raises(DataError, match=r"other.tar"):
+        open_set(str(tmp_path / "other.tar"), False)
 
 
 def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(

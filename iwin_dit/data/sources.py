@@ -65,6 +65,13 @@ SCHEMES: dict[str, Callable[..., Source]] = {
 }
 
 
+def is_packed(location: str) -> bool:
+    """Whether a location is no folder, but ``hf:NAME``, or a .tar file, glob or range."""
+    scheme, colon, _ = location.partition(":")
+    is_tars = location.endswith(".tar") or glob.has_magic(location) or RANGE.search(location)
+    return not os.path.isdir(location) and bool((colon and scheme in SCHEMES) or is_tars)
+
+
 def open_source(
     location: str,
     labels: str | None = None,

@@ -22,9 +22,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from iwin_dit.data.folders import ignored_line, list_files
+from iwin_dit.data.sources import is_packed
 from iwin_dit.data.video import FRAMES, VIDEOS, check_numbers, count_frames, read_frames
 from iwin_dit.evaluation.archives import NpzClips, NpzImages
-from iwin_dit.evaluation.images import AS_THEY_ARE, FolderImages, Images, Reading, in_order
+from iwin_dit.evaluation.images import AS_THEY_ARE, FolderImages, Images, Reading, SourceImages, in_order
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress, say
@@ -143,7 +144,7 @@ class VideoClips:
 
 
 def open_set(location: str, of_clips: bool, reading: Reading = AS_THEY_ARE) -> Images:
-    """A set of clips or of images: a folder, or an ``.npz`` file.
+    """A set of clips or of images: a folder, an ``.npz`` file, or of images what training reads, ``hf:NAME``.
 
     Raises:
         DataError: where it is neither, or a folder holds none.
@@ -151,6 +152,8 @@ def open_set(location: str, of_clips: bool, reading: Reading = AS_THEY_ARE) -> I
     path, what = Path(location), "clips, each a video file or a folder of frames" if of_clips else "images"
     if path.suffix == ".npz" and path.is_file():
         return (NpzClips if of_clips else NpzImages)(path, reading.workers)
+    if is_packed(location) and not of_clips:
+        return SourceImages(location, reading)
     if not path.is_dir():
         raise DataError(f"{location} is neither a folder of {what}, nor an .npz file")
     if not of_clips:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from iwin_dit.data.folders import ignored_line, list_files
 from iwin_dit.data.formats import IMAGES, Wanted
 from iwin_dit.data.images import center_crop, decode_image, read_header
+from iwin_dit.data.sources import open_source
 from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import ConfigError, DataError
@@ -118,71 +120,75 @@ def read_batches(images: Images, ranges: Sequence[tuple[int, int]]) -> Iterator[
     return in_order(images.read, ranges, images.workers)
 
 
-class FolderImages:
-    """All images below a folder, in the order of their paths, as :mod:`iwin_dit.data.folders` lists them.
+class StoredImages(ABC):
+    """Encoded images, each cropped or of the size of the first.
 
-    Raises:
-        DataError: where there are none, or one cannot be read or has another size than the first.
+    Args:
+        place: where they lie, for messages.
     """
 
-    def __init__(self, folder: Path, reading: Reading = AS_THEY_ARE, wanted: Wanted = IMAGES):
-        self.folder, self.reading, self.workers = folder, reading, reading.workers
-        listing = list_files(folder, wanted, reading.follow_links)
-        self.paths = sorted(folder / name for name in listing.files)
-        if line := ignored_line(str(folder), "images", listing.ignored):
-            say(line)
-        if not self.paths:
-            raise DataError(
-                f"there are no images in {folder}; expected files such as {', '.join(sorted(wanted.endings))}"
-            )
-        self.description: dict[str, Any] = {"folder": str(folder), "images": len(self)}
+    def __init__(self, place: str, reading: Reading):
+        self.place, self.reading, self.workers = place, reading, reading.workers
+        self.description: dict[str, Any] = {}
         if reading.size is not None:
             self.description["center_crop"] = list(reading.size)
         if reading.background is not None:
             self.description["background"] = list(reading.background)
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def encoded(self, i: int) -> bytes:
+        """Image i as it is stored."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """What to call image i in an error."""
+
+    @abstractmethod
+    def key(self, i: int) -> bytes:
+        """The part of its name that belongs to the fingerprint."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """Some of them, in order: uint8 ``(stop - start, 3, H, W)``."""
         images = []
-        for path in self.paths[start:stop]:
-            image = decode_image(_read(path), str(path), background=self.reading.background)
+        for i in range(start, stop):
+            image = decode_image(self.encoded(i), self.name(i), background=self.reading.background)
             if self.reading.size is None:
-                self._check_size(path, image.size)
+                self._check_size(i, image.size)
                 images.append(pil_to_tensor(image))
             else:
                 images.append(center_crop(image, *self.reading.size))
         return torch.stack(images)
 
-    def _check_size(self, path: Path, size: tuple[int, int]) -> None:
+    def _check_size(self, i: int, size: tuple[int, int]) -> None:
         first = self._size
         if size != first:
             raise DataError(
-                f"{path} has {size[0]} x {size[1]} pixels, {self.paths[0]} has {first[0]} x {first[1]}; a "
-                "metric compares images of one size: crop them with --size PIXELS"
+                f"{self.name(i)} has {size[0]} x {size[1]} pixels, {self.name(0)} has {first[0]} x "
+                f"{first[1]}; a metric compares images of one size: crop them with --size PIXELS"
             )
 
     @cached_property
     def _size(self) -> tuple[int, int]:
-        return read_header(_read(self.paths[0]), str(self.paths[0])).size
+        return read_header(self.encoded(0), self.name(0)).size
 
     def _look(self, start: int, stop: int) -> tuple[list[bytes], int]:
-        """The hash of each file, after a look at its header; how many have an alpha."""
+        """The hash of each image, after a look at its header; how many have an alpha."""
         hashes, with_alpha = [], 0
-        for path in self.paths[start:stop]:
-            data = _read(path)
-            header = read_header(data, str(path))
+        for i in range(start, stop):
+            data = self.encoded(i)
+            header = read_header(data, self.name(i))
             if self.reading.size is None:
-                self._check_size(path, header.size)
+                self._check_size(i, header.size)
             with_alpha += header.has_alpha
             hashes.append(hashlib.sha256(data).digest())
         return hashes, with_alpha
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names and contents. All files are read, and their headers looked at.
+        """Of names and contents. All images are read, and their headers looked at.
 
         Raises:
             DataError: where an image cannot be read, or has another size than the first.
@@ -191,22 +197,76 @@ class FolderImages:
         _ = self._size  # before processes are started, which would each read it
         firsts = range(0, len(self), LOOK_FILES)
         ranges = [(first, min(first + LOOK_FILES, len(self))) for first in firsts]
-        with progress(total=len(self), unit="image", desc=f"look at {self.folder}", delay=3) as bar:
+        with progress(total=len(self), unit="image", desc=f"look at {self.place}", delay=3) as bar:
             looks = in_order(self._look, ranges, self.workers)
             for (start, stop), (hashes, alphas) in zip(ranges, looks, strict=True):
                 with_alpha += alphas
-                for path, found in zip(self.paths[start:stop], hashes, strict=True):
-                    digest.update(os.fsencode(path.relative_to(self.folder)))
+                for i, found in zip(range(start, stop), hashes, strict=True):
+                    digest.update(self.key(i))
                     digest.update(found)
                 bar.update(stop - start)
         if with_alpha and self.reading.background is None:
             say(
-                f"{with_alpha} of {len(self)} images in {self.folder} have an alpha, which is dropped: "
+                f"{with_alpha} of {len(self)} images in {self.place} have an alpha, which is dropped: "
                 "where they are transparent, most become black; --background white sets a colour"
             )
         if self.reading.size is not None or self.reading.background is not None:
             digest.update(repr((self.reading.size, self.reading.background)).encode())
         return digest.hexdigest()
+
+
+class FolderImages(StoredImages):
+    """All images below a folder, in the order of their paths, as :mod:`iwin_dit.data.folders` lists them.
+
+    Raises:
+        DataError: where there are none, or one cannot be read or has another size than the first.
+    """
+
+    def __init__(self, folder: Path, reading: Reading = AS_THEY_ARE, wanted: Wanted = IMAGES):
+        super().__init__(str(folder), reading)
+        self.folder = folder
+        listing = list_files(folder, wanted, reading.follow_links)
+        self.paths = sorted(folder / name for name in listing.files)
+        if line := ignored_line(str(folder), "images", listing.ignored):
+            say(line)
+        if not self.paths:
+            raise DataError(
+                f"there are no images in {folder}; expected files such as {', '.join(sorted(wanted.endings))}"
+            )
+        self.description = {"folder": str(folder), "images": len(self)} | self.description
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, i: int) -> bytes:
+        return _read(self.paths[i])
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
+    def key(self, i: int) -> bytes:
+        return os.fsencode(self.paths[i].relative_to(self.folder))
+
+
+class SourceImages(StoredImages):
+    """The images of a source that training reads, without their labels: ``hf:NAME``, tar files and others."""
+
+    def __init__(self, location: str, reading: Reading = AS_THEY_ARE):
+        super().__init__(location, reading)
+        self.source = open_source(location, follow_links=reading.follow_links)
+        self.description = {"source": location, "images": len(self)} | self.description
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def encoded(self, i: int) -> bytes:
+        return self.source.read(i)[0]
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def key(self, i: int) -> bytes:
+        return str(i).encode()
 
 
 def _read(path: Path) -> bytes:

@@ -117,7 +117,11 @@ def holds_images(generated: str) -> bool:
     """Whether ``--generated`` is a set of images or clips, and no model that draws them."""
     path = Path(generated)
     is_model = any((path / name).is_file() for name in ("config.yaml", "model_index.json"))
-    return path.exists() and not is_model
+    if path.exists():
+        return not is_model
+    from iwin_dit.data.sources import is_packed  # which loads torch
+
+    return is_packed(generated)
 
 
 def _option(name: str) -> str:
