@@ -48,6 +48,11 @@ def pytest_configure(config):
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # it waits so long for a worker, not 5 s
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests come first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in ("test_readme", "test_wheel")))
+
+
 def pytest_collection_finish():
     """What has been imported stays: a search for garbage, which took a second, leaves it out from here on."""
     gc.collect()

@@ -1,7 +1,9 @@
 """Every command of the README runs, in a copy of the checkout whose quickstart takes seconds."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +46,7 @@ def checkout(tmp_path_factory):
     for path, words, fewer in (
         ("iwin_dit/data/digits.py", f"VAE_STEPS = {digits.VAE_STEPS}", "VAE_STEPS = 4"),
         ("iwin_dit/data/moving_digits.py", "VAE_STEPS = 500, 200", "VAE_STEPS = 8, 2"),
-        ("iwin_dit/data/moving_digits.py", "in progress(chosen,", "in progress(chosen[:150],"),
+        ("iwin_dit/data/digits.py", "in progress(chosen,", "in progress(chosen[:200],"),
         ("benchmarks/mixers.py", "HEADS = 4096, 768, 12", "HEADS = 4096, 24, 2"),
     ):
         text = (root / path).read_text()
@@ -53,23 +55,70 @@ def checkout(tmp_path_factory):
     return root
 
 
-def execute(command, root):
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(root),
-        "HF_HUB_OFFLINE": "1",
-    }
-    options = dict(cwd=root, env=environment, capture_output=True, text=True)
-    ended = subprocess.run(command, shell=isinstance(command, str), **options)
-    assert ended.returncode == 0, f"{command}\n{ended.stdout[-1000:]}\n{ended.stderr[-3000:]}"
-    return ended.stdout
+FORKS = """
+import json, os, runpy, sys, traceback
+import accelerate, diffusers, matplotlib.pyplot, timm, torch, torchvision
+for line in sys.stdin:
+    kind, *sys.argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1), os.dup2(output, 2)
+            if kind == "script":
+                sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+            if kind == "text":
+                exec(sys.argv.pop(0), {"__name__": "__main__"})
+            else:
+                {"script": runpy.run_path, "module": runpy.run_module}[kind](sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def test_the_commands_of_the_readme(checkout):
+@pytest.fixture(scope="module")
+def execute(checkout):
+    """``execute(command) -> output`` in the copy: a fork of a process that has imported torch and others.
+
+    What starts no Python, and the first command of all, are processes of their own.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = dict(cwd=checkout, env=os.environ | {"PATH": path, "PYTHONPATH": str(checkout)}, text=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, "-c", FORKS], **pipes, **options)
+    begun = []
+
+    def call(command):
+        match shlex.split(command) if isinstance(command, str) else command:
+            case ["accelerate", "launch", *words] | ["python", *words] if begun:
+                kind, words = ("module", words[1:]) if words[0] == "-m" else ("script", words)
+                words = ["text", words[1]] if words[0] == "-c" else [kind, *words]
+                print(json.dumps(words), file=server.stdin, flush=True)
+                code, output = int(server.stdout.readline()), (checkout / "output").read_text()
+            case words:
+                ended = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+                code, output = ended.returncode, ended.stdout
+        begun.append(command)
+        assert code == 0, f"{command}\n{output[-4000:]}"
+        return output
+
+    yield call
+    server.communicate()
+
+
+def test_the_commands_of_the_readme(checkout, execute):
     assert len(COMMANDS) >= 8
     for command in COMMANDS:
         if command not in INSTALLS:
-            execute(command, checkout)
+            execute(command)
     for made in (
         "runs/quickstart/report/samples.png",
         "runs/quickstart/loss.png",
@@ -86,10 +135,8 @@ def test_the_commands_of_the_readme(checkout):
     assert "FD (iwin)" in (checkout / "runs/quickstart/report/report.md").read_text()
     for snippet in SNIPPETS:
         if "timm" in snippet:
-            execute(
-                [sys.executable, "-c", snippet + "\nassert len(maps.feature_info.channels()) == 3"], checkout
-            )
-    images = execute([sys.executable, "-c", SNIPPETS[0] + "\nprint(len(images), images[0].size)"], checkout)
+            execute(["python", "-c", snippet + "\nassert len(maps.feature_info.channels()) == 3"])
+    images = execute(["python", "-c", SNIPPETS[0] + "\nprint(len(images), images[0].size)"])
     assert images.strip().endswith("2 (32, 32)")
 
 
