@@ -261,7 +261,7 @@ def check(tree: Tree, mutant: Mutant, measured: dict[str, dict]) -> tuple[str, s
     tests = concerned(mutant, source, measured)
     if not tests:
         return "not run", "no test executes this line"
-    timeout = 90 + 6 * sum(measured[test]["seconds"] for test in tests)
+    timeout = 300 + 6 * sum(measured[test]["seconds"] for test in tests)
     file.write_bytes(mutant.text)
     code, output = tree.test(["-x", *tests], timeout)
     file.write_bytes(source)

@@ -231,8 +231,10 @@ def test_the_convolution_is_left_out_where_a_window_covers_the_grid():
     assert mixer((16, 16), window_size=8, convolution=False).num_branches == 1
 
 
-@pytest.mark.parametrize(("mlp", "norm"), [("swiglu", "rms_norm"), ("gelu", "layer_norm")])
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    ("name", "mlp", "norm"),
+    [("iwin", "gelu", "layer_norm"), *((name, "swiglu", "rms_norm") for name in MIXERS)],
+)
 def test_a_block_compiles_without_a_graph_break(name, mlp, norm):
     options = {"window_size": 4} if "window_size" in MIXERS[name].fields else {}
     mixer = MixerSpec(name, **options)

@@ -59,7 +59,7 @@ def test_the_evaluation_reads_what_training_reads(folders, tmp_path):
 def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
     inception_weights, folders, script_here, tmp_path, monkeypatch, capfd
 ):
-    """Fewer images than features, so that the covariances are singular.
+    """Fewer images than features, so that the covariances are singular. The distance is that of numpy alone.
 
     The command takes VGG for precision and recall unless it is told otherwise; ADM and we take Inception.
     """
@@ -85,7 +85,7 @@ def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
     found = json.loads((tmp_path / "result.json").read_text())["figures"]
 
     command = ("fidelity", "--gpu", "", "--input1", folders[0], "--input2", folders[1], "--batch-size", 5)
-    command += ("--isc", "--fid", "--kid", "--prc", "--kid-subset-size", COUNT, "--samples-find-deep")
+    command += ("--isc", "--kid", "--prc", "--kid-subset-size", COUNT, "--samples-find-deep")
     command += ("--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path")
     command += (inception_weights, "--no-cache", "--json", "--silent")
     monkeypatch.setattr(sys, "argv", [*map(str, command), "--save-cpu-ram"])
@@ -93,7 +93,6 @@ def test_figures_are_those_of_torch_fidelitys_command_and_of_numpy(
     fidelity.main()
     expected = json.loads(capfd.readouterr().out)
     for ours, theirs in (
-        ("fid", "frechet_inception_distance"),
         ("kid", "kernel_inception_distance_mean"),
         ("kid_std", "kernel_inception_distance_std"),
         ("is", "inception_score_mean"),
