@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ class Classifier:
         """Layer by layer, see :func:`parameter_groups`."""
         return parameter_groups(self.model, self.config)
 
-    def loss(self, model: Any, images: Tensor, labels: Tensor, mixing: Tensor) -> Tensor:
+    def loss(
+        self, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, mixing: Tensor
+    ) -> Tensor:
         """Cross-entropy of each image or clip, ``(B,)``."""
         config = self.config
         classes, smoothing = config.model.num_classes, config.augment.label_smoothing
@@ -159,7 +161,7 @@ def parameter_groups(model: nn.Module, config: ClassifierConfig) -> Groups:
     return found if scale == 1 else _scale_backbone(found, model, scale)
 
 
-def _scale_backbone(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+def _scale_backbone(groups: Groups, model: nn.Module, scale: float) -> Groups:
     """The groups, each split into what belongs to the head and the rest, whose learning rate is scaled."""
     head = {id(p) for name, p in model.named_parameters() if name.startswith(head_names(model))}
     split = []

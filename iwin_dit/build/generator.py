@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ class Generator:
         """As AdamW takes them: matrices decay, all else does not."""
         return parameter_groups(self.model, self.config.optimizer.weight_decay)
 
-    def loss(self, model: Any, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+    def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """The objective of each example, ``(B,)``, from what the dataset gives."""
         return self.objective.loss(model, self.encode(x0), labels, noise, u)
 

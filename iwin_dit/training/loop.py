@@ -184,7 +184,7 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> Callable[..., Any]:
 
 
 def synchronize(
-    accelerator: Accelerator, model: nn.Module, prepared: Any, now: bool
+    accelerator: Accelerator, model: nn.Module, prepared: Callable[..., Any], now: bool
 ) -> contextlib.AbstractContextManager:
     """The context in which a backward pass averages gradients over the processes, or leaves it for later.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def check_data(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
             )
 
 
-def differing(values: Sequence[Any]) -> list[int]:
+def differing(values: Sequence[Hashable]) -> list[int]:
     """Where a value is not the most common one; of as many, the first counts."""
     common = max(values, key=values.count)
     return [i for i, value in enumerate(values) if value != common]

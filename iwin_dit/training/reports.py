@@ -63,7 +63,7 @@ class Reports:
     def __init__(self, accelerator: Accelerator, deferred: bool | None = None):
         self.accelerator = accelerator
         self.deferred = accelerator.device.type == "cuda" if deferred is None else deferred
-        self._waiting: list[tuple[int, Tensor, Any]] = []
+        self._waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def combine(self, loss: Tensor, norm: Tensor, stop: bool, save: bool = False) -> Tensor:
         """``[loss, norm, not finite, stop, save]`` on the device, the same on every process.
