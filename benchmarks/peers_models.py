@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.layers.embeddings import PatchEmbed, unpatchify
-from iwin_dit.layers.specs import SIZES, MixerSpec
+from iwin_dit.layers.specs import MixerSpec, shape_of
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime.errors import ConfigError
 
@@ -46,12 +46,10 @@ class Shape:
     @classmethod
     def of(cls, size: str) -> Shape:
         """By name and patch size, such as ``XL/1``; anything else is a ConfigError."""
-        name, _, patch = size.partition("/")
-        if name not in SIZES or not patch.isdigit() or int(patch) < 1:
-            raise ConfigError(
-                f"--size is {size!r}, expected one of {', '.join(SIZES)}, a slash and the patch size: B/1"
-            )
-        return cls(*SIZES[name], int(patch))
+        try:
+            return cls(*shape_of(size))
+        except ValueError as error:
+            raise ConfigError(f"--size: {error}") from None
 
     def arguments(self, side: int) -> dict[str, int]:
         """Of a model on ``side x side`` tokens, in the words of diffusers."""

@@ -22,7 +22,7 @@ from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.backbone import IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
-from iwin_dit.models.iwin_transformer import SIZES, VARIANTS, WINDOWS
+from iwin_dit.models.iwin_transformer import BACKBONE_SIZES, VARIANTS, WINDOWS
 from iwin_dit.models.stages import IwinBlock, IwinMixer, PaddedIwinMixer
 from iwin_dit.runtime.errors import run_script
 
@@ -237,7 +237,7 @@ def test_parameters_and_multiply_adds(size):
 
 
 def test_the_names_are_registered():
-    names = [f"iwin_{size}_patch4_window{w}_{side}" for size in SIZES for side, w in WINDOWS.items()]
+    names = [f"iwin_{size}_patch4_window{w}_{side}" for size in BACKBONE_SIZES for side, w in WINDOWS.items()]
     names += [f"{name}_22k" for name in names]
     assert set(names) == set(VARIANTS)
     assert set(names) <= set(timm.list_models("iwin_*"))

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, watch_attention
 from evaluation_stub import COUNT, Stub, make_sets
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from iwin_dit.build import network, trainer
 from iwin_dit.build.budget import Budget
@@ -57,6 +58,12 @@ def test_every_recipe_of_a_classifier_is_built(path):
     config = load_config(path, ClassifierConfig)
     assert "multiply-adds" in describe_classifier(config)
     assert set(flatten(config.to_dict())) > {"augment.mixup", "optimizer.layer_decay"}
+
+
+def test_the_mean_and_deviation_of_imagenet_are_timms():
+    """A config tells them without torch, which timm loads."""
+    assert ClassifierConfig().data.mean == IMAGENET_DEFAULT_MEAN
+    assert ClassifierConfig().data.std == IMAGENET_DEFAULT_STD
 
 
 def test_samplers_fit_what_the_model_predicts():
@@ -251,7 +258,7 @@ BOMB = "x0: &x0 [1]\n" + "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]
         ("seed: \udc80", "is not valid YAML: 'utf-8' codec can't decode byte 0x80 in position 6"),
         ("model: {sample_size: 16}", "give size (such as B/1), or depth, width, heads and patch_size"),
         ("model: {size: XXL/1}", "did you mean XL/1?"),
-        ("model: {size: XL/\xb2}", "model.size is 'XL/\xb2', expected S, B, L"),
+        ("model: {size: XL/\xb2}", "model.size: unknown size 'XL/\xb2', expected one of S, B, L"),
     ],
 )
 def test_mistakes_in_a_file_are_explained(tmp_path, content, message):

@@ -161,7 +161,7 @@ def test_kernels_are_selected_for_a_step_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "huge/1"], "--size is 'huge/1', expected one of S, B"),
+        (["--size", "huge/1"], "--size: unknown size 'huge/1', expected one of S, B"),
         (["--tokens", "200"], "--tokens has 200"),
         (["--steps", "inference"], "--steps has 'inference'"),
         (["--compile", "blocks", "model"], "take one of them"),

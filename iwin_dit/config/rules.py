@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from dataclasses import fields
 
 from iwin_dit.config.bounds import MAX_TOKENS, check_ranges
@@ -19,7 +17,7 @@ from iwin_dit.config.schema import (
 )
 from iwin_dit.diffusion.specs import FLOW, NUM_TRAIN_TIMESTEPS, OBJECTIVES, SAMPLERS, ObjectiveConfig
 from iwin_dit.layers.blindness import blind_spots
-from iwin_dit.layers.specs import SIZES, BlockSpec
+from iwin_dit.layers.specs import BlockSpec, shape_of
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
@@ -271,13 +269,10 @@ def _check_shape(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.size {model.size} and model.{given[0]} are both given; remove one of them"
             )
-        name, _, side = model.size.partition("/")
-        if name not in SIZES or not re.fullmatch("[1-9][0-9]{0,3}", side):
-            near = difflib.get_close_matches(name, SIZES, n=1)
-            hint = f"; did you mean {near[0]}/{side or 1}?" if near else ""
-            raise ConfigError(
-                f"model.size is {model.size!r}, expected {', '.join(SIZES)}, a slash and the patch size{hint}"
-            )
+        try:
+            shape_of(model.size)
+        except ValueError as error:
+            raise ConfigError(f"model.size: {error}") from None
     if isinstance(model.sample_size, list) and len(model.sample_size) != 2:
         raise ConfigError(f"model.sample_size is {model.sample_size}, expected a side or [height, width]")
     patch = model.shape[3]

@@ -20,7 +20,7 @@ from iwin_dit.config.bounds import (
 )
 from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, ObjectiveConfig
 from iwin_dit.layers.blindness import resolve
-from iwin_dit.layers.specs import SIZES, MixerSpec, MlpName, NormName
+from iwin_dit.layers.specs import MixerSpec, MlpName, NormName, shape_of
 from iwin_dit.runtime import limits
 
 # What a resumed run may set anew without being another run; max_steps only under a constant learning rate.
@@ -162,8 +162,7 @@ class ModelConfig:
         if self.size is None:
             numbers = self.depth, self.width, self.heads, self.patch_size
             return cast(tuple[int, int, int, int], numbers)  # the rules refuse None
-        name, _, patch_size = self.size.partition("/")
-        return (*SIZES[name], int(patch_size))
+        return shape_of(self.size)
 
     @property
     def latent_size(self) -> tuple[int, ...]:

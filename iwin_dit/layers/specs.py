@@ -5,7 +5,9 @@ Imports no torch, so that a config can use it.
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,6 +21,22 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "1p0B": (24, 1536, 24),
     "1p6B": (28, 1792, 28),
 }
+
+
+def shape_of(size: str) -> tuple[int, int, int, int]:
+    """Depth, width, heads and patch size of a name such as ``XL/1``.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    name, _, patch = size.partition("/")
+    if name not in SIZES or not re.fullmatch("[1-9][0-9]{0,3}", patch):
+        near = difflib.get_close_matches(name, SIZES, n=1)
+        hint = f"; did you mean {near[0]}/{patch or 1}?" if near else ""
+        raise ValueError(
+            f"unknown size {size!r}, expected one of {', '.join(SIZES)}, a slash and the patch size{hint}"
+        )
+    return (*SIZES[name], int(patch))
 
 
 WindowWord = Literal["auto", "all", "divisor"]

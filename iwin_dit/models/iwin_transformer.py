@@ -15,7 +15,7 @@ from torch import nn
 from iwin_dit.models.backbone import IwinFeatures, IwinTransformer, checkpoint_filter_fn
 
 # width of the first stage, depths, heads; and heads of the ImageNet-22K release
-SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+BACKBONE_SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
     "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), (3, 6, 12, 24)),
     "small": (96, (2, 2, 18, 2), (3, 4, 8, 16), (3, 6, 12, 24)),
     "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), (4, 8, 16, 32)),
@@ -28,7 +28,7 @@ CLASSES_22K = 21841
 def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Arguments of the constructor and timm's configuration, by name."""
     variants = {}
-    for size, (width, depths, heads, heads_22k) in SIZES.items():
+    for size, (width, depths, heads, heads_22k) in BACKBONE_SIZES.items():
         for side, window in WINDOWS.items():
             for suffix in ("", "_22k"):
                 arguments = dict(
@@ -59,7 +59,7 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 VARIANTS = _variants()
 default_cfgs = generate_default_cfgs({name: cfg for name, (_, cfg) in VARIANTS.items()})
-__all__ = ["CLASSES_22K", "SIZES", "VARIANTS", "WINDOWS", "create_iwin_transformer", "default_cfgs"]
+__all__ = ["BACKBONE_SIZES", "CLASSES_22K", "VARIANTS", "WINDOWS", "create_iwin_transformer", "default_cfgs"]
 
 
 def create_iwin_transformer(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

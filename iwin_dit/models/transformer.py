@@ -27,7 +27,7 @@ from iwin_dit.layers.embeddings import (
     unpatchify,
 )
 from iwin_dit.layers.norm import NORMS
-from iwin_dit.layers.specs import SIZES, BlockSpec, MixerSpec, MlpName, NormName
+from iwin_dit.layers.specs import BlockSpec, MixerSpec, MlpName, NormName, shape_of
 from iwin_dit.models.inflation import inflate
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
@@ -155,17 +155,12 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> IwinDiTTransformer2DModel:
         """A model by its usual name: ``from_size("XL/1", num_classes=10)``; the number is the patch size."""
-        name, _, patch_size = size.partition("/")
-        if name not in SIZES or not patch_size.isdigit():
-            raise ValueError(
-                f"unknown size {size!r}, expected one of {', '.join(SIZES)}, a slash and the patch size"
-            )
-        depth, width, heads = SIZES[name]
+        depth, width, heads, patch_size = shape_of(size)
         return cls(
             num_layers=depth,
             num_attention_heads=heads,
             attention_head_dim=width // heads,
-            patch_size=int(patch_size),
+            patch_size=patch_size,
             **kwargs,
         )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from iwin_dit.models.iwin_transformer import SIZES
+from iwin_dit.models.iwin_transformer import BACKBONE_SIZES
 
 
 def _arguments(size: str) -> dict[str, Any]:
-    width, depths, _, heads = SIZES[size]
+    width, depths, _, heads = BACKBONE_SIZES[size]
     return dict(
         patch_size=(2, 4, 4),
         window_size=7,
