@@ -318,7 +318,7 @@ def test_windows_are_found_at_once_for_any_side(recipe):
         assert MixerSpec(kernel_size=kernel).window((side, side)) == (expected, expected)
         least_two = next((m for m in range(2, side + 1) if side % m == 0 and 3 * m >= side), side)
         assert MixerSpec("swin").window((side,) * 2) == (least_two,) * 2
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert MixerSpec().window((10**18, 10**18 + 9)) == (5 * 10**17, 10**18 + 9)
     with pytest.raises(ValueError, match="nearest that do: 4, 5, 8"):
         BlockSpec(10**10, 7)
@@ -331,7 +331,7 @@ def test_windows_are_found_at_once_for_any_side(recipe):
     ):
         with pytest.raises(ConfigError, match=rf"model.{key} is .*, expected at most \d"):
             parse_arguments([f"--model.{key}", str(value)], quickstart)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_replacing_keeps_the_mixer_valid():

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tarfile
 import time
@@ -117,21 +116,14 @@ def test_a_finished_set_is_looked_at(made, workshop, run_here):
 
 @pytest.mark.slow
 def test_killed_extractions_make_the_same_bytes(workshop, made, tmp_path):
-    """Killed at random moments until it is done, each time by the same command."""
-    out, rng = tmp_path / "out", random.Random(0)
-    for _ in range(2):
-        process = start(*arguments(workshop, out))
-        seen = len(list(out.glob("*.safetensors"))) if out.exists() else 0
-        deadline = time.time() + 60
-        while (
-            len(list(out.glob("*.safetensors"))) < seen + 1
-            and process.poll() is None
-            and time.time() < deadline
-        ):
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    """Killed at a random moment, and then the same command again."""
+    out = tmp_path / "out"
+    process = start(*arguments(workshop, out))
+    while not list(out.glob("*.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.05)
+    process.kill()
+    process.communicate()
     run(*arguments(workshop, out))
     assert hashes(out) == hashes(made)
     assert json.loads((out / "index.json").read_text()) == json.loads((made / "index.json").read_text())

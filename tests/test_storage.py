@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -15,22 +14,20 @@ from iwin_dit.runtime.errors import ConfigError, DataError, StorageError, run_sc
 from iwin_dit.runtime.lock import hold
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from iwin_dit.runtime.lock import hold\n"
-    "lock = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(float(sys.argv[2]))\n"
+    "import sys; from pathlib import Path; from iwin_dit.runtime.lock import hold\n"
+    "lock = hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()\n"
 )
 
 
-def test_a_folder_in_use_is_refused_or_waited_for(tmp_path, capsys):
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path), "1.5"], stdout=subprocess.PIPE, text=True
-    )
+def test_a_folder_in_use_is_refused_or_waited_for(tmp_path, capsys, monkeypatch):
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], **pipes)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=rf"{tmp_path} is in use, held by pid {other.pid} on host"):
         hold(tmp_path)
-    started = time.monotonic()
+    monkeypatch.setattr("iwin_dit.runtime.lock.time.sleep", lambda seconds: other.communicate())
     lock = hold(tmp_path, wait=True)
-    assert time.monotonic() - started > 0.5
-    assert other.wait() == 0
+    assert other.returncode == 0
     assert f"waiting for {tmp_path}, held by pid {other.pid}" in capsys.readouterr().out
     assert (tmp_path / "lock").read_text().startswith(f"pid {os.getpid()} ")
     lock.close()

@@ -220,13 +220,13 @@ def test_a_read_that_hangs_and_a_worker_that_dies_end_the_evaluation(sets, monke
             do()
         return read(path)
 
-    monkeypatch.setattr(images, "READ_SECONDS", 1)
     monkeypatch.setattr(images, "_read", hanging)
-    for act, message in (
-        (lambda: time.sleep(30), "timed out after 1 seconds; the disk hangs"),
-        (lambda: os._exit(1), "lower --workers"),
+    for act, seconds, message in (
+        (lambda: time.sleep(30), 1, "timed out after 1 seconds; the disk hangs"),
+        (lambda: os._exit(1), 60, "lower --workers"),
     ):
         do = act
+        monkeypatch.setattr(images, "READ_SECONDS", seconds)
         with pytest.raises(WorkerError, match=message):
             list(read_batches(stored, ranges))
 
