@@ -229,7 +229,7 @@ def measure(tree: Tree, folder: str) -> dict[str, dict]:
     """``{test: {"seconds": s, "ran": ["file:line", ...]}}`` of the tests that pass."""
     recorder = Recorder(tree.root, folder, tree.scratch / f"{Path(folder).name}.json")
     tests = [f"tests/{Path(name).parent}/test_{Path(name).name}.py" for name in TESTS[folder].split()]
-    print("measured:", tree.test(tests, 7200, recorder)[1].splitlines()[-1], flush=True)
+    tree.test(tests, 7200, recorder)
     return json.loads(recorder.result.read_text())
 
 
@@ -288,6 +288,7 @@ def main() -> None:
             found = [mutant for file in files for mutant in mutants(file, (tree.root / file).read_bytes())]
             chosen = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
             measured, counts = measure(tree, folder), dict.fromkeys(("noticed", "survived", "not run"), 0)
+            print(f"{folder}: {len(measured)} tests pass", flush=True)
             for mutant in sorted(chosen, key=lambda mutant: (mutant.path, mutant.line)):
                 outcome, detail = check(tree, mutant, measured)
                 counts[outcome] += 1

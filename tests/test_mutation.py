@@ -70,7 +70,7 @@ def test_mutants_that_tests_notice_and_miss(tmp_path):
     done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     measured, *lines = done.stdout.splitlines()
-    assert "1 passed" in measured
+    assert measured == "toy: 1 tests pass"
     outcomes = {line.rpartition(" [")[0]: line for line in lines[:-1]}
     assert "test_smallest" in outcomes["noticed    toy/code.py:2 a >= b -> (a < b)"]
     assert "survived   toy/code.py:2 a >= b -> (a > b)" in outcomes
