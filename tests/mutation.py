@@ -288,13 +288,15 @@ def main() -> None:
             found = [mutant for file in files for mutant in mutants(file, (tree.root / file).read_bytes())]
             chosen = random.Random(args.seed).sample(found, min(args.sample or len(found), len(found)))
             measured, counts = measure(tree, folder), dict.fromkeys(("noticed", "survived", "not run"), 0)
-            print(f"{folder}: {len(measured)} tests pass", flush=True)
             for mutant in sorted(chosen, key=lambda mutant: (mutant.path, mutant.line)):
                 outcome, detail = check(tree, mutant, measured)
                 counts[outcome] += 1
                 change = " ".join(f"{mutant.path}:{mutant.line} {mutant.old} -> {mutant.new}".split())
                 print(f"{outcome:10} {change} [{detail}]", flush=True)
-            print(f"{folder}, seed {args.seed}, {len(chosen)} mutants: {counts}", flush=True)
+            print(
+                f"{folder}, seed {args.seed}, {len(measured)} tests, {len(chosen)} mutants: {counts}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
