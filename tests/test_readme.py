@@ -1,4 +1,4 @@
-"""Every command of the README runs, in a copy of the checkout whose quickstart takes seconds."""
+"""Every command of the README and its pages runs, in a copy of the checkout whose recipes take seconds."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from conftest import ROOT
 from iwin_dit.data import digits
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()
-]
+PAGES = {  # in an order in which each finds what the ones before have made
+    name: (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("backbone", "sampling", "training", "evaluation", "mixers", "video", "data", "measured")
+}
 INSTALLS = (
     "make demo",
     "make demo-video",
@@ -26,7 +28,17 @@ INSTALLS = (
     "make transfer",
     "pip install -c constraints.txt -e '.[demo]'",
 )  # .ci/run, from a bare checkout; the last two, which take hours, in small by test_compare.py
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+SNIPPETS = re.findall(r"```python\n(.*?)```", "\n".join([README, *PAGES.values()]), re.S)
+
+
+def commands_of(page):
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    return [line for block in blocks for line in block.strip().splitlines() if line not in INSTALLS]
+
+
+TRAIN, *OTHERS = commands_of(README)
+LATER = {name: commands_of(page) for name, page in PAGES.items()}
+COMMANDS = list(dict.fromkeys([TRAIN, *LATER.pop("backbone"), *OTHERS, *chain(*LATER.values())]))
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +133,9 @@ def execute(checkout):
 
 
 def test_the_commands_of_the_readme(checkout, execute):
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 18
     for command in COMMANDS:
-        if command not in INSTALLS:
-            execute(command)
+        execute(command)
     for made in (
         "runs/quickstart/report/samples.png",
         "runs/quickstart/loss.png",
@@ -146,11 +157,16 @@ def test_the_commands_of_the_readme(checkout, execute):
     assert images.strip().endswith("2 (32, 32)")
 
 
-def test_the_readme_names_what_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+def test_the_readme_and_the_pages_name_what_exists():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path}: {target}"
     from iwin_dit import convert
 
-    for name in re.findall(r"from iwin_dit.convert import (.*)", README)[0].split(", "):
+    for name in re.findall(r"from iwin_dit.convert import (.*)", PAGES["sampling"])[0].split(", "):
         assert hasattr(convert, name)
-    assert "make test" in README
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 130
+    assert all(f"docs/{name}.md" in README for name in PAGES)
