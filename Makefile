@@ -8,11 +8,7 @@ export GOMP_SPINCOUNT ?= 10000
 .PHONY: demo demo-video compare transfer test test-slow mutation fuzz lint
 
 demo: $(READY)
-	$(BIN)/accelerate launch train_classifier.py
-	$(BIN)/accelerate launch train_dit.py --output_dir runs/quickstart_50_steps --train.max_steps 50
-	$(BIN)/accelerate launch train_dit.py
-	$(BIN)/python sample.py --class 0 1 2 3 4 5 6 7 8 9 --num-images 8 --out runs/quickstart/samples.png
-	$(BIN)/python -m studies.digits_report runs/quickstart
+	$(BIN)/iwin-dit demo
 
 # VIDEO="--train.max_steps 500" takes less time.
 demo-video: $(READY)
