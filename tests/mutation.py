@@ -293,10 +293,7 @@ def main() -> None:
                 counts[outcome] += 1
                 change = " ".join(f"{mutant.path}:{mutant.line} {mutant.old} -> {mutant.new}".split())
                 print(f"{outcome:10} {change} [{detail}]", flush=True)
-            print(
-                f"{folder}, seed {args.seed}, {len(measured)} tests, {len(chosen)} mutants: {counts}",
-                flush=True,
-            )
+            print(f"{folder}, seed {args.seed}, {len(measured)} tests: {counts}", flush=True)
 
 
 if __name__ == "__main__":

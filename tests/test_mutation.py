@@ -74,5 +74,5 @@ def test_mutants_that_tests_notice_and_miss(tmp_path):
     assert "test_smallest" in outcomes["noticed    toy/code.py:2 a >= b -> (a < b)"]
     assert "survived   toy/code.py:2 a >= b -> (a > b)" in outcomes
     assert "not run    toy/code.py:5 a += a -> pass" in outcomes
-    assert lines[-1] == "toy, seed 0, 1 tests, 4 mutants: {'noticed': 2, 'survived': 1, 'not run': 1}"
+    assert lines[-1] == "toy, seed 0, 1 tests: {'noticed': 2, 'survived': 1, 'not run': 1}"
     assert (tmp_path / "toy" / "code.py").read_text() == TOY, "only the copy is changed"
