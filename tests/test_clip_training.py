@@ -1,7 +1,6 @@
 """From folders of videos to a generator of clips, by the commands that people type."""
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -10,12 +9,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_vae, read_checkpoint
+from conftest import make_vae, read_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
 from iwin_dit.build import data as build_data
 from iwin_dit.build import generator, loading
+from iwin_dit.commands import extract as extract_command
 from iwin_dit.config.parse import load_config
 from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode
@@ -67,12 +67,11 @@ CLIP_OPTIONS = ("--frames", FRAMES, "--frame-stride", STRIDE)
 @pytest.fixture(scope="module")
 def latents(workshop):
     """Clips and images, through the command's own function."""
-    parse = runpy.run_path(str(ROOT / "extract_latents.py"))["parse_arguments"]
     for name, more in (("videos", CLIP_OPTIONS), ("images", ())):
         command = extract(workshop, workshop / f"latents of {name}", *more, videos=name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", list(map(str, command)))
-            build_data.extract_latents(parse())
+            extract_command.main()
     return workshop
 
 
