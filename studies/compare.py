@@ -27,7 +27,7 @@ from studies.digits_report import CLASSIFIER
 from studies.judge import Judge, unguided
 from studies.runs import Run, check_once, hold_runs, kept, runs_of, train_all
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
+CONFIGS = Path(__file__).parent.parent / "configs" / "compare"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from iwin_dit.runtime.errors import ConfigError, UserError
 from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.progress import progress
 
-TRAINER = Path(__file__).parents[2] / "train_dit.py"
+TRAINER = Path(__file__).parent.parent / "train_dit.py"
 POLL_SECONDS = 0.5
 
 
