@@ -113,10 +113,10 @@ def evaluate_projected(command: list[str]) -> None:
     """``evaluate_fid.py`` with :class:`Projection`; prints this process's peak of memory."""
     import resource
 
-    from iwin_dit.build import evaluation
     from iwin_dit.commands import evaluate
+    from iwin_dit.evaluation import extractors
 
-    evaluation.Inception = Projection
+    extractors.Inception = Projection
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     evaluate.run(evaluate.parse_arguments(command))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
