@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -21,7 +20,7 @@ from iwin_dit.layers.iwin import IwinMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.stages import IwinBlock
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.errors import ConfigError, Parser, run_script
 from iwin_dit.runtime.seeds import derive_seed, generator
 
 WIDTH, HEADS = 32, 2
@@ -122,11 +121,6 @@ def draw(maps: dict[str, list[tuple[Tensor, float, float]]], arguments: argparse
     except OSError as error:
         raise ConfigError(f"--out {arguments.out} cannot be written: {error.strerror}") from None
     plt.close(figure)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:

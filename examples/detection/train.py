@@ -13,19 +13,14 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mask_rcnn_recipes import RECIPES, Recipe
 
 from iwin_dit.config.bounds import check_options
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError, NonFiniteError, run_script
+from iwin_dit.runtime.errors import ConfigError, NonFiniteError, Parser, run_script
 from iwin_dit.runtime.progress import progress, say
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe]:

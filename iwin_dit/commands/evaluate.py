@@ -9,19 +9,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from iwin_dit.commands.drawing import add_drawing_options
 from iwin_dit.config import metrics
 from iwin_dit.evaluation import rules
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import ConfigError, Parser
 
 SWEEPS = {"guidance_scale": float, "steps": int}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ Legend: B images or clips, C latent channels, T, h and w sides of the latent; F 
 
 import json
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -271,9 +272,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 bar.update()
         return latents
 
+    @abstractmethod
     def _postprocess(self, pixels: Tensor, output_type: str) -> Any:
         """Pixels about [-1, 1] as the call's ``output_type``."""
-        raise NotImplementedError
 
     def _check(
         self, guidance: Guidance, guide: IwinDiTTransformer2DModel | None, steps: int, output_type: str
