@@ -175,9 +175,11 @@ def test_arguments_that_do_not_fit_are_listed(vector):
     weights, _, _, _, config = vector
     with pytest.raises(ValueError, match="unknown arguments attn_res, chmult; the official"):
         from_ldm_vae(weights, config | {"chmult": [1], "attn_res": []})
-    nested = {"ddconfig": config | {"chmult": [1]}, "monitor": "loss", "ch": 32}
-    with pytest.raises(ValueError, match="unknown arguments ch, chmult, monitor; "):
+    nested = {"ddconfig": config | {"chmult": [1]}}
+    with pytest.raises(ValueError, match="unknown arguments chmult; the official autoencoder has"):
         from_ldm_vae(weights, nested)
+    with pytest.raises(ValueError, match=r"unknown arguments ch, monitor; .* beside ddconfig has embed_dim"):
+        from_ldm_vae(weights, nested | {"monitor": "loss", "ch": 32})
     with pytest.raises(ValueError, match=r"the config lacks ch_mult, z_channels$"):
         from_ldm_vae(weights, {k: v for k, v in config.items() if k not in ("z_channels", "ch_mult")})
     with pytest.raises(ValueError, match="double_z must be true"):

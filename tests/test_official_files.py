@@ -110,7 +110,7 @@ def test_names_of_another_library_say_whose_they_are():
         with pytest.raises(ValueError, match=words):
             from_dit({"model": {name: torch.ones(1)}}, config)
     for name in read("dit_0")[0]:
-        find_tensors({name: torch.ones(1)}, ())
+        find_tensors({name: torch.ones(1)})
 
 
 def test_a_preset_without_a_network_says_what_to_do(monkeypatch):

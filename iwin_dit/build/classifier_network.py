@@ -22,7 +22,7 @@ from iwin_dit.data.codec import weights_sha256
 from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
-from iwin_dit.models.official_names import WRAPPERS, unwrap
+from iwin_dit.models.official_names import unwrap
 from iwin_dit.models.video_models import VIDEO_MODELS
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
@@ -120,7 +120,7 @@ def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
     try:
-        tensors = unwrap(find_tensors(load_official(path), WRAPPERS, others={}))  # our own names, too
+        tensors = unwrap(find_tensors(load_official(path), others={}))  # our own names, too
     except (DataError, ValueError) as error:
         raise CheckpointError(f"model.init_from {path}: {error}") from None
     return checkpoint_filter_fn(tensors, model) if isinstance(model, IwinTransformer) else tensors

@@ -9,40 +9,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from iwin_dit.runtime import files, scratch, strict_yaml
 from iwin_dit.runtime.errors import ConfigError, DataError
 
-KINDS = {
-    "dit": "from_dit",
-    "lightningdit": "from_lightningdit",
-    "flashdit": "from_flashdit",
-    "ldm_vae": "from_ldm_vae",
-    "iwin_transformer": "from_iwin_transformer",
-}
+GENERATORS = ("dit", "lightningdit", "flashdit")
+KINDS = (*GENERATORS, "ldm_vae", "iwin_transformer")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("kind", choices=KINDS, help="the official model")
-    parser.add_argument("file", type=Path, help="its .pt, .pth, .ckpt or .safetensors")
-    parser.add_argument("folder", type=Path, help="the folder to write, which must not exist")
-    parser.add_argument(
+    add = parser.add_argument
+    add("kind", choices=KINDS, help="the official model")
+    add("file", type=Path, help="its .pt, .pth, .ckpt or .safetensors")
+    add("folder", type=Path, help="the folder to write, which must not exist")
+    add(
         "--config",
         required=True,
         metavar="FILE|NAME",
         help="JSON or YAML of the official constructor's arguments; or an Iwin Transformer's name in timm",
     )
-    parser.add_argument(
+    add(
         "--vae",
         metavar="NAME",
         help="write a pipeline for sample.py, with this autoencoder: a preset, a folder, a hub id or an "
         "original file (the model alone, for model.init_from)",
     )
-    parser.add_argument(
+    add(
         "--latents-stats",
         type=Path,
         metavar="FILE",
@@ -51,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.vae is None and arguments.latents_stats is not None:
         raise ConfigError("--latents-stats belongs to a pipeline; give --vae, too")
-    if arguments.vae is not None and arguments.kind not in ("dit", "lightningdit", "flashdit"):
+    if arguments.vae is not None and arguments.kind not in GENERATORS:
         raise ConfigError(f"--vae is for a model that draws; a {arguments.kind} needs none")
     if arguments.vae is not None and arguments.kind != "dit" and arguments.latents_stats is None:
         raise ConfigError(
@@ -75,15 +70,6 @@ def read_config(source: str, kind: str) -> dict[str, Any]:
     if odd := [name for name in config if not isinstance(name, str)]:
         raise ConfigError(f"{path} has the argument {odd[0]!r}, expected names")
     return config
-
-
-def read_tensors(path: Path) -> Mapping[str, Any]:
-    """An official file, without running any code in it."""
-    from iwin_dit.convert import load_official
-
-    if not path.is_file():
-        raise DataError(f"{path} is not a file")
-    return load_official(path)
 
 
 def save(model: Any, folder: Path) -> None:
@@ -110,8 +96,8 @@ def backbone_config(model: Any) -> dict[str, Any]:
         return {"architecture": "IwinTransformer3D", "model_args": arguments}
     told = ("img_size", "depths", "num_heads", "embed_dim")  # a name sets defaults; the arguments decide
 
-    def in_common(name: str) -> int:
-        return sum(VARIANTS[name][0][key] in (arguments[key], _tuple(arguments[key])) for key in told)
+    def in_common(name: str) -> int:  # as JSON, where tuples are lists
+        return sum(json.dumps(VARIANTS[name][0][key]) == json.dumps(arguments[key]) for key in told)
 
     name = max(VARIANTS, key=in_common)
     classes = arguments.get("num_classes", 1000)
@@ -123,10 +109,6 @@ def backbone_config(model: Any) -> dict[str, Any]:
     }
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def main() -> None:
     arguments = parse_arguments()
     if arguments.folder.exists():
@@ -134,12 +116,12 @@ def main() -> None:
     if not files.can_write_folder(arguments.folder):
         raise ConfigError(f"{arguments.folder} cannot be written; take a path in a folder that is yours")
     config = read_config(arguments.config, arguments.kind)
-    tensors = read_tensors(arguments.file)
 
     from iwin_dit import convert
 
+    tensors = convert.load_official(arguments.file)
     try:
-        model = getattr(convert, KINDS[arguments.kind])(tensors, config)
+        model = getattr(convert, f"from_{arguments.kind}")(tensors, config)
     except ValueError as error:
         raise DataError(f"{arguments.file} with --config {arguments.config}: {error}") from None
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 from iwin_dit.runtime.errors import listed
+
+COUNT = "a whole number of at least 1"
 
 
 def check_known(given: Collection[Any], known: Collection[str], what: str = "constructor has") -> None:
@@ -34,40 +36,34 @@ def check_values(
         ValueError: with the first value that is not.
     """
     for name, example in examples.items():
-        value = config.get(name, example)
-        if not (_fits(value, example) or (value is None and name in optional)):
-            raise ValueError(f"{name} is {_shown(value)}, expected {_expected(example)}")
+        value, (expected, fits) = config.get(name, example), _kind(example)
+        if not (fits(value) or (value is None and name in optional)):
+            raise ValueError(f"{name} is {value!r:.40}, expected {expected}")
 
 
-def _fits(value: Any, example: Any) -> bool:
+def _kind(example: Any) -> tuple[str, Callable[[Any], bool]]:
+    """What values like the example are, in words and as a test."""
     if isinstance(example, bool):
-        return isinstance(value, bool)
+        return "true or false", lambda value: isinstance(value, bool)
     if isinstance(example, int):
-        return _is_count(value)
+        return COUNT, _is_count
+    if isinstance(example, float) and example < 1:
+        return "a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1
     if isinstance(example, float):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return is_number and (0 <= value <= 1 if example < 1 else value > 0)
-    if isinstance(example, tuple) and _is_count(value):
-        return True
-    is_list = isinstance(value, list | tuple) and all(map(_is_count, value))
-    return is_list and bool(value or not example)
+        return "a number above 0", lambda value: _is_number(value) and value > 0
+
+    def is_list(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(map(_is_count, value)) and bool(value or not example)
+
+    words = "a list of whole numbers of at least 1"
+    if isinstance(example, tuple):
+        return f"{COUNT}, or {words}", lambda value: _is_count(value) or is_list(value)
+    return words, is_list
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _expected(example: Any) -> str:
-    if isinstance(example, bool):
-        return "true or false"
-    if isinstance(example, int):
-        return "a whole number of at least 1"
-    if isinstance(example, float):
-        return "a number from 0 to 1" if example < 1 else "a number above 0"
-    one = "a whole number of at least 1, or " if isinstance(example, tuple) else ""
-    return f"{one}a list of whole numbers of at least 1"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from iwin_dit.convert.arguments import check_known, check_values
-from iwin_dit.convert.names import check_fit, find_tensors
+from iwin_dit.convert.names import find_tensors, load
 from iwin_dit.models.backbone import IwinFeatures, IwinTransformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
-from iwin_dit.models.official_names import WRAPPERS, official_name, serves_later_stages, to_our_names, unwrap
+from iwin_dit.models.official_names import official_name, serves_later_stages, to_our_names, unwrap
 
-# Arguments of the official constructors: those that weights tell as well, those that they do not (with
-# defaults), and those that matter in training only or choose an implementation.
-TOLD = (
-    "patch_size",
-    "in_chans",
-    "num_classes",
-    "embed_dim",
-    "depths",
-    "ape",
-    "patch_norm",
-    "qkv_bias",
-    "out_indices",
-)
+# Arguments of the official constructors that weights do not tell, with defaults, and those that matter in
+# training only or choose an implementation.
 CHOSEN = dict(
     num_heads=None,
     window_size=7,
@@ -66,27 +57,25 @@ def from_iwin_transformer(
         ValueError: listing missing or unexpected names, arguments that are unknown, lacking or not those of
             the weights, or tensors of another shape.
     """
-    weights = unwrap(find_tensors(state_dict, WRAPPERS))
-    told = _read(weights)
+    weights = unwrap(find_tensors(state_dict))
+    told, convolution, mlp_ratio = _read(weights)
     chosen = _arguments(config, told)
-    arguments = dict(
-        patch_size=told["patch_size"],
-        in_chans=told["in_chans"],
-        embed_dim=told["embed_dim"],
-        depths=told["depths"],
+    if mlp_ratio is not None and "mlp_ratio" not in config:
+        chosen["mlp_ratio"] = mlp_ratio
+    arguments = {name: told[name] for name in ("patch_size", "in_chans", "embed_dim", "depths", "patch_norm")}
+    arguments |= dict(
         num_heads=list(chosen["num_heads"]),
         window_size=chosen["window_size"],
         mlp_ratio=chosen["mlp_ratio"],
-        convolution=told["convolution"],
+        convolution=convolution,
         mask_padding=False,
-        patch_norm=told["patch_norm"],
         drop_path_rate=chosen["drop_path_rate"],
     )
     model: IwinTransformer | IwinFeatures | IwinTransformer3D
     inner: IwinTransformer | IwinTransformer3D
     if "time_embed" in weights:
         frames = weights["time_embed"].shape[2] * told["patch_size"][0]
-        model = inner = IwinTransformer3D(img_size=(frames, *_pair(chosen["img_size"])), **arguments)
+        model = inner = IwinTransformer3D(img_size=(frames, *to_2tuple(chosen["img_size"])), **arguments)
     elif told["out_indices"]:
         size = chosen["pretrain_img_size"] if "pretrain_img_size" in config else chosen["img_size"]
         arguments |= dict(img_size=size, pos_embed=told["ape"], clip_window=False, feature_norm=True)
@@ -100,13 +89,16 @@ def from_iwin_transformer(
         model = inner = IwinTransformer(**arguments)
     if chosen["qk_scale"] is not None:
         _fold_scale(weights, chosen["num_heads"], chosen["qk_scale"])
-    _load(inner, weights)
+    rename = partial(official_name, rank=inner.rank)
+    official = {name: rename(name) for name in inner.state_dict()}
+    found = to_our_names(weights, inner.state_dict(), inner.rank)
+    load(inner, {official.get(name, name): tensor for name, tensor in found.items()}, rename)
     model._model_args = arguments  # where timm keeps what a model is built from
     return model.eval()
 
 
-def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments that names and shapes tell."""
+def _read(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[bool], float | None]:
+    """The official arguments that names and shapes tell; the stages that convolve; the ratio of MLPs."""
     if PATCHES not in weights:
         raise ValueError(
             f"the state dict has no {PATCHES}, so it is not an Iwin Transformer's; "
@@ -121,32 +113,32 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     stages = range(1 + max((stage for stage, _ in blocks), default=-1))
     norms = [re.fullmatch(r"norm(\d+)\.weight", name) for name in weights]
     hidden = weights.get(FIRST_MLP)
-    return dict(
-        embed_dim=patches.shape[0],
-        in_chans=patches.shape[1],
+    told = dict(
         patch_size=list(patches.shape[2:]),
-        depths=[sum(stage == s for s, _ in blocks) for stage in stages],
+        in_chans=patches.shape[1],
         num_classes=weights["head.weight"].shape[0] if "head.weight" in weights else 0,
+        embed_dim=patches.shape[0],
+        depths=[sum(stage == s for s, _ in blocks) for stage in stages],
         ape="absolute_pos_embed" in weights,
         patch_norm="patch_embed.norm.weight" in weights,
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in weights,
         out_indices=sorted(int(match[1]) for match in norms if match),
-        convolution=[f"layers.{stage}.blocks.0.dwconv.depthwise.weight" in weights for stage in stages],
-        mlp_ratio=None if hidden is None else hidden.shape[0] / hidden.shape[1],
     )
+    convolution = [f"layers.{stage}.blocks.0.dwconv.depthwise.weight" in weights for stage in stages]
+    return told, convolution, None if hidden is None else hidden.shape[0] / hidden.shape[1]
 
 
 def _arguments(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """The other arguments, with defaults; what config and weights both tell has to agree."""
-    check_known(config, (*TOLD, *CHOSEN, *WITHOUT_EFFECT), "constructors have")
+    check_known(config, (*told, *CHOSEN, *WITHOUT_EFFECT), "constructors have")
     if config.get("num_heads") is None:
         raise ValueError("the config lacks num_heads, which the weights do not tell")
     check_values(config, EXAMPLES, optional=("qk_scale",))
     if len(config["num_heads"]) != len(told["depths"]):
         raise ValueError(f"num_heads is {config['num_heads']}, the weights have {len(told['depths'])} stages")
     wrong = []
-    for name in TOLD:
-        given, found = config.get(name), told[name]
+    for name, found in told.items():
+        given = config.get(name)
         if given is None or (name == "num_classes" and told["out_indices"]):
             continue
         given = list(given) if isinstance(given, list | tuple) else given
@@ -156,12 +148,7 @@ def _arguments(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, 
             wrong.append(f"{name} is {config[name]}, the weights have {found}")
     if wrong:
         raise ValueError(f"the state dict does not fit the config: {'; '.join(wrong)}")
-    ratio = {} if "mlp_ratio" in config or told["mlp_ratio"] is None else {"mlp_ratio": told["mlp_ratio"]}
-    return CHOSEN | {name: value for name, value in config.items() if name in CHOSEN} | ratio
-
-
-def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return CHOSEN | {name: value for name, value in config.items() if name in CHOSEN}
 
 
 def _fold_scale(weights: dict[str, Tensor], heads: list[int], scale: float) -> None:
@@ -171,13 +158,3 @@ def _fold_scale(weights: dict[str, Tensor], heads: list[int], scale: float) -> N
         width = rows.shape[0] // 3
         rows[:width] *= scale * (width / heads[int(name.split(".")[1])]) ** 0.5
         weights[name] = rows
-
-
-def _load(model: IwinTransformer | IwinTransformer3D, weights: dict[str, Tensor]) -> None:
-    """Copies the official weights in by name. Every name must be used, and none may be missing."""
-    ours = model.state_dict()
-    official = {name: official_name(name, model.rank) for name in ours}
-    found = to_our_names(weights, ours, model.rank)
-    expected = {official[name]: tensor.shape for name, tensor in ours.items()}
-    check_fit(expected, {official.get(name, name): tensor for name, tensor in found.items()})
-    model.load_state_dict(found)

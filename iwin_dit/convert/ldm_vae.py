@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers import AutoencoderKL
-from torch import Tensor
 
-from iwin_dit.convert.arguments import check_values
-from iwin_dit.convert.names import check_fit, find_tensors
-from iwin_dit.runtime.errors import listed
+from iwin_dit.convert.arguments import check_known, check_values
+from iwin_dit.convert.names import find_tensors, load
 
 # LDM's ddconfig with embed_dim: arguments that must be given, and the others' defaults.
 REQUIRED = ("ch", "ch_mult", "num_res_blocks", "resolution", "attn_resolutions", "z_channels")
@@ -24,8 +22,6 @@ EXAMPLES = DEFAULTS | dict(
     ch=128, ch_mult=[1], num_res_blocks=2, resolution=256, attn_resolutions=[], z_channels=4, embed_dim=4
 )
 
-WRAPPERS = ("ema", "state_dict", "model")
-PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|first_stage_model)\.)+|_orig_mod\.")
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 
 # diffusers' names and the official ones, replaced in this order.
@@ -59,43 +55,10 @@ def from_ldm_vae(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> Au
         ValueError: listing missing or unexpected names or arguments, or tensors of another shape.
     """
     official = _arguments(config)
-    return _load(_build(official), _unwrap(state_dict))
-
-
-def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    given, unknown = dict(config), set()
-    if "ddconfig" in given:
-        if not isinstance(given["ddconfig"], Mapping):
-            raise ValueError(f"ddconfig is {type(given['ddconfig']).__name__}, expected arguments by name")
-        outer = {name: value for name, value in given.items() if name != "ddconfig"}
-        unknown = set(outer) - {"embed_dim"}
-        given = dict(given["ddconfig"]) | outer
-    unknown |= set(given) - {*REQUIRED, *DEFAULTS}
-    if unknown:
-        raise ValueError(
-            f"unknown arguments {listed(sorted(map(str, unknown)))}; "
-            f"the official autoencoder has {', '.join((*REQUIRED, *DEFAULTS))}"
-        )
-    missing = [name for name in REQUIRED if name not in given]
-    if missing:
-        raise ValueError(f"the config lacks {', '.join(missing)}")
-    check_values(given, EXAMPLES, optional=("embed_dim",))
-    official = DEFAULTS | given
-    if not official["double_z"]:
-        raise ValueError("double_z must be true: the encoder gives mean and log-variance")
-    if official["embed_dim"] not in (None, official["z_channels"]):
-        raise ValueError(
-            f"embed_dim {official['embed_dim']} is not z_channels {official['z_channels']}: "
-            "AutoencoderKL has one number for both"
-        )
-    return official
-
-
-def _build(official: dict[str, Any]) -> AutoencoderKL:
-    """AutoencoderKL's attention has a single head as wide as its level, as in LDM; dropout it has none."""
+    # AutoencoderKL's attention has a single head as wide as its level, as in LDM; dropout it has none
     levels = range(len(official["ch_mult"]))
     attention = [official["resolution"] // 2**level in official["attn_resolutions"] for level in levels]
-    return AutoencoderKL(
+    model = AutoencoderKL(
         in_channels=official["in_channels"],
         out_channels=official["out_ch"],
         down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention),
@@ -108,28 +71,40 @@ def _build(official: dict[str, Any]) -> AutoencoderKL:
         scaling_factor=1.0,
     )
 
+    def official_name(name: str) -> str:
+        # the decoder's levels count from the image there, from the latents here
+        name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels[-1] - int(match[1])}", name)
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        return name
 
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The autoencoder's tensors by their plain names."""
-    tensors = find_tensors(state_dict, WRAPPERS)
-    plain = {PREFIXES.sub("", name): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in plain.items() if not name.startswith(TRAINING_ONLY)}
-
-
-def _load(model: AutoencoderKL, weights: dict[str, Tensor]) -> AutoencoderKL:
-    """Copies the official weights in by name. Every name must be used, and none may be missing."""
-    levels = len(model.config.block_out_channels)
-    ours = model.state_dict()
-    official = {name: _official_name(name, levels) for name in ours}
-    ends = {name: (1, 1) if PROJECTION.search(official[name]) else () for name in ours}
-    check_fit({official[name]: (*ours[name].shape, *ends[name]) for name in ours}, weights)
-    model.load_state_dict({name: weights[official[name]].reshape(ours[name].shape) for name in ours})
-    return model.eval()
+    tensors = find_tensors(state_dict)
+    plain = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()}
+    weights = {name: tensor for name, tensor in plain.items() if not name.startswith(TRAINING_ONLY)}
+    shapes = {official_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    projections = {name: (*shape, 1, 1) for name, shape in shapes.items() if PROJECTION.search(name)}
+    return load(model, weights, official_name, projections)
 
 
-def _official_name(name: str, levels: int) -> str:
-    """The decoder's levels count from the image there, from the latents here."""
-    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-    for ours, official in NAMES.items():
-        name = name.replace(ours, official)
-    return name
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    outer = dict(config)
+    given = outer.pop("ddconfig", None)
+    if given is None:
+        given, outer = outer, {}
+    elif not isinstance(given, Mapping):
+        raise ValueError(f"ddconfig is {type(given).__name__}, expected arguments by name")
+    check_known(outer, ("embed_dim",), "config beside ddconfig has")
+    check_known(given, (*REQUIRED, *DEFAULTS), "autoencoder has")
+    given = dict(given) | outer
+    if missing := [name for name in REQUIRED if name not in given]:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+    check_values(given, EXAMPLES, optional=("embed_dim",))
+    official = DEFAULTS | given
+    if not official["double_z"]:
+        raise ValueError("double_z must be true: the encoder gives mean and log-variance")
+    if official["embed_dim"] not in (None, official["z_channels"]):
+        raise ValueError(
+            f"embed_dim {official['embed_dim']} is not z_channels {official['z_channels']}: "
+            "AutoencoderKL has one number for both"
+        )
+    return official

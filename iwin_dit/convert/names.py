@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from iwin_dit.models.official_names import PREFIX, WRAPPERS
 from iwin_dit.runtime.errors import listed
+
+M = TypeVar("M", bound=nn.Module)
 
 # Parts of names that no official file has, and what they tell.
 OTHERS = {
@@ -17,10 +20,8 @@ OTHERS = {
 }
 
 
-def find_tensors(
-    state_dict: Mapping[str, Any], wrappers: Sequence[str], others: Mapping[str, str] = OTHERS
-) -> Mapping[str, Tensor]:
-    """Tensors by name: those under the first of the wrappers' keys that a training checkpoint has, or all.
+def find_tensors(state_dict: Mapping[str, Any], others: Mapping[str, str] = OTHERS) -> dict[str, Tensor]:
+    """Tensors by name, without the prefixes of DDP and torch.compile; of a training checkpoint, EMA first.
 
     Args:
         others: parts of names that tell of another kind of file, and what to do then.
@@ -29,43 +30,53 @@ def find_tensors(
         ValueError: where something else than a tensor is among them, or a key is no name; or where names
             are those of another kind of file, which is well known.
     """
-    state_dict = next(
-        (state_dict[key] for key in wrappers if isinstance(state_dict.get(key), Mapping)), state_dict
-    )
+    wrapped = (state_dict[key] for key in WRAPPERS if isinstance(state_dict.get(key), Mapping))
+    state_dict = next(wrapped, state_dict)
     for name, tensor in state_dict.items():
         if not isinstance(name, str):
             raise ValueError(f"the state dict has the key {name!r}, expected names of tensors")
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"the state dict's {name} is {type(tensor).__name__}, expected a tensor; "
-                f"give the weights alone, or under {' or '.join(wrappers)}"
+                f"give the weights alone, or under {' or '.join(WRAPPERS)}"
             )
     for part, words in others.items():
         if alike := [name for name in state_dict if part in name]:
             raise ValueError(f"the state dict has names such as {alike[0]:.80}: {words}")
-    return state_dict
+    return {PREFIX.sub("", name): tensor for name, tensor in state_dict.items()}
 
 
-def check_fit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> None:
-    """Every official name must be used, none may be missing, and the shapes must agree.
+def load(
+    model: M,
+    weights: Mapping[str, Tensor],
+    official: Callable[[str], str],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> M:
+    """Copies official weights in by name. Every name must be used, and none may be missing.
 
     Args:
-        expected: official names, and the shapes of their tensors.
+        official: the official name of a tensor, by ours.
+        shapes: by official name, of tensors that have other axes there.
+
+    Returns:
+        the model, in eval mode.
 
     Raises:
         ValueError: listing the names that are missing, that are unexpected or whose tensors have another
             shape, the first ten of each.
     """
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    ours = model.state_dict()
+    expected = {official(name): tuple(tensor.shape) for name, tensor in ours.items()} | dict(shapes or {})
+    missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or unexpected:
         raise ValueError(
-            f"the state dict does not fit the config: missing {listed(missing) or 'none'}; "
+            f"the state dict does not fit the model: missing {listed(missing) or 'none'}; "
             f"unexpected {listed(unexpected) or 'none'}"
         )
-    wrong = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if tuple(found[name].shape) != tuple(shape)
-    ]
-    if wrong:
-        raise ValueError(f"the state dict does not fit the config: {listed(wrong)}")
+    found = {name: tuple(weights[name].shape) for name in expected}
+    if odd := [
+        f"{name} {found[name]} instead of {expected[name]}" for name in found if found[name] != expected[name]
+    ]:
+        raise ValueError(f"the state dict does not fit the model: {listed(odd)}")
+    model.load_state_dict({name: weights[official(name)].reshape(like.shape) for name, like in ours.items()})
+    return model.eval()

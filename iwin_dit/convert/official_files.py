@@ -72,16 +72,12 @@ def load_official(path: str | Path) -> Mapping[str, Any]:
 
 
 def _cause(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError | SafetensorError) or _is_pointer(path):
+    if isinstance(error, OSError | SafetensorError):
         return files.why_unreadable(path, error)
     if foreign := FOREIGN.search(str(error)):
         return (
             f"beside tensors it holds {foreign[1] or foreign[2]}, and objects that could run code are not "
             "read; where you trust the file, save its state dict alone by torch.save or as safetensors"
         )
-    return "it is not what torch.save writes, or it is damaged; fetch it again"
-
-
-def _is_pointer(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return files.is_lfs_pointer(file.read(64))
+    damaged = ValueError("it is not what torch.save writes, or it is damaged; fetch it again")
+    return files.why_unreadable(path, damaged)

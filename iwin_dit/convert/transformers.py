@@ -8,15 +8,15 @@ timestep in its config and a sign folded into its last layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iwin_dit.convert.arguments import check_known, check_values
-from iwin_dit.convert.names import check_fit, find_tensors
+from iwin_dit.convert.names import find_tensors, load
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
-from iwin_dit.models.official_names import PREFIX
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 
 # The official constructors' arguments and their defaults.
@@ -82,7 +82,8 @@ def from_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDi
             tensors of another shape.
     """
     official = _arguments(config, DIT)
-    model = _build(
+    return _import(
+        state_dict,
         official,
         out_channels=official["in_channels"] * (2 if official["learn_sigma"] else 1),
         mixer={"name": "global"},
@@ -90,25 +91,16 @@ def from_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDi
         open_gates=False,
         prediction_type="epsilon",
     )
-    weights = _unwrap(state_dict)
-    _drop_positions(weights, model)
-    return _load(model, weights)
 
 
 def from_lightningdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
     """hustvl/LightningDiT, in our time convention. Raises ValueError as :func:`from_dit` does."""
     official = _arguments(config, LIGHTNINGDIT)
-    model = _build(
-        official,
-        mixer={"name": "global"},
-        position_embedding="sincos+rope" if official["use_rope"] else "sincos",
-        open_gates=False,
-        **NOISE_FIRST,
+    positions = "sincos+rope" if official["use_rope"] else "sincos"
+    mixer = {"name": "global"}
+    return _import(
+        state_dict, official, mixer=mixer, position_embedding=positions, open_gates=False, **NOISE_FIRST
     )
-    weights = _unwrap(state_dict)
-    _drop_positions(weights, model)
-    _fold_output(weights, model, official["learn_sigma"])
-    return _load(model, weights)
 
 
 def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> IwinDiTTransformer2DModel:
@@ -118,10 +110,9 @@ def from_flashdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> I
     """
     official = _arguments(config, FLASHDIT)
     mixer = {"name": "iwin", "window_size": official["window_size"], "convolution": True}
-    model = _build(official, mixer=mixer, position_embedding="none", open_gates=True, **NOISE_FIRST)
-    weights = _unwrap(state_dict)
-    _fold_output(weights, model, official["learn_sigma"])
-    return _load(model, weights)
+    return _import(
+        state_dict, official, mixer=mixer, position_embedding="none", open_gates=True, **NOISE_FIRST
+    )
 
 
 def _arguments(config: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +125,10 @@ def _arguments(config: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str,
     return official
 
 
-def _build(official: dict[str, Any], **options: Any) -> IwinDiTTransformer2DModel:
-    return IwinDiTTransformer2DModel(
+def _import(
+    state_dict: Mapping[str, Any], official: dict[str, Any], **options: Any
+) -> IwinDiTTransformer2DModel:
+    model = IwinDiTTransformer2DModel(
         sample_size=official["input_size"],
         patch_size=official["patch_size"],
         in_channels=official["in_channels"],
@@ -151,12 +144,15 @@ def _build(official: dict[str, Any], **options: Any) -> IwinDiTTransformer2DMode
         modulation_shift=not official.get("wo_shift", False),
         **options,
     )
-
-
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Training checkpoints hold ``ema`` and ``model``, with names of DDP or torch.compile: EMA first."""
-    tensors = find_tensors(state_dict, ("ema", "model"))
-    return {PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
+    weights = find_tensors(state_dict)
+    if model.config.position_embedding != "none":
+        _drop_positions(weights, model)
+    if model.config.prediction_type == "flow_prediction":
+        _fold_output(weights, model, official["learn_sigma"])
+    patches = weights.get(f"{NAMES['patch_embed.proj']}.weight")
+    if patches is not None and patches.ndim == 4:  # theirs is a convolution, (D, C, p, p)
+        weights[f"{NAMES['patch_embed.proj']}.weight"] = patches.flatten(1)
+    return load(model, weights, partial(_official_name, mlp=model.config.mlp))
 
 
 def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:
@@ -194,18 +190,6 @@ def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, l
                     )
                 rows = rows.unflatten(0, (-1, 2 * model.out_channels))[:, : model.out_channels].flatten(0, 1)
             weights[name] = -rows
-
-
-def _load(model: IwinDiTTransformer2DModel, weights: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
-    """Copies the official weights in by name. Every name must be used, and none may be missing."""
-    ours = model.state_dict()
-    official = {name: _official_name(name, model.config.mlp) for name in ours}
-    patches = official["patch_embed.proj.weight"]
-    if patches in weights and weights[patches].ndim == 4:  # theirs is a convolution, (D, C, p, p)
-        weights[patches] = weights[patches].flatten(1)
-    check_fit({official[name]: tensor.shape for name, tensor in ours.items()}, weights)
-    model.load_state_dict({name: weights[official[name]] for name in ours})
-    return model.eval()
 
 
 def _official_name(name: str, mlp: str) -> str:
