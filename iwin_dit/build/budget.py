@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build.network import build_model
 from iwin_dit.config.rules import local_batch
-from iwin_dit.config.schema import Config
+from iwin_dit.config.schema import Config, EmaConfig
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
@@ -111,7 +111,7 @@ class Budget:
         """
         config, saved = self.config, self.activations
         parts = num_processes if config.train.sharding == "fsdp2" else 1
-        averages = 0 if config.ema.on_cpu else self._averages
+        averages = 0 if config.ema.on_cpu else config.ema.averages
         _, images = local_batch(config.train, num_processes)
         if least and config.train.micro_batch == "auto":
             images = 1
@@ -123,21 +123,13 @@ class Budget:
         return Memory(size, averages * size, size, 2 * size, saved.fixed + kept)
 
     @property
-    def _averages(self) -> int:
-        return len(self.config.ema.decays) + len(self.config.ema.power_stds)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of one checkpoint: weights, averages and the optimiser's two moments."""
-        return 4 * self.parameters * (3 + self._averages)
-
-    @property
     def disk_bytes(self) -> int:
         """Of a whole run: the checkpoints that are kept and one being written, snapshots, the pipeline."""
         ema, train = self.config.ema, self.config.train
         every = ema.snapshot_every_steps
         snapshots = train.max_steps // every * len(ema.power_stds) if every else 0
-        return self.checkpoint_bytes * (train.keep_checkpoints + 1) + 4 * self.parameters * (snapshots + 1)
+        checkpoints = checkpoint_bytes(self.parameters, ema) * (train.keep_checkpoints + 1)
+        return checkpoints + 4 * self.parameters * (snapshots + 1)
 
     def check(self) -> None:
         """Refuses a run that cannot work here: on this card, on this disk.
@@ -162,6 +154,11 @@ class Budget:
                 f"{in_units(free)} are free; lower train.keep_checkpoints, raise ema.snapshot_every_steps, "
                 "or take another disk"
             )
+
+
+def checkpoint_bytes(parameters: int, ema: EmaConfig) -> int:
+    """Of one checkpoint: weights, averages and the optimiser's two moments."""
+    return 4 * parameters * (3 + ema.averages)
 
 
 def device_bytes() -> tuple[str, int]:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
+from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from iwin_dit.build.classifier_export import export
 from iwin_dit.build.classifier_network import (
     build_classifier,
     head_names,
+    model_options,
     multiply_adds,
     without_content,
-    without_init,
 )
 from iwin_dit.build.labelled import LabelledData, build_examples
 from iwin_dit.build.pipeline import show
 from iwin_dit.build.trainer import reading
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.pipelines.lettering import draw_predictions
+from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.run import has_begun
@@ -76,7 +79,7 @@ class Classifier:
         if stop:
             return
         device, data, images = run.accelerator.device, self.config.data, self.held_out
-        model = build_classifier(without_init(self.config))
+        model = build_classifier(self.config, begins=False)
         model.load_state_dict(ema)
         model.eval().to(device)
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
@@ -123,10 +126,11 @@ class Classifier:
 
     def finish(self, run: Run, ema: dict[str, Tensor], step: int) -> str:
         """Writes the EMA for timm, or of a model of clips its weights."""
-        exported = export(self.config, run)
+        is_of_clips = self.config.data.frames is not None
+        exported = export_clips(self.config, run) if is_of_clips else export_timm(self.config, run)
         found = [record for record in run.files.read_log() if "top1" in record]
         accuracy = f", top-1 {found[-1]['top1']} %, top-5 {found[-1]['top5']} %" if found else ""
-        kind = "for timm" if self.config.data.frames is None else "weights"
+        kind = "weights" if is_of_clips else "for timm"
         return f"{accuracy}; curves in {run.files.path}/loss.png, {kind} in {exported}"
 
 
@@ -138,7 +142,7 @@ def build_trained(config: ClassifierConfig) -> nn.Module:
     Raises:
         ConfigError: where the network cannot do that.
     """
-    model: Any = build_classifier(without_init(config) if has_begun(config.output_dir) else config)
+    model: Any = build_classifier(config, begins=not has_begun(config.output_dir))
     if config.train.gradient_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -157,18 +161,13 @@ def parameter_groups(model: nn.Module, config: ClassifierConfig) -> Groups:
     options = config.optimizer
     found = param_groups_layer_decay(model, options.weight_decay, unchanged, layer_decay=options.layer_decay)
     found = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in found]
-    scale = options.backbone_lr_scale
-    return found if scale == 1 else _scale_backbone(found, model, scale)
-
-
-def _scale_backbone(groups: Groups, model: nn.Module, scale: float) -> Groups:
-    """The groups, each split into what belongs to the head and the rest, whose learning rate is scaled."""
+    if (scale := options.backbone_lr_scale) == 1:
+        return found
     head = {id(p) for name, p in model.named_parameters() if name.startswith(head_names(model))}
     split = []
-    for group in groups:
+    for group in found:
         for is_head in (False, True):
-            chosen = [p for p in group["params"] if (id(p) in head) == is_head]
-            if chosen:
+            if chosen := [p for p in group["params"] if (id(p) in head) == is_head]:
                 rate = group["lr_scale"] * (1 if is_head else scale)
                 split.append(group | {"params": chosen, "lr_scale": rate})
     return split
@@ -179,3 +178,40 @@ def held_out_loader(config: ClassifierConfig, images: Dataset, accelerator: Acce
     clips, crops = config.data.views
     batch = max(1, min(config.train.batch_images, 256) // (clips * crops))
     return DataLoader(images, batch_size=batch, **reading(config.train, accelerator))
+
+
+def export_clips(config: ClassifierConfig, run: Run) -> Path:
+    """``RUN/model.safetensors``, and ``RUN/model.json`` with the arguments of ``IwinTransformer3D``.
+
+    Beside them stand the classes, in the order of the logits, and how clips are made.
+    """
+    data = config.data
+    settings = {
+        "arguments": {"num_classes": config.model.num_classes, **model_options(config)},
+        "class_names": run.files.data["classes"],
+        "frame_stride": data.frame_stride,
+        "crop_share": data.crop_share,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    path = run.files.path / "model.safetensors"
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in run.state.emas["ema"].state_dict().items()}
+    files.replace(path.with_suffix(".json"), files.to_json(settings))
+    files.replace(path, save(tensors))
+    return path
+
+
+def export_timm(config: ClassifierConfig, run: Run) -> Path:
+    """``RUN/timm``, for ``timm.create_model("local-dir:RUN/timm")`` after ``import iwin_dit.models``."""
+    model, data, folder = run.state.emas["ema"], config.data, run.files.path / "timm"
+    preprocessing = {
+        "input_size": (3, *data.size),
+        "mean": data.mean,
+        "std": data.std,
+        "crop_pct": data.crop_share,
+        "interpolation": "bicubic",
+    }
+    settings = {"pretrained_cfg": preprocessing, "label_names": run.files.data["classes"]}
+    with scratch.replacement(folder) as new:
+        save_for_hf(model, str(new), settings, model_options(config), safe_serialization=True)
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwin_dit.build.network import fitting_tensors
+from iwin_dit.build.network import begin_with
+from iwin_dit.build.sources import classes_begun
 from iwin_dit.config.bounds import check_options
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config
@@ -24,8 +24,8 @@ from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.official_names import unwrap
 from iwin_dit.models.video_models import VIDEO_MODELS
-from iwin_dit.runtime import checkpoint, files, limits
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
+from iwin_dit.runtime import checkpoint
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, listed
 from iwin_dit.runtime.run import read_config
 from iwin_dit.runtime.seeds import derive_seed
 
@@ -45,8 +45,11 @@ class LoadedClassifier(NamedTuple):
     sha256: str
 
 
-def build_classifier(config: ClassifierConfig) -> nn.Module:
+def build_classifier(config: ClassifierConfig, begins: bool = True) -> nn.Module:
     """The network, its weights drawn from the config's seed or read from ``model.init_from``.
+
+    Args:
+        begins: with False, ``model.init_from`` is left alone: the weights come from elsewhere.
 
     Raises:
         ConfigError: where timm does not know it, or not its options.
@@ -67,7 +70,7 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
             model = create(num_classes=config.model.num_classes, **options)
         except Exception as error:  # whatever options lead another library's constructor to
             raise ConfigError(f"model.options {options} do not make a {name}: {error!s:.300}") from None
-    if config.model.init_from is not None:
+    if begins and config.model.init_from is not None:
         begin_classifier(model, config.model.init_from)
     return model
 
@@ -96,16 +99,14 @@ def begin_classifier(model: nn.Module, source: str) -> None:
     Raises:
         CheckpointError: where they are not there, or not of this network.
     """
-    tensors, own = _stored_weights(model, source), model.state_dict()
+    tensors = _stored_weights(model, source)
     if isinstance(model, IwinTransformer3D):
-        tensors = inflate(tensors, own)
-    tensors, odd = fitting_tensors(tensors, own, redrawn=head_names(model), may_lack=".convolution.")
-    if odd:
+        tensors = inflate(tensors, model.state_dict())
+    if odd := begin_with(model, tensors, redrawn=head_names(model), may_lack=".convolution."):
         raise CheckpointError(
             f"{source} holds the weights of another network than {type(model).__name__} of model.options: "
-            f"{checkpoint.listed(odd)} are missing, unknown or of another shape"
+            f"{listed(odd)} are missing, unknown or of another shape"
         )
-    model.load_state_dict(tensors, strict=False)
 
 
 def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 def without_content(config: ClassifierConfig) -> nn.Module:
     """The network on the meta device, to count what it has and does."""
     with torch.device("meta"):
-        return build_classifier(without_init(config)).eval()
+        return build_classifier(config, begins=False).eval()
 
 
 def multiply_adds(model: nn.Module, config: ClassifierConfig) -> int:
@@ -179,21 +180,13 @@ def load_classifier(run: str) -> LoadedClassifier:
     data = config.data
     if data.frames is not None:
         raise CheckpointError(f"{run} is the run of a classifier of clips; expected one of images")
-    names = _class_names(Path(run) / "data.json", config.model.num_classes)
-    return LoadedClassifier(model, data.size, data.mean, data.std, names, weights_sha256(model))
-
-
-def _class_names(path: Path, count: int) -> list[str]:
-    try:
-        content = files.read_json(path, limits.INDEX_BYTES)
-        names = content["classes"]
-        if not (isinstance(names, list) and len(names) == count and all(isinstance(n, str) for n in names)):
-            raise ValueError(f"its classes are not the names of {count}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    path, count = Path(run) / "data.json", config.model.num_classes
+    names = classes_begun(path, "classes")
+    if names is None or len(names) != count:
         raise CheckpointError(
-            f"{path} does not say what the classes of its run are: {reason(error)}; restore it"
-        ) from None
-    return names
+            f"{path} does not say what the classes of its run are: expected {count} names; restore it"
+        )
+    return LoadedClassifier(model, data.size, data.mean, data.std, names, weights_sha256(model))
 
 
 def read_run(run: str) -> tuple[ClassifierConfig, nn.Module]:
@@ -211,11 +204,6 @@ def read_run(run: str) -> tuple[ClassifierConfig, nn.Module]:
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet; the first comes after train.save_every_steps")
     config = load_config(path / "config.yaml", ClassifierConfig)
-    model = build_classifier(without_init(config))
+    model = build_classifier(config, begins=False)
     model.load_state_dict(checkpoint.read_tensors(newest, "ema", like=model.state_dict()))
     return config, model.eval().requires_grad_(False)
-
-
-def without_init(config: ClassifierConfig) -> ClassifierConfig:
-    """The config without ``model.init_from``, for weights that come from elsewhere."""
-    return replace(config, model=replace(config.model, init_from=None))

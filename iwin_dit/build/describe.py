@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from iwin_dit.build.budget import Budget, device_bytes
+from iwin_dit.build.budget import Budget, checkpoint_bytes, device_bytes
 from iwin_dit.build.data import count_images
-from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.classifier import ClassifierConfig, Recipe
 from iwin_dit.data.folders import ignored_line
 from iwin_dit.runtime import files, strict_yaml
 from iwin_dit.runtime.errors import DataError
@@ -19,35 +20,21 @@ def describe_run(budget: Budget) -> str:
 
     That is parameters, multiply-adds, tokens, memory, checkpoints, disk and the steps of an epoch.
     """
-    config, grid = budget.config, budget.grid
+    config, grid, size = budget.config, budget.grid, files.in_units
     mixer = config.model.resolved_mixer
     window = f", windows of {' x '.join(map(str, mixer.window(grid)))}" if mixer.reads("window_size") else ""
-    ignored = None
-    try:
-        images, ignored = count_images(config)
-        epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} images)"
-    except DataError as error:
-        epoch = f"unknown: {error}"
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     needed, least = budget.memory(num_processes), budget.memory(num_processes, least=True)
-    size = files.in_units
     parts = ", ".join(f"{name} {size(count)}" for name, count in needed._asdict().items())
     lowest = "" if least == needed else f", or down to {size(least.total)} with smaller micro-batches"
-    free = files.free_bytes(Path(config.output_dir))
     device, there = device_bytes()
-    lines = {
-        "parameters": f"{budget.parameters:,}",
-        "multiply-adds per image": f"{budget.multiply_adds / 1e9:,.3f} G, one forward pass",
+    more = {
         "tokens": f"{' x '.join(map(str, grid))} = {math.prod(grid):,}{window}",
         "memory of a device": f"{size(needed.total)} at the peak: {parts}{lowest}; "
         f"{device} has {size(there)}",
-        "checkpoint": f"{size(budget.checkpoint_bytes)}, {config.train.keep_checkpoints} are kept",
-        "disk": f"{size(budget.disk_bytes)} for the whole run, {size(free)} are free",
-        "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} images",
-        "an epoch": epoch,
-        "data": ignored,
+        "disk": f"{size(budget.disk_bytes)} for the whole run",
     }
-    return f"{strict_yaml.dump(config.to_dict())}\n{_table(lines)}"
+    return _describe(config, "image", budget.parameters, budget.multiply_adds, count_images, more)
 
 
 def describe_classifier(config: ClassifierConfig) -> str:
@@ -56,33 +43,37 @@ def describe_classifier(config: ClassifierConfig) -> str:
     from iwin_dit.build import classifier_network, labelled
 
     model = classifier_network.without_content(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    averages = len(config.ema.decays) + len(config.ema.power_stds)
-    checkpoint = 4 * parameters * (3 + averages)
-    macs = classifier_network.multiply_adds(model, config)
     unit = "image" if config.data.frames is None else "clip"
-    ignored = None
-    try:
+
+    def count(config: ClassifierConfig) -> tuple[int, str | None]:
         source = labelled.open_training(config)
-        images, ignored = len(source), ignored_line(config.data.path, f"{unit}s", source.ignored)
+        return len(source), ignored_line(config.data.path, f"{unit}s", source.ignored)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    return _describe(config, unit, parameters, classifier_network.multiply_adds(model, config), count, {})
+
+
+def _describe(
+    config: Recipe, unit: str, parameters: int, multiply_adds: int, count: Callable, more: dict[str, str]
+) -> str:
+    """The resolved config, and a line for each of what there is something to say of."""
+    try:
+        images, ignored = count(config)
         epoch = f"{images / config.train.batch_images:,.1f} steps ({images:,} {unit}s)"
     except DataError as error:
-        epoch = f"unknown: {error}"
-    size = files.in_units
+        epoch, ignored = f"unknown: {error}", None
     free = files.free_bytes(Path(config.output_dir))
+    checkpoint = checkpoint_bytes(parameters, config.ema)
     lines = {
         "parameters": f"{parameters:,}",
-        f"multiply-adds per {unit}": f"{macs / 1e9:,.3f} G, one forward pass",
-        "checkpoint": f"{size(checkpoint)}, {config.train.keep_checkpoints} are kept, {size(free)} are free",
+        f"multiply-adds per {unit}": f"{multiply_adds / 1e9:,.3f} G, one forward pass",
+        **more,
+        "checkpoint": f"{files.in_units(checkpoint)}, {config.train.keep_checkpoints} are kept, "
+        f"{files.in_units(free)} are free",
         "the whole run": f"{config.train.max_steps:,} steps of {config.train.batch_images:,} {unit}s",
         "an epoch": epoch,
-        "data": ignored,
+        **({} if ignored is None else {"data": ignored}),
     }
-    return f"{strict_yaml.dump(config.to_dict())}\n{_table(lines)}"
-
-
-def _table(lines: dict[str, str | None]) -> str:
-    """A line for each of what there is something to say of."""
-    lines = {name: value for name, value in lines.items() if value is not None}
     width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+    return f"{strict_yaml.dump(config.to_dict())}\n{table}"

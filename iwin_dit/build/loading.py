@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from iwin_dit.build.data import build_dataset
-from iwin_dit.build.network import build_model, fitting_tensors
+from iwin_dit.build.network import begin_with, build_model
 from iwin_dit.build.pipeline import build_pipeline, model_of
 from iwin_dit.config.parse import load_run, sampling_in
 from iwin_dit.config.schema import Config, SampleConfig
@@ -25,7 +25,7 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.trust import check_index, check_model_folder, check_pipeline_folder
 from iwin_dit.runtime import checkpoint, files, limits
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, reason
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, listed, reason
 from iwin_dit.runtime.run import TIMES, changed_data, has_begun, number_of, read_config
 from iwin_dit.training.ema import decay_rules
 from iwin_dit.training.posthoc import reconstruct
@@ -47,7 +47,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
         runs = sorted(run for run in numbers if numbers[run] == number)
         runs = [run for run in runs if "objective" in read_config(run)]  # a classifier has none
         if len(runs) > 1:
-            names = checkpoint.listed(list(map(str, runs)))
+            names = listed(list(map(str, runs)))
             raise CheckpointError(f"which run was begun last is not known: {names}; give --checkpoint")
         if runs:
             return runs[0]
@@ -318,9 +318,7 @@ def build_denoiser(config: Config) -> IwinDiTTransformer2DModel:
 
 
 def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
-    """Copies the weights of a run, a pipeline or an imported model into a model.
-
-    Those of a model of images serve one of clips, too.
+    """Copies the weights of a run, a pipeline or an imported model into a model; images' serve clips, too.
 
     The label embeddings of another number of classes stay as they are drawn.
 
@@ -328,12 +326,9 @@ def begin_from(model: IwinDiTTransformer2DModel, source: str) -> None:
         CheckpointError: where they are not there, or of another network.
     """
     tensors = inflate(load_transformer(source).state_dict(), model.state_dict())
-    tensors, odd = fitting_tensors(tensors, model.state_dict(), redrawn=("label_embedding.",))
-    if odd:
+    if odd := begin_with(model, tensors, redrawn=("label_embedding.",)):
         raise CheckpointError(
-            f"model.init_from {source} is another network than the config's: "
-            f"{checkpoint.listed(odd)} differ; take its sizes, patch size, channels and kinds of norm, MLP "
-            "and modulation, and where its blocks have no convolution set model.mixer.convolution false, "
-            "with a model.position_embedding"
+            f"model.init_from {source} is another network than the config's: {listed(odd)} differ; "
+            "take its sizes, patch size, channels and kinds of norm, MLP and modulation, and where its "
+            "blocks have no convolution set model.mixer.convolution false, with a model.position_embedding"
         )
-    model.load_state_dict(tensors, strict=False)

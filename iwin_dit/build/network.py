@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwin_dit.config.schema import Config
 from iwin_dit.diffusion.objective import Objective, make_objective
@@ -45,26 +45,27 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
         )
 
 
-def fitting_tensors(
-    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], redrawn: tuple[str, ...], may_lack: str = ""
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Stored tensors that a network can begin with, and the names of those that do not fit it.
+def begin_with(
+    model: nn.Module, tensors: Mapping[str, Tensor], redrawn: tuple[str, ...], may_lack: str = "-"
+) -> list[str]:
+    """Copies stored weights into a network; where some names do not fit it, returns them and copies none.
 
     Args:
-        own: the network's.
         redrawn: with what the names begin of those that may be of another shape, or missing: they stay as the
             network has drawn them, since they depend on the classes.
         may_lack: part of the names of others that may be missing.
     """
+    own = model.state_dict()
     fitting = {
         name: tensor
         for name, tensor in tensors.items()
         if not (name.startswith(redrawn) and name in own and own[name].shape != tensor.shape)
     }
-    lacking = (name for name in own if name not in fitting and not name.startswith(redrawn))
-    odd = [name for name in lacking if not (may_lack and may_lack in name)]
+    odd = [n for n in own if n not in fitting and not n.startswith(redrawn) and may_lack not in n]
     odd += [name for name in fitting if name not in own or own[name].shape != fitting[name].shape]
-    return fitting, sorted(odd)
+    if not odd:
+        model.load_state_dict(fitting, strict=False)
+    return sorted(odd)
 
 
 def build_objective(config: Config) -> Objective:

@@ -228,6 +228,11 @@ class EmaConfig:
     snapshot_every_steps: CountFromZero = 0
     on_cpu: bool = False
 
+    @property
+    def averages(self) -> int:
+        """How many."""
+        return len(self.decays) + len(self.power_stds)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
