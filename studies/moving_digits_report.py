@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from iwin_dit.build.loading import load_pipeline
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.moving_digits import DIRECTIONS, NUM_FRAMES, SIDE
-from iwin_dit.data.reading import Reader
+from iwin_dit.data.pixels import Reader
+from iwin_dit.data.sources import ClipFolderSource
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.pipelines.sampling import Sample, sample_classes, write_grid
 from iwin_dit.runtime.cpu import keep_freed_memory

@@ -16,10 +16,8 @@ from timm.data import create_transform
 from iwin_dit.build import classifier, classifier_network
 from iwin_dit.config.classifier import VIDEO_MODELS, ClassifierConfig
 from iwin_dit.config.parse import load_config
-from iwin_dit.data.clip_sources import ClipFolderSource
-from iwin_dit.data.labelled import LabelledExamples, LabelledImages
-from iwin_dit.data.labelled_clips import HeldOutClips, LabelledClips
-from iwin_dit.data.sources import open_source
+from iwin_dit.data.labelled import HeldOutClips, LabelledClips, LabelledExamples, LabelledImages
+from iwin_dit.data.sources import ClipFolderSource, open_source
 from iwin_dit.data.video import ClipSpec, write_gif
 from iwin_dit.models import video_models
 from iwin_dit.models.backbone_3d import IwinTransformer3D

@@ -17,10 +17,10 @@ from iwin_dit.build import data as build_data
 from iwin_dit.build import generator, loading
 from iwin_dit.commands import extract as extract_command
 from iwin_dit.config.parse import load_config
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode
 from iwin_dit.data.images import center_crop
 from iwin_dit.data.latents import LatentDataset
+from iwin_dit.data.sources import ClipFolderSource
 from iwin_dit.data.video import read_frames, write_gif
 
 CLASSES, FRAMES, STRIDE = ("a walk", "z", "ünï 漢"), 4, 2

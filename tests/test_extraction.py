@@ -21,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from iwin_dit.data import extraction
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import encode, encode_posterior, load_vae, weights_sha256
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.data.sources import FolderSource, open_source
+from iwin_dit.data.sources import ClipFolderSource, FolderSource, open_source
 from iwin_dit.runtime.cpu import use_all_cores
 from iwin_dit.runtime.errors import DataError, DiskError
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.folders import Folder, ignored_line, list_files
 from iwin_dit.data.formats import FORMATS, image_format
 from iwin_dit.data.images import decode_image
-from iwin_dit.data.sources import FolderSource, open_source
+from iwin_dit.data.sources import ClipFolderSource, FolderSource, open_source
 from iwin_dit.data.video import VIDEOS, frame_names
 from iwin_dit.runtime.errors import DataError
 
@@ -82,7 +81,7 @@ def test_only_unknown_endings_cost_a_look(tmp_path, monkeypatch):
     for name in ("1.png", "2.JPEG", "3.webp", "4.txt", "5.cls", "6.json", "7", "8.unknown"):
         write(tmp_path / "a" / name, encoded("PNG"))
     opened = []
-    monkeypatch.setattr("iwin_dit.data.folders._head", lambda path: opened.append(path) or b"")
+    monkeypatch.setattr("iwin_dit.data.folders.read_file", lambda path, most: opened.append(path) or b"")
     stats = []
     monkeypatch.setattr(os, "stat", lambda *a, **k: stats.append(a) or os.lstat(*a))
     with Folder(tmp_path) as folder:

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from iwin_dit.build import data
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.data.examples import TrainingExamples, whole
-from iwin_dit.data.pixels import PixelDataset
-from iwin_dit.data.reading import Reader
+from iwin_dit.data.pixels import PixelDataset, Reader
 from iwin_dit.data.sources import open_source
 from iwin_dit.runtime.errors import ConfigError, DataError
 

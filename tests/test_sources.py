@@ -14,14 +14,19 @@ from safetensors.torch import load_file, save_file
 from test_images import have_datasets, one_pixel, write, write_csv, write_parquet, write_tar
 
 from iwin_dit.build import data, labelled
-from iwin_dit.build.sources import classes_begun, open_images
 from iwin_dit.config.classifier import ClassifierConfig, ClassifierDataConfig
 from iwin_dit.config.schema import Config, DataConfig
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.hugging_face import HuggingFaceSource
 from iwin_dit.data.latents import LatentDataset, read_index
 from iwin_dit.data.packed_sources import WebDatasetSource
-from iwin_dit.data.sources import FolderSource, identity_of, open_source
+from iwin_dit.data.sources import (
+    ClipFolderSource,
+    FolderSource,
+    classes_begun,
+    identity_of,
+    open_images,
+    open_source,
+)
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.run import TIMES, RunDirectory

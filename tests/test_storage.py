@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from iwin_dit.data.packed_sources import read_file
+from iwin_dit.data.folders import read_file
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.errors import ConfigError, DataError, StorageError, run_script
 from iwin_dit.runtime.lock import hold

@@ -13,12 +13,11 @@ from test_images import RNG, assert_pixels, chunk, encoded, picture, png
 
 from iwin_dit.build.data import build_dataset
 from iwin_dit.config.parse import parse_arguments
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.images import TRANSPARENT, decode_image
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.data.sources import open_source
-from iwin_dit.data.video import ClipSpec
+from iwin_dit.data.sources import ClipFolderSource, open_source
+from iwin_dit.data.video import ClipSpec, choose_clip
 from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.errors import ConfigError, DataError
 
@@ -161,7 +160,7 @@ def test_clips_are_composed_too(tmp_path):
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100, disposal=2, loop=0)
     source = ClipFolderSource(tmp_path / "clips")
     for i in range(2):
-        clip, _ = source.read(i, ClipSpec(6), None, WHITE)
+        clip = choose_clip(source.path(i), ClipSpec(6), torch.Generator(), WHITE)
         for frame, expected in zip(clip, frames, strict=True):
             ground = Image.new("RGBA", (16, 16), "white")
             assert_pixels(frame, Image.alpha_composite(ground, expected).convert("RGB"))

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build.network import begin_with
-from iwin_dit.build.sources import classes_begun
 from iwin_dit.config.bounds import check_options
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config
 from iwin_dit.convert import load_official
 from iwin_dit.convert.names import find_tensors
 from iwin_dit.data.codec import weights_sha256
+from iwin_dit.data.sources import classes_begun
 from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate

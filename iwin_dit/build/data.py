@@ -11,12 +11,10 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from iwin_dit.build.sources import classes_begun, open_images
 from iwin_dit.config.parse import load_yaml
 from iwin_dit.config.schema import Config
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import (
     VA_VAE_PRESET,
     encode,
@@ -30,9 +28,8 @@ from iwin_dit.data.codec import (
 from iwin_dit.data.examples import ImagesAsClips
 from iwin_dit.data.folders import ignored_line
 from iwin_dit.data.latents import LatentDataset, published_index
-from iwin_dit.data.pixels import PixelDataset
-from iwin_dit.data.reading import Reader
-from iwin_dit.data.sources import Source
+from iwin_dit.data.pixels import PixelDataset, Reader
+from iwin_dit.data.sources import ClipFolderSource, Source, classes_begun, open_images
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import DataError, reason

@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
-from iwin_dit.build.sources import classes_begun, open_images
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.data import digits, moving_digits
-from iwin_dit.data.clip_sources import ClipFolderSource
-from iwin_dit.data.labelled import LabelledExamples, LabelledImages
-from iwin_dit.data.labelled_clips import HeldOutClips, LabelledClips
-from iwin_dit.data.sources import Source
+from iwin_dit.data.labelled import HeldOutClips, Labelled, LabelledClips, LabelledExamples, LabelledImages
+from iwin_dit.data.sources import ClipFolderSource, Source, classes_begun, open_images
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import DataError
@@ -26,15 +23,13 @@ PREPARE = {
     "digits": partial(digits.write_images, seed=0),
     "moving_digits": partial(moving_digits.write_clips, seed=0),
 }
-TrainingData = LabelledImages | LabelledClips
-HeldOutData = LabelledImages | HeldOutClips
 
 
 class LabelledData(NamedTuple):
     """The data of a classifier: to train on, varied, and to be judged by, not."""
 
-    train: TrainingData
-    held_out: HeldOutData
+    train: Labelled
+    held_out: Labelled
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -53,18 +48,17 @@ def open_data(config: ClassifierConfig, accelerator: Accelerator) -> LabelledDat
         PREPARE[data.prepare](Path(data.held_out).parent)
     accelerator.wait_for_everyone()
     varied, plain = _transforms(config)
-    train = open_training(config)
-    held_out = _open_held_out(config, train.class_names)
+    train: Any = open_training(config)
+    # Held-out data may lack a class; their class folders are in the order of those to train on.
+    options = replace(data, labels=data.held_out_labels, split=data.held_out_split, allow_odd_classes=True)
+    held_out: Any = open_images(data.held_out, options, data.frames is not None, train.class_names)
     _check_classes(config, train.class_names, held_out.class_names)
     ground = background(data.background)
     if data.frames is None:
-        images, others = cast(tuple[Source, Source], (train, held_out))
-        return LabelledData(LabelledImages(images, varied, ground), LabelledImages(others, plain, ground))
+        return LabelledData(LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground))
     spec = ClipSpec(data.frames, data.frame_stride)
-    clips, more = cast(tuple[ClipFolderSource, ClipFolderSource], (train, held_out))
-    return LabelledData(
-        LabelledClips(clips, spec, varied, ground), HeldOutClips(more, spec, plain, data.views, ground)
-    )
+    judged = HeldOutClips(held_out, spec, plain, data.views, ground)
+    return LabelledData(LabelledClips(train, spec, varied, ground), judged)
 
 
 def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:
@@ -77,7 +71,7 @@ def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:
     return open_images(config.data.path, config.data, config.data.frames is not None, begun)
 
 
-def build_examples(config: ClassifierConfig, images: TrainingData) -> LabelledExamples:
+def build_examples(config: ClassifierConfig, images: Labelled) -> LabelledExamples:
     """What training sees at each position."""
     return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
 
@@ -100,13 +94,6 @@ def _transforms(config: ClassifierConfig) -> tuple[Compose, Compose]:
         re_mode="pixel",
     )
     return varied, create_transform(**common, crop_pct=data.crop_share)
-
-
-def _open_held_out(config: ClassifierConfig, class_names: list[str]) -> Source | ClipFolderSource:
-    """Held-out data may lack a class; its class folders are in the order of those to train on."""
-    data = config.data
-    options = replace(data, labels=data.held_out_labels, split=data.held_out_split, allow_odd_classes=True)
-    return open_images(data.held_out, options, data.frames is not None, class_names)
 
 
 def _check_classes(config: ClassifierConfig, names: list[str], others: list[str]) -> None:

@@ -116,9 +116,9 @@ def verify_images(arguments: argparse.Namespace) -> str:
     Raises:
         DataError: where they are others.
     """
-    from iwin_dit.build.sources import open_images
     from iwin_dit.data.latent_index import read_index
     from iwin_dit.data.provenance import verify_content
+    from iwin_dit.data.sources import open_images
 
     index = read_index(arguments.verify)
     source = open_images(arguments.images, arguments, "frames" in index, index["class_names"])
@@ -132,11 +132,11 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from iwin_dit.build.data import load_autoencoder
-    from iwin_dit.build.sources import classes_begun, open_images
     from iwin_dit.data.classes import numbering_line
     from iwin_dit.data.codec import weights_sha256
     from iwin_dit.data.extraction import LOCAL_VAE, extract
     from iwin_dit.data.folders import ignored_line
+    from iwin_dit.data.sources import classes_begun, open_images
     from iwin_dit.data.video import ClipSpec
     from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
     from iwin_dit.runtime.processes import group_timeout

@@ -31,8 +31,8 @@ from iwin_dit.data.codec import (
 from iwin_dit.data.entries import ENTRIES, check_is_ours, entry_path, read_entry, read_record, settings_path
 from iwin_dit.data.images import BadImage
 from iwin_dit.data.latents import Shard, write_index, write_shard
+from iwin_dit.data.pixels import Pixels, Reader
 from iwin_dit.data.provenance import content_sha256, source_of, stamps
-from iwin_dit.data.reading import Pixels, Reader
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.colours import background
@@ -129,7 +129,7 @@ def extract(
     """Makes the shards that are missing, then the index. Returns what was wrong with the images left out.
 
     Args:
-        source: of encoded images or videos, see :class:`iwin_dit.data.reading.Reader`.
+        source: of encoded images or videos, see :class:`iwin_dit.data.pixels.Reader`.
         vae: a diffusers autoencoder on its device.
         description: ``vae`` and ``vae_sha256``, for the index.
         num_workers: processes that decode images. None: 4, or as many as there are cores.

@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError, listed, printable
 from iwin_dit.runtime.progress import progress
 
+T = TypeVar("T")
+IS_POINTER = (
+    "is a pointer of Git LFS, which stands for the file; fetch the files themselves with `git lfs pull`"
+)
 ALLOW_LINKS = "copy it there, or allow such links with --follow-links (in a recipe, data.follow_links true)"
 
 
@@ -157,16 +161,13 @@ class Folder:
         path = os.path.join(self.root, folder)
         folders: list[str] = []
         names: list[str] = []
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    kind = self._kind(entry)
-                    if kind is None:
-                        self.ignored.append(os.path.join(folder, entry.name))
-                    else:
-                        (folders if kind == "folder" else names).append(entry.name)
-        except OSError as error:
-            raise files.cannot_read(printable(path), error) from error
+        with reading(path, os.scandir) as entries:
+            for entry in entries:
+                kind = self._kind(entry)
+                if kind is None:
+                    self.ignored.append(os.path.join(folder, entry.name))
+                else:
+                    (folders if kind == "folder" else names).append(entry.name)
         self._bar.update(len(names))
         return folders, names
 
@@ -185,25 +186,43 @@ class Folder:
             return "folder"
         if not entry.is_file():  # a pipe would wait for ever
             return None
-        return "file" if taken or self._wanted.by_content(_head(entry.path)) else None
+        return "file" if taken or self._wanted.by_content(read_file(entry.path, HEAD_BYTES)) else None
 
 
-def files_in(path: str, wanted: Wanted) -> list[str]:
-    """Sorted names of the files that one folder, which was listed before, directly holds.
+def reading(path: str, read: Callable[[str], T]) -> T:
+    """What ``read(path)`` returns; it is called again after errors of the storage that may pass.
 
     Raises:
         DataError: where it cannot be read.
+        StorageError: where the storage does not deliver it.
     """
-    with Folder(path, wanted, follow_links=True) as folder:
-        return folder.files()
+    try:
+        return files.retry(lambda: read(path))
+    except OSError as error:
+        raise files.cannot_read(printable(path), error) from error
 
 
-def _head(path: str) -> bytes:
-    def read() -> bytes:
+def read_file(path: str, most: int = -1, start: int = 0) -> bytes:
+    """So many bytes from a place in a file, by default all; errors as of :func:`reading`."""
+
+    def read(path: str) -> bytes:
         with open(path, "rb") as file:
-            return file.read(HEAD_BYTES)
+            file.seek(start)
+            return file.read(most)
 
-    return files.retry(read)
+    return reading(path, read)
+
+
+def stamped(root: str, file: str) -> tuple[str, int]:
+    """Size and path below ``root``, as in a copy elsewhere, and when it was modified, in nanoseconds."""
+    found = reading(os.path.join(root, file), os.stat)
+    return f"{found.st_size} {file}", found.st_mtime_ns
+
+
+def refuse_pointer(path: str) -> None:
+    """Raises DataError where a file is a pointer of Git LFS, or cannot be read."""
+    if files.is_lfs_pointer(read_file(path, HEAD_BYTES)):
+        raise DataError(f"{printable(path)} {IS_POINTER}")
 
 
 def _blobs_of_hub_cache(root: str) -> list[str]:

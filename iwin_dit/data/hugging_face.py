@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.data.classes import SPLITS, classes_of, label_of
-from iwin_dit.data.folders import list_files
+from iwin_dit.data.folders import list_files, read_file, refuse_pointer, stamped
 from iwin_dit.data.formats import Wanted
-from iwin_dit.data.packed_sources import read_file, refuse_pointer, stamped
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError, listed, printable
 

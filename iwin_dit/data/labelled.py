@@ -1,25 +1,31 @@
-"""Images with labels, as classifiers see them: varied for training, as they are for judging."""
+"""Images and clips with labels, as classifiers see them: varied for training, as they are for judging.
+
+Legend: T frames of a clip, H and W of the model's input, V views of a video.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.examples import epoch_order
-from iwin_dit.data.images import BadImage, decode_image
-from iwin_dit.data.sources import Source, identity_of
+from iwin_dit.data.images import decode_image
+from iwin_dit.data.sources import ClipFolderSource, identity_of
+from iwin_dit.data.video import ClipSpec, choose_clip, spread_clips
 from iwin_dit.runtime.colours import Colour
-from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.seeds import derive_seed
+
+# Where crops lie along the longer side, from its start (0) to its end (1), by their number.
+CROPS: dict[int, tuple[float, ...]] = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
 
 
 class LabelledExample(NamedTuple):
@@ -34,20 +40,16 @@ class LabelledExample(NamedTuple):
     mixing: Tensor
 
 
-S = TypeVar("S", Source, ClipFolderSource)
-
-
-class Labelled(Dataset[tuple[Tensor, int]], Generic[S]):
+class Labelled(Dataset[tuple[Tensor, int]]):
     """What a classifier learns from or is judged by: ``data[i] -> (image or clip, label)``, as in the source.
 
     Args:
-        source: of images, see :mod:`iwin_dit.data.sources`, or of videos.
+        source: of images or of videos, see :mod:`iwin_dit.data.sources`.
         background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
     """
 
-    def __init__(self, source: S, background: Colour | None = None):
-        self.source: S = source
-        self.background = background
+    def __init__(self, source: Any, background: Colour | None):
+        self.source, self.background = source, background
 
     def __len__(self) -> int:
         return len(self.source)
@@ -58,27 +60,94 @@ class Labelled(Dataset[tuple[Tensor, int]], Generic[S]):
         return identity_of(self.source)
 
 
-class LabelledImages(Labelled[Source]):
-    """``images[i] -> (image (3, H, W), label)``.
-
-    Args:
-        source, background: of :class:`Labelled`.
-        transform: from a PIL image to a tensor.
-    """
+class LabelledImages(Labelled):
+    """``images[i] -> (image (3, H, W), label)``; ``transform`` makes a tensor of a PIL image."""
 
     def __init__(
-        self, source: Source, transform: Callable[[Image.Image], Tensor], background: Colour | None = None
+        self, source: Any, transform: Callable[[Image.Image], Tensor], background: Colour | None = None
     ):
         super().__init__(source, background)
         self.transform = transform
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        name = self.source.name(i)
-        try:
-            data, label = self.source.read(i)
-            return self.transform(decode_image(data, name, background=self.background)), label
-        except BadImage as error:
-            raise DataError(str(error) if name in str(error) else f"{name}: {error}") from None
+        """Raises DataError, naming the image that is broken."""
+        data, label = self.source.read(i)
+        return self.transform(decode_image(data, self.source.name(i), background=self.background)), label
+
+
+class LabelledClips(Labelled):
+    """``clips[i] -> (clip (3, T, H, W), label)``: from a random place of the video, and varied.
+
+    Place and variation follow from two numbers of PyTorch's global generator.
+
+    Args:
+        spec: frames and stride of a clip.
+        transform: from a PIL image to a tensor ``(3, H, W)``; it draws the same numbers for every frame.
+    """
+
+    def __init__(
+        self,
+        source: ClipFolderSource,
+        spec: ClipSpec,
+        transform: Callable[[Image.Image], Tensor],
+        background: Colour | None = None,
+    ):
+        super().__init__(source, background)
+        self.spec, self.transform = spec, transform
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        """Raises DataError, naming the video that is broken or too short."""
+        place, seed = torch.randint(2**62, (2,)).tolist()
+        rng = torch.Generator().manual_seed(place)
+        frames = choose_clip(self.source.path(i), self.spec, rng, self.background)
+        varied = []
+        with drawing_from(seed):
+            for frame in frames:
+                seed_generators(seed)  # again for each
+                varied.append(self.transform(frame))
+        return torch.stack(varied, 1), self.source.labels[i]
+
+
+class HeldOutClips(Labelled):
+    """``clips[i] -> (views (V, 3, T, H, W), label)``.
+
+    Args:
+        spec: frames and stride of a clip.
+        transform: timm's for evaluation, which scales an image, takes its centre and normalises it.
+        views: clips that are spread over the video, and crops of each along the longer side, 1 or 3; the
+            views of a clip stand next to each other.
+    """
+
+    def __init__(
+        self,
+        source: ClipFolderSource,
+        spec: ClipSpec,
+        transform: Compose,
+        views: tuple[int, int],
+        background: Colour | None = None,
+    ):
+        super().__init__(source, background)
+        self.spec = spec
+        self.scale, center_crop, *rest = transform.transforms
+        self.size, self.finish = center_crop.size, Compose(rest)
+        self.num_clips, self.places = views[0], CROPS[views[1]]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        """Raises DataError, naming the video that is broken or too short."""
+        views = []
+        for clip in spread_clips(self.source.path(i), self.spec, self.num_clips, self.background):
+            frames = [self.scale(frame) for frame in clip]
+            views += [self._crop(frames, place) for place in self.places]
+        return torch.stack(views), self.source.labels[i]
+
+    def _crop(self, frames: Sequence[Image.Image], place: float) -> Tensor:
+        """``(3, T, H, W)``, centred along the shorter side."""
+        height, width = self.size
+        spare_y, spare_x = frames[0].height - height, frames[0].width - width
+        share_y, share_x = (place, 0.5) if spare_y > spare_x else (0.5, place)
+        top, left = round(spare_y * share_y), round(spare_x * share_x)  # as torchvision's CenterCrop rounds
+        box = (left, top, left + width, top + height)
+        return torch.stack([self.finish(frame.crop(box)) for frame in frames], 1)
 
 
 class LabelledExamples(Dataset[LabelledExample]):
@@ -91,7 +160,7 @@ class LabelledExamples(Dataset[LabelledExample]):
         cutmix: alpha of CutMix; 0 for none.
     """
 
-    def __init__(self, data: Labelled[Any], seed: int, mixup: float, cutmix: float):
+    def __init__(self, data: Labelled, seed: int, mixup: float, cutmix: float):
         self.data, self.seed, self.mixup, self.cutmix = data, seed, mixup, cutmix
 
     def __getitem__(self, position: int) -> LabelledExample:

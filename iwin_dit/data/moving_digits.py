@@ -19,11 +19,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from iwin_dit.data.clip_sources import ClipFolderSource
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.digits import Scan, alone_in, train_vae, write_splits
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
-from iwin_dit.data.reading import Reader
+from iwin_dit.data.pixels import Reader
+from iwin_dit.data.sources import ClipFolderSource
 from iwin_dit.data.video import ClipSpec, write_gif
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.seeds import generator

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from iwin_dit.data.classes import label_of
-from iwin_dit.data.folders import Folder
+from iwin_dit.data.folders import Folder, read_file, refuse_pointer, stamped
 from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError, listed, printable
@@ -70,16 +70,7 @@ class WebDatasetSource:
 
     def read(self, i: int) -> tuple[bytes, int]:
         number, offset, size, label = self._index[i].tolist()
-
-        def read() -> bytes:
-            with open(self._tars[number], "rb") as file:
-                file.seek(offset)
-                return file.read(size)
-
-        try:
-            data = files.retry(read)
-        except OSError as error:
-            raise files.cannot_read(self.name(i), error) from error
+        data = read_file(self._tars[number], size, offset)
         if len(data) != size:
             raise DataError(f"{self.name(i)} has {len(data)} bytes of {size}: the shard changed; restore it")
         return data, label
@@ -91,6 +82,11 @@ class WebDatasetSource:
         number, _, size, label = self._index[i].tolist()
         name = f"{os.path.basename(self._tars[number])}:{self._names[i]}"
         return f"{size} {label} {name}", self._stamps[number]
+
+
+def are_tars(location: str) -> bool:
+    """Whether a location is a glob or a range of shards."""
+    return glob.has_magic(location) or RANGE.search(location) is not None
 
 
 def _tars_of(location: str, follow_links: bool) -> list[str]:
@@ -208,34 +204,3 @@ def _class_names_beside(folder: Path) -> list[str] | None:
     if not isinstance(names, list) or not all(isinstance(n, str) and n == printable(n) for n in names):
         raise DataError(f"{array} is not a list of class names")
     return names
-
-
-def read_file(path: str) -> bytes:
-    try:
-        return files.read_bytes(path)
-    except OSError as error:
-        raise files.cannot_read(printable(path), error) from error
-
-
-def stamped(root: str, file: str) -> tuple[str, int]:
-    """Size and path below ``root``, as in a copy elsewhere, and when it was modified, in nanoseconds."""
-    path = os.path.join(root, file)
-    try:
-        found = files.retry(lambda: os.stat(path))
-    except OSError as error:
-        raise files.cannot_read(printable(path), error) from error
-    return f"{found.st_size} {file}", found.st_mtime_ns
-
-
-def refuse_pointer(path: str) -> None:
-    """Raises DataError where a file is a pointer of Git LFS, or cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            head = files.retry(lambda: file.read(HEAD_BYTES))
-    except OSError as error:
-        raise files.cannot_read(printable(path), error) from error
-    if files.is_lfs_pointer(head):
-        raise DataError(
-            f"{printable(path)} is a pointer of Git LFS, which stands for the file; fetch the files "
-            "themselves with `git lfs pull`"
-        )

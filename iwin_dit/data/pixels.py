@@ -1,26 +1,85 @@
-"""Training straight from images or videos: decoded here, encoded by the VAE in the training step."""
+"""Pixels that extraction and training take: decoded and cropped here, encoded by the VAE afterwards."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iwin_dit.data.codec import (
-    latent_channels,
-    latent_frames,
-    spatial_factor,
-    vae_statistics,
-    weights_sha256,
-)
-from iwin_dit.data.images import BadImage
-from iwin_dit.data.reading import Pixels, Reader
+from iwin_dit.data.codec import latent_channels, latent_frames, spatial_factor, vae_statistics, weights_sha256
+from iwin_dit.data.images import TRANSPARENT, BadImage, center_crop, decode_image, random_crop
 from iwin_dit.data.sources import identity_of
+from iwin_dit.data.video import ClipSpec, choose_clip
+from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import say
+
+
+class Pixels(NamedTuple):
+    """An image ``(3, H, W)`` or a clip ``(3, T, H, W)``, uint8, its label, and whether it was transparent."""
+
+    pixels: Tensor
+    label: int
+    is_transparent: bool
+    sha256: str = ""  # of the image's file, where it was asked for
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Images or clips of a source, decoded and cropped: ``reader.read(i, rng) -> Pixels``.
+
+    Args:
+        source: of images (:mod:`iwin_dit.data.sources`), or of videos where there is a ``clip``.
+        size: height and width.
+        crop: ``center`` is the ADM centre crop of the published FIDs; ``random`` a random one.
+        clip: frames and stride of a clip, which is taken from a random place of its video.
+        clips_per_video: each video stands there so many times.
+        background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
+        hashed: images come with the hash of their files.
+    """
+
+    source: Any
+    size: tuple[int, int]
+    crop: str = "center"
+    clip: ClipSpec | None = None
+    clips_per_video: int = 1
+    background: Colour | None = None
+    hashed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.source) * self.clips_per_video
+
+    def read(self, i: int, rng: torch.Generator) -> Pixels:
+        """Places of clips and random crops are drawn from ``rng``.
+
+        Raises:
+            BadImage: naming what cannot be decoded, or a video that is shorter than the clip.
+        """
+        number = i // self.clips_per_video
+        name, sha256 = self.source.name(number), ""
+        try:
+            if self.clip is None:
+                data, label = self.source.read(number)
+                frames = [decode_image(data, name, background=self.background)]
+                sha256 = hashlib.sha256(data).hexdigest() if self.hashed else ""
+            else:
+                frames = choose_clip(self.source.path(number), self.clip, rng, self.background)
+                label = self.source.labels[number]
+            crop = center_crop if self.crop == "center" else partial(random_crop, rng=rng)
+            cropped, state = [], rng.get_state()
+            for frame in frames:
+                rng.set_state(state)  # the same crop for every frame
+                cropped.append(crop(frame, *self.size))
+        except BadImage as error:
+            raise BadImage(str(error) if name in str(error) else f"{name}: {error}") from None
+        pixels = cropped[0] if self.clip is None else torch.stack(cropped, 1)
+        return Pixels(pixels, label, any(frame.info.get(TRANSPARENT) for frame in frames), sha256)
 
 
 class PixelDataset(Dataset):
@@ -75,17 +134,14 @@ class PixelDataset(Dataset):
             try:
                 return self.reader.read(number, rng)
             except BadImage as error:
-                self._leave_out(number, error)
+                self._bad.add(number)
+                if len(self._bad) > self.max_bad_images:
+                    raise DataError(
+                        f"{error}; or go on without it by data.max_bad_images {len(self._bad)} or more: the "
+                        "next image takes its place"
+                    ) from None
+                say(f"left out: {error}")
         raise DataError("no image can be decoded")
-
-    def _leave_out(self, number: int, error: BadImage) -> None:
-        self._bad.add(number)
-        if len(self._bad) > self.max_bad_images:
-            raise DataError(
-                f"{error}; or go on without it by data.max_bad_images {len(self._bad)} or more: the next "
-                "image takes its place"
-            ) from None
-        say(f"left out: {error}")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Where encoded images come from: class folders, a CSV, tar shards or Hugging Face data.
+"""Where images and clips come from: class folders, a CSV, tar shards or Hugging Face data.
 
-Every source knows its ``class_names``, its length, ``read(i) -> (encoded bytes, label)``, a ``name(i)`` for
-errors and a ``stamp(i)`` that changes with image i. None holds a file open, so that all can be sent to worker
-processes.
+Every source of images knows its ``class_names``, its length, ``read(i) -> (encoded bytes, label)``, a
+``name(i)`` for errors and a ``stamp(i)`` that changes with image i. None holds a file open, so that all can
+be sent to worker processes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from iwin_dit.data.classes import IMAGENET_NAMES, classes_of, in_order
-from iwin_dit.data.folders import Folder
+from iwin_dit.data.classes import IMAGENET_NAMES, check_classes, classes_of, in_order
+from iwin_dit.data.folders import Folder, read_file, stamped
 from iwin_dit.data.formats import ENDINGS, IMAGES
 from iwin_dit.data.hugging_face import HuggingFaceSource, has_parquet, is_saved
-from iwin_dit.data.packed_sources import RANGE, WebDatasetSource, read_file, stamped
+from iwin_dit.data.packed_sources import WebDatasetSource, are_tars
+from iwin_dit.data.video import CLIPS, EXTENSIONS, FRAMES, check_numbers, frame_names
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError, listed, printable
 from iwin_dit.runtime.run import TIMES
 
 # of ImageNet's 1000 synset ids, sorted, a line each: any other thousand must not get ImageNet's names
 SYNSETS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+STAMPS_AT_ONCE = 1000
 
 
 class Source(Protocol):
@@ -68,8 +73,8 @@ SCHEMES: dict[str, Callable[..., Source]] = {
 def is_packed(location: str) -> bool:
     """Whether a location is no folder, but ``hf:NAME``, or a .tar file, glob or range."""
     scheme, colon, _ = location.partition(":")
-    is_tars = location.endswith(".tar") or glob.has_magic(location) or RANGE.search(location)
-    return not os.path.isdir(location) and bool((colon and scheme in SCHEMES) or is_tars)
+    is_named = bool(colon) and scheme in SCHEMES
+    return not os.path.isdir(location) and (is_named or location.endswith(".tar") or are_tars(location))
 
 
 def open_source(
@@ -108,18 +113,48 @@ def open_source(
         if glob.glob(os.path.join(glob.escape(location), "*.tar")):
             return WebDatasetSource(location, follow_links)
         return FolderSource(location, follow_links, order)
-    if (
-        (os.path.isfile(location) and location.endswith(".tar"))
-        or glob.has_magic(location)
-        or RANGE.search(location)
-    ):
+    if are_tars(location) or (os.path.isfile(location) and location.endswith(".tar")):
         return WebDatasetSource(location)
     if os.path.exists(location):
         raise DataError(f"{location} is neither a folder nor a .tar file; give the folder of the images")
     raise DataError(f"{location} does not exist; give a folder of images, .tar files or hf:NAME")
 
 
-STAMPS_AT_ONCE = 1000
+def open_images(
+    location: str, options: Any, are_clips: bool = False, begun: list[str] | None = None
+) -> Source | ClipFolderSource:
+    """The source of images or clips, whose classes are questioned before work begins.
+
+    Args:
+        options: arguments or a section of a recipe, with ``labels``, ``follow_links``, ``allow_odd_classes``
+            and what chooses among Hugging Face data.
+        are_clips: it holds videos.
+        begun: the classes of what goes on here, which were accepted when it began, in their order.
+
+    Raises:
+        DataError: where it is missing, or its classes are hardly what was meant.
+    """
+    columns = {name: getattr(options, name) for name in ("split", "image_column", "label_column")}
+    source: Source | ClipFolderSource
+    if not are_clips:
+        source = open_source(location, options.labels, options.follow_links, begun, **columns)
+    elif given := [name for name, value in columns.items() if value is not None]:
+        raise DataError(f"{given[0]} is for Hugging Face data; clips lie in class folders: leave it out")
+    else:
+        source = ClipFolderSource(location, options.follow_links, begun)
+    if not options.allow_odd_classes and source.class_names != begun:
+        check_classes(source, location)
+    return source
+
+
+def classes_begun(path: Path, key: str) -> list[str] | None:
+    """The classes that a run or an extraction wrote down when it began; None where there is no such list."""
+    try:
+        found = files.read_json(path, limits.INDEX_BYTES)[key]
+    except (OSError, ValueError, KeyError, TypeError):  # whoever reads the rest of it says what is wrong
+        return None
+    is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return found if is_list else None
 
 
 def identity_of(source: Any, chosen: Sequence[int] | None = None) -> dict[str, Any]:
@@ -139,14 +174,12 @@ def identity_of(source: Any, chosen: Sequence[int] | None = None) -> dict[str, A
     names, content, times = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     parts = [chosen[start : start + STAMPS_AT_ONCE] for start in range(0, len(chosen), STAMPS_AT_ONCE)]
     with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once
-        for part, stamps in zip(
-            parts, pool.map(lambda part: [source.stamp(i) for i in part], parts), strict=True
-        ):
-            for i, (fingerprint, modified) in zip(part, stamps, strict=True):
-                separator = "\n" if i != chosen[0] else ""
-                names.update((separator + source.name(i).rpartition("/")[2]).encode(errors="replace"))
-                content.update((fingerprint + "\0").encode(errors="surrogateescape"))
-                times.update(f"{modified}\0".encode())
+        stamps = chain.from_iterable(pool.map(lambda part: [source.stamp(i) for i in part], parts))
+        for i, (fingerprint, modified) in zip(chosen, stamps, strict=True):
+            separator = "\n" if i != chosen[0] else ""
+            names.update((separator + source.name(i).rpartition("/")[2]).encode(errors="replace"))
+            content.update((fingerprint + "\0").encode(errors="surrogateescape"))
+            times.update(f"{modified}\0".encode())
     return {
         "images": len(chosen),
         "classes": source.class_names,
@@ -157,7 +190,7 @@ def identity_of(source: Any, chosen: Sequence[int] | None = None) -> dict[str, A
 
 
 class Files:
-    """What lies below ``root``: images, or clips, with the class of each and names for errors."""
+    """What lies below ``root``: images, or clips, with the class of each, and what a source says of it."""
 
     root: str
     class_names: list[str]
@@ -174,16 +207,52 @@ class Files:
     def name(self, i: int) -> str:
         return printable(self.path(i))
 
+    def stamp(self, i: int) -> tuple[str, int]:
+        stamps = [stamped(self.root, file) for file in self._files(i)]
+        return f"{self.labels[i]} {' '.join(found for found, _ in stamps)}", max(time for _, time in stamps)
+
+    def _files(self, i: int) -> list[str]:
+        return [self._paths[i]]
+
+    def _list_classes(
+        self,
+        folder: Folder,
+        below: Callable[[str], list[str]],
+        what: str,
+        expected: str,
+        order: Sequence[str] | None,
+    ) -> None:
+        """Takes class folders in order, and what ``below(folder)`` finds in each.
+
+        Raises:
+            DataError: where nothing is found, or in a class nothing, or a class's name is not UTF-8.
+        """
+        self.root = folder.root
+        folders = in_order(folder.folders(), self.root, order)
+        if odd := [name for name in folders if printable(name) != name]:
+            raise DataError(
+                f"the class folder {listed(odd)} of {self.root} has a name that is not UTF-8; rename it, "
+                "since the model's classes are named by it"
+            )
+        found = [below(name) for name in folders]
+        if not any(found):
+            raise DataError(
+                f"there are no {what} in {listed(folders) or 'any class folder'} of {self.root}; expected "
+                f"{self.root}/CLASS/{expected}"
+            )
+        if empty := [name for name, paths in zip(folders, found, strict=True) if not paths]:
+            raise DataError(
+                f"{len(empty)} of {len(folders)} class folders of {self.root} have no {what}: "
+                f"{listed(empty)}; fill or remove them"
+            )
+        self.class_names, self.ignored = folders, folder.ignored
+        self.labels = [label for label, paths in enumerate(found) for _ in paths]
+        self._paths = [path for paths in found for path in paths]
+
 
 class _ImageFiles(Files):
-    """What a folder of classes and a CSV have in common."""
-
     def read(self, i: int) -> tuple[bytes, int]:
         return read_file(self.path(i)), self.labels[i]
-
-    def stamp(self, i: int) -> tuple[str, int]:
-        found, modified = stamped(self.root, self._paths[i])
-        return f"{self.labels[i]} {found}", modified
 
 
 class FolderSource(_ImageFiles):
@@ -197,14 +266,12 @@ class FolderSource(_ImageFiles):
     """
 
     def __init__(self, root: str | Path, follow_links: bool = False, order: Sequence[str] | None = None):
-        expected = f"IMAGE with {' '.join(ENDINGS)}"
         with Folder(root, IMAGES, follow_links) as folder:
-            folders, self._paths, self.labels = by_class(
-                folder, folder.files_below, "images", expected, order
-            )
-        self.root, self.ignored = folder.root, folder.ignored
-        ids = hashlib.sha256("\n".join(folders).encode(errors="replace")).hexdigest()
-        self.class_names = list(IMAGENET_NAMES) if ids == SYNSETS_SHA256 else folders
+            expected = f"IMAGE with {' '.join(ENDINGS)}"
+            self._list_classes(folder, folder.files_below, "images", expected, order)
+        ids = hashlib.sha256("\n".join(self.class_names).encode(errors="replace")).hexdigest()
+        if ids == SYNSETS_SHA256:
+            self.class_names = list(IMAGENET_NAMES)
 
 
 class CsvSource(_ImageFiles):
@@ -219,8 +286,7 @@ class CsvSource(_ImageFiles):
 
     def __init__(self, root: str | Path, csv_file: str | Path, follow_links: bool = False):
         folder = Folder(root, IMAGES, follow_links)
-        self.root, self.ignored = folder.root, []
-        self._paths = []
+        self.root, self.ignored, self._paths = folder.root, [], []
         labels: list[str] = []
         places: list[str] = []
         line_of: dict[str, int] = {}  # of the row that names a file first
@@ -258,35 +324,44 @@ class CsvSource(_ImageFiles):
             raise DataError(f"{csv_file}, {error}") from None
 
 
-def by_class(
-    root: Folder,
-    below: Callable[[str], list[str]],
-    what: str,
-    expected: str,
-    order: Sequence[str] | None = None,
-) -> tuple[list[str], list[str], list[int]]:
-    """Class folders in order, then what ``below(folder)`` finds in each, with their labels.
+class ClipFolderSource(Files):
+    """A folder per class, with video files and folders of frames below it at any depth, in sorted order.
+
+    A folder that directly holds images is one clip, its frames in the order of their names. What is taken
+    and which links count is the rule of :mod:`iwin_dit.data.folders`.
 
     Raises:
-        DataError: where nothing is found, or in a class nothing, or a class's name is not UTF-8.
+        DataError: where there are no clips; a class has none; a link may not be followed; images lie in a
+            class folder or beside videos; or names put frame 10 before frame 2.
     """
-    folders = in_order(root.folders(), root.root, order)
-    if odd := [folder for folder in folders if printable(folder) != folder]:
-        raise DataError(
-            f"the class folder {listed(odd)} of {root.root} has a name that is not UTF-8; rename it, since "
-            "the model's classes are named by it"
-        )
-    found = [below(folder) for folder in folders]
-    if not any(found):
-        raise DataError(
-            f"there are no {what} in {listed(folders) or 'any class folder'} of {root.root}; expected "
-            f"{root.root}/CLASS/{expected}"
-        )
-    empty = [folder for folder, files in zip(folders, found, strict=True) if not files]
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(folders)} class folders of {root.root} have no {what}: {listed(empty)}; "
-            "fill or remove them"
-        )
-    labels = [label for label, files in enumerate(found) for _ in files]
-    return folders, [file for files in found for file in files], labels
+
+    def __init__(self, root: str | Path, follow_links: bool = False, order: Sequence[str] | None = None):
+        images = " ".join(sorted(FRAMES.endings))
+        expected = f"CLIP with {' '.join(EXTENSIONS)}, or frames CLASS/CLIP/FRAME with {images}"
+        with Folder(root, CLIPS, follow_links) as folder:
+            self._list_classes(folder, partial(_clips_below, folder), "clips", expected, order)
+
+    def _files(self, i: int) -> list[str]:
+        clip, path = self._paths[i], self.path(i)
+        return [os.path.join(clip, name) for name in frame_names(path)] if os.path.isdir(path) else [clip]
+
+
+def _clips_below(root: Folder, class_folder: str) -> list[str]:
+    """Paths of clips, relative to the root: by folder, then by name."""
+    clips: list[str] = []
+    for folder, group in groupby(root.files_below(class_folder), os.path.dirname):
+        files = list(group)
+        videos = [file for file in files if file.lower().endswith(EXTENSIONS)]
+        if len(videos) == len(files):
+            clips += videos
+            continue
+        path = os.path.join(root.root, folder)
+        if videos or folder == class_folder:
+            where = "beside videos" if videos else "directly in a class folder"
+            raise DataError(
+                f"{printable(path)} has images {where}; expected a folder of its own for a clip's frames, "
+                f"{root.root}/CLASS/CLIP/FRAME"
+            )
+        check_numbers(path, [os.path.basename(file) for file in files])
+        clips.append(folder)
+    return clips

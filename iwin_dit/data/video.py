@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from PIL import GifImagePlugin, Image
 
-from iwin_dit.data.folders import files_in
+from iwin_dit.data.folders import Folder, read_file
 from iwin_dit.data.formats import IMAGES, Wanted
-from iwin_dit.data.images import decode_image
-from iwin_dit.data.packed_sources import read_file
-from iwin_dit.data.video_files import EXTENSIONS, BadClip, VideoFile, check_memory, pyav
+from iwin_dit.data.images import BadImage, decode_image
+from iwin_dit.data.video_files import EXTENSIONS, VideoFile, check_memory, pyav
 from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import printable
@@ -50,7 +49,7 @@ def count_frames(path: str) -> int:
     """How many frames a video file or a folder of images has; a file is read through, but not decoded.
 
     Raises:
-        DataError: where it cannot be read or PyAV is missing; :class:`BadClip` where it is broken.
+        DataError: where it cannot be read or PyAV is missing; :class:`BadImage` where it is broken.
     """
     return len(_open(path))
 
@@ -63,25 +62,24 @@ def read_frames(path: str, indices: Sequence[int]) -> list[Image.Image]:
         indices: which, ascending, counted from 0 in the order in which they are shown.
 
     Raises:
-        DataError: as of :func:`count_frames`; :class:`BadClip` also where a frame is not there, cannot be
+        DataError: as of :func:`count_frames`; :class:`BadImage` also where a frame is not there, cannot be
             decoded or has another size than the first.
     """
     return _pick(_open(path), indices)
 
 
 def choose_clip(
-    path: str, spec: ClipSpec, rng: torch.Generator | None, background: Colour | None = None
+    path: str, spec: ClipSpec, rng: torch.Generator, background: Colour | None = None
 ) -> list[Image.Image]:
-    """A clip from a place drawn from ``rng``, or without one from the middle of the video.
+    """A clip from a place of the video that is drawn from ``rng``.
 
     ``background`` shows through transparent pixels of GIFs and of folders of frames; with None it is black.
 
     Raises:
-        DataError: as of :func:`read_frames`; :class:`BadClip` also where the video is too short.
+        DataError: as of :func:`read_frames`; :class:`BadImage` also where the video is too short.
     """
     video = _open(path)
-    places = _places(video, spec)
-    start = (places - 1) // 2 if rng is None else int(torch.randint(places, (), generator=rng))
+    start = int(torch.randint(_places(video, spec), (), generator=rng))
     return _pick(video, _indices(start, spec), background)
 
 
@@ -90,8 +88,7 @@ def spread_clips(
 ) -> list[list[Image.Image]]:
     """``number`` clips from the first place to the last, evenly spread; one comes from the middle.
 
-    Raises:
-        DataError: as of :func:`choose_clip`.
+    ``background`` and errors are those of :func:`choose_clip`.
     """
     video = _open(path)
     last = _places(video, spec) - 1
@@ -146,12 +143,13 @@ def frame_names(folder: str) -> list[str]:
     """The images that a folder directly holds, in the order of their names; hidden ones are left out.
 
     Raises:
-        DataError: where the folder cannot be read; :class:`BadClip` where it has no images, or names put
+        DataError: where the folder cannot be read; :class:`BadImage` where it has no images, or names put
             frame 10 before frame 2.
     """
-    names = files_in(folder, FRAMES)
+    with Folder(folder, FRAMES, follow_links=True) as listed:  # links were looked at when it was found
+        names = listed.files()
     if not names:
-        raise BadClip(f"{printable(folder)} holds no images; expected the frames of a clip, or remove it")
+        raise BadImage(f"{printable(folder)} holds no images; expected the frames of a clip, or remove it")
     check_numbers(folder, names)
     return names
 
@@ -160,21 +158,18 @@ def check_numbers(folder: str, names: list[str]) -> None:
     """That frames in the order of their names are so in the order of the numbers in them, too.
 
     Raises:
-        BadClip: where names put frame 10 before frame 2.
+        BadImage: where names put frame 10 before frame 2.
     """
-    for name, by_number in zip(names, sorted(names, key=_by_number), strict=True):
+
+    def key(name: str) -> list[str | int]:
+        return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]+)", name))]
+
+    for name, by_number in zip(names, sorted(names, key=key), strict=True):
         if name != by_number:
-            raise BadClip(
+            raise BadImage(
                 f"{printable(os.path.join(folder, name))} comes before {printable(by_number)} in the order "
                 "of names, not of numbers; number frames with leading zeros"
             )
-
-
-def _by_number(name: str) -> list[str | int]:
-    """Sorts frame2 before frame10."""
-    parts: list[str | int] = list(re.split(r"([0-9]+)", name))
-    parts[1::2] = map(int, parts[1::2])
-    return parts
 
 
 class _Folder:
@@ -209,7 +204,7 @@ def _places(video: _Folder | VideoFile, spec: ClipSpec) -> int:
     """The number of places where a clip can start."""
     places = len(video) - spec.span + 1
     if places < 1:
-        raise BadClip(
+        raise BadImage(
             f"{printable(video.path)} has {len(video)} frames, a clip of {spec.frames} frames with stride "
             f"{spec.stride} takes {spec.span}; ask for fewer frames or a smaller stride, or remove it"
         )
@@ -226,14 +221,14 @@ def _pick(
     """Some frames of a video, of one size."""
     beyond = [i for i in indices if not 0 <= i < len(video)]
     if beyond:
-        raise BadClip(f"{printable(video.path)} has {len(video)} frames; frame {beyond[0]} is not there")
+        raise BadImage(f"{printable(video.path)} has {len(video)} frames; frame {beyond[0]} is not there")
     frames = video.read(indices, background) if len(indices) else {}
     for i in indices:
         if i not in frames:
-            raise BadClip(f"{video.name(i)} cannot be decoded; restore or remove the video")
+            raise BadImage(f"{video.name(i)} cannot be decoded; restore or remove the video")
         first, frame = frames[indices[0]], frames[i]
         if frame.size != first.size:
-            raise BadClip(
+            raise BadImage(
                 f"{video.name(i)} is {frame.width} x {frame.height} pixels large, {video.name(indices[0])} "
                 f"{first.width} x {first.height}; frames of a clip have one size, so resize or remove it"
             )

@@ -32,15 +32,11 @@ MATROSKA_SEGMENT = b"\x18\x53\x80\x67"  # holds all but the header; its size fol
 UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
-class BadClip(BadImage):
-    """A clip that is broken, too short, too large, of changing size or not of a format that we open."""
-
-
 class VideoFile:
     """A video file, read through once without decoding to learn when its frames are shown; none stays open.
 
     Raises:
-        DataError: where it cannot be read or PyAV is missing; :class:`BadClip` where it is broken, too large
+        DataError: where it cannot be read or PyAV is missing; :class:`BadImage` where it is broken, too large
             or holds no video.
     """
 
@@ -51,7 +47,7 @@ class VideoFile:
             shown = [(p.pts, p.is_keyframe, p.is_corrupt) for p in container.demux(stream) if _is_shown(p)]
         whole = sum(not is_corrupt for *_, is_corrupt in shown)
         if not shown or whole < len(shown):
-            raise BadClip(f"{printable(path)} is cut off: it has {whole} whole frames; restore or remove it")
+            raise BadImage(f"{printable(path)} is cut off: it has {whole} whole frames; restore or remove it")
         times = [time for time, *_ in shown]
         # Where frames do not have a time each, only their order from the start can be trusted.
         self._is_timed = None not in times and len(set(times)) == len(times)
@@ -69,7 +65,7 @@ class VideoFile:
         """Those of some frames that can be decoded, upright; decoding begins at the key frame before them.
 
         Raises:
-            DataError: where the file cannot be read; :class:`BadClip` where it is broken, or the frames
+            DataError: where the file cannot be read; :class:`BadImage` where it is broken, or the frames
                 take too much memory together.
         """
         check_memory(printable(self.path), len(indices), len(indices) * self._pixels)
@@ -105,10 +101,10 @@ def check_memory(name: str, frames: int, pixels: int) -> None:
         pixels: of all frames, each held in four bytes.
 
     Raises:
-        BadClip: where they do not.
+        BadImage: where they do not.
     """
     if 4 * pixels > limits.IMAGE_BYTES:
-        raise BadClip(
+        raise BadImage(
             f"{name}: {frames} frames of a clip would take {files.in_units(4 * pixels)} of memory or more, "
             f"{files.in_units(limits.IMAGE_BYTES)} are allowed; scale the video down, or ask for fewer frames"
         )
@@ -140,9 +136,9 @@ def _demuxed(path: str) -> Iterator[tuple[Any, Any]]:
         with open(path, "rb") as file:
             head = file.read(4096)
             if not head:
-                raise BadClip(f"{name} is empty, not a video; restore or remove it")
+                raise BadImage(f"{name} is empty, not a video; restore or remove it")
             if _is_cut_off(file, form, head):
-                raise BadClip(f"{name} is cut off after {file.tell()} bytes; restore or remove it")
+                raise BadImage(f"{name} is cut off after {file.tell()} bytes; restore or remove it")
             file.seek(0)
             problem = f"starts with {head[:8]!r} and is no whole {extension} video"
             # FFmpeg gets an open file, and may open none itself.
@@ -160,7 +156,7 @@ def _demuxed(path: str) -> Iterator[tuple[Any, Any]]:
                 problem = "is damaged"
                 yield container, stream
     except av.FFmpegError as error:
-        raise BadClip(f"{name} {problem} ({error.strerror}); restore, convert or remove it") from error
+        raise BadImage(f"{name} {problem} ({error.strerror}); restore, convert or remove it") from error
     except OSError as error:
         raise files.cannot_read(name, error) from error
 
@@ -183,13 +179,15 @@ def _is_cut_off(file: BinaryIO, form: str, head: bytes) -> bool:
 def _video_stream(container: Any, name: str) -> Any:
     stream = container.streams.best("video")
     if stream is None:
-        raise BadClip(f"{name} has {len(container.streams)} streams, but none of video; restore or remove it")
+        raise BadImage(
+            f"{name} has {len(container.streams)} streams, but none of video; restore or remove it"
+        )
     if stream.codec_context is None:
-        raise BadClip(f"{name} has video of a kind that FFmpeg cannot decode here; convert or remove it")
+        raise BadImage(f"{name} has video of a kind that FFmpeg cannot decode here; convert or remove it")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not 0 < width * height <= limits.FRAME_PIXELS:  # FFmpeg says 0 of what it refuses to look into
         found = f"{width} x {height} = {width * height}, more" if width else "no pixels, or more"
-        raise BadClip(
+        raise BadImage(
             f"{name} has frames of {found} than the {limits.FRAME_PIXELS} allowed; shrink or remove it"
         )
     return stream
