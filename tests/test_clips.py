@@ -250,13 +250,13 @@ def test_weights_that_are_not_i3ds_are_refused(i3d_state, tmp_path):
     with pytest.raises(CheckpointError, match="is not there; expected I3D's weights"):
         I3D(path)
     small = {name: tensor[:1] for name, tensor in i3d_state.items()}
-    first = "Conv3d_1a_7x7.conv3d.weight"
+    first = "Conv3d_1a_7x7.bn.bias"
     for content, message in (
-        ({}, rf"{first} is missing, expected \(64, 3, 7, 7, 7\)"),
-        (small, rf"{first} is \(1, 3, 7, 7, 7\), expected \(64, 3, 7, 7, 7\)"),
-        (i3d_state | {"logits.conv3d.bias": torch.zeros(600)}, r"bias is \(600,\), expected \(400,\)"),
-        (i3d_state | {"fc": torch.zeros(2)}, r"fc is \(2,\), expected none"),
-        ({"state": small}, "no state dict"),
+        ({}, rf"does not hold I3D's weights: .* missing {first}"),
+        (small, r"Conv3d_1a_7x7.conv3d.weight \(1, 3, 7, 7, 7\) instead of \(64, 3, 7, 7, 7\)"),
+        (i3d_state | {"logits.conv3d.bias": torch.zeros(600)}, r"bias \(600,\) instead of \(400,\)"),
+        (i3d_state | {"fc": torch.zeros(2)}, "missing none; unexpected fc"),
+        ({"state": small}, "state dict's state is dict, expected a tensor"),
         (Hostile(), "objects that could run code are not read"),
     ):
         torch.save(content, path)
@@ -264,11 +264,11 @@ def test_weights_that_are_not_i3ds_are_refused(i3d_state, tmp_path):
             I3D(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match=r"these are not I3D's weights: .* it is damaged") as caught:
+    with pytest.raises(CheckpointError, match=r"does not hold I3D's weights: .* it is damaged") as caught:
         I3D(path)
     assert "\n" not in str(caught.value)
     torch.jit.script(torch.nn.ReLU()).save(path)
-    with pytest.raises(CheckpointError, match=r"these are not I3D's weights: .* cannot be read as tensors"):
+    with pytest.raises(CheckpointError, match=r"does not hold I3D's weights: .* cannot be read as tensors"):
         I3D(path)
     assert not (tmp_path / "marker").exists()
 

@@ -6,10 +6,10 @@ of its ``layers``. What its features depend on are its ``name``, ``sha256`` and 
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import http.client
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torchvision.transforms.v2.functional import normalize
 
 from iwin_dit.convert import load_official
 from iwin_dit.evaluation.images import Extractor
-from iwin_dit.runtime.errors import CheckpointError, DataError, reason
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import CheckpointError, reason
 
 # of torch-fidelity's file, whose name holds the first eight digits: the network that FID is defined by
 INCEPTION_SHA256_PREFIX = "6726825d"
@@ -54,16 +56,14 @@ class Inception(Extractor):
         super().__init__()
         hint = "--inception-weights FILE"
         path = _download(URL_INCEPTION_V3, INCEPTION_SHA256_PREFIX, "Inception's", hint, weights)
-        # tensors alone: then torch-fidelity, which would unpickle all, may read it too
-        self.sha256, _ = _read(path, "Inception's", URL_INCEPTION_V3)
-        published = self.sha256.startswith(INCEPTION_SHA256_PREFIX)
-        self.name = "inception" if published else f"inception-{self.sha256[:8]}"
-        try:
+        with reading(path, "Inception's", f"from {URL_INCEPTION_V3}"):
+            self.sha256 = files.fingerprint(path)["sha256"]
+            load_official(path)  # tensors alone: then torch-fidelity, which would unpickle all, may read it
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except Exception as error:  # whatever tensors of another network lead to
-            raise _not_weights(path, "Inception's", error) from None
+        published = self.sha256.startswith(INCEPTION_SHA256_PREFIX)
+        self.name = "inception" if published else f"inception-{self.sha256[:8]}"
         self._spatial = torch.empty(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -106,21 +106,21 @@ class DINOv2(Extractor):
     def __init__(self, weights: Path | None = None, build: Callable[[], nn.Module] | None = None):
         super().__init__()
         path = _download(URL_DINOV2, DINOV2_SHA256, "DINOv2's", "--extractor dinov2:FILE", weights)
-        self.sha256, state = _read(path, "DINOv2's", URL_DINOV2)
-        self.name = "dinov2" if self.sha256 == DINOV2_SHA256 else f"dinov2-{self.sha256[:8]}"
         with torch.device("meta"):
             self.network = (build or vit_large)().eval().requires_grad_(False)
-        try:
-            state.pop("mask_token", None)  # of training alone
+        with reading(path, "DINOv2's", f"from {URL_DINOV2}"):
+            self.sha256 = files.fingerprint(path)["sha256"]
+            state = {
+                name: t for name, t in load_official(path).items() if name != "mask_token"
+            }  # of training
             state["pos_embed"] = resize_positions(state["pos_embed"], DINOV2_SIZE // DINOV2_PATCH)
             self.network.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
-        except Exception as error:  # whatever another file leads to
-            raise _not_weights(path, "DINOv2's", error) from None
-        self.normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.name = "dinov2" if self.sha256 == DINOV2_SHA256 else f"dinov2-{self.sha256[:8]}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"pool": self.network(self.normalize(resize(images, (DINOV2_SIZE, DINOV2_SIZE))))}
+        x = resize(images, (DINOV2_SIZE, DINOV2_SIZE)) / 255
+        return {"pool": self.network(normalize(x, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))}
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -164,13 +164,14 @@ class Classifier(Extractor):
         super().__init__()
         self.model: Any = model.eval().requires_grad_(False)  # timm's interface, which no class states
         self.image_size, self.sha256 = (int(image_size[0]), int(image_size[1])), sha256
-        self.normalize = Normalize(mean, std)
+        self.mean, self.std = list(mean), list(std)
         size = " x ".join(map(str, self.image_size))
-        self.preprocessing = f"{size}, {RESIZED}; mean {list(mean)}, deviation {list(std)}"
+        self.preprocessing = f"{size}, {RESIZED}; mean {self.mean}, deviation {self.std}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = self.model.forward_features(self.normalize(resize(images, self.image_size)))
+        x = normalize(resize(images, self.image_size) / 255, self.mean, self.std)
+        x = self.model.forward_features(x)
         pool = self.model.forward_head(x, pre_logits=True)
         return {"pool": pool.float(), "logits": self.model.get_classifier()(pool).float()}
 
@@ -187,35 +188,22 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return x
 
 
-class Normalize(nn.Module):
-    """``(x / 255 - mean) / std`` of each colour, for ``(B, 3, H, W)`` in 0..255."""
+@contextlib.contextmanager
+def reading(path: Path, whose: str, source: str) -> Iterator[None]:
+    """Says of what goes wrong with a file whose weights it should hold.
 
-    mean: Tensor
-    std: Tensor
+    Args:
+        source: where they come from, such as ``from URL``.
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).float().view(-1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x / 255 - self.mean) / self.std
-
-
-def _read(path: Path, whose: str, url: str) -> tuple[str, Any]:
-    """The SHA-256 and the tensors of a file of weights."""
+    Raises:
+        CheckpointError: where the file is not there, or for what goes wrong in the context.
+    """
     if not path.is_file():
-        raise CheckpointError(f"{path} is not there; expected {whose} weights, from {url}")
+        raise CheckpointError(f"{path} is not there; expected {whose} weights, {source}")
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return sha256, load_official(path)
-    except (OSError, DataError) as error:
-        raise _not_weights(path, whose, error) from None
-
-
-def _not_weights(path: Path, whose: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} does not hold {whose} weights: {reason(error)}")
+        yield
+    except Exception as error:  # whatever tensors of another network lead to
+        raise CheckpointError(f"{path} does not hold {whose} weights: {reason(error)}") from None
 
 
 def _download(url: str, sha256: str, whose: str, option: str, given: Path | None) -> Path:

@@ -9,24 +9,23 @@ Legend: B clips, C channels, T frames, H x W pixels.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from iwin_dit.convert import load_official
+from iwin_dit.convert.names import find_tensors, load
+from iwin_dit.evaluation.extractors import reading
 from iwin_dit.evaluation.images import Extractor
-from iwin_dit.runtime.errors import CheckpointError, DataError
+from iwin_dit.runtime import files
+from iwin_dit.runtime.errors import DataError
 
 SIZE = 224  # pixels: 7 x 7 after the five strides
 NUM_CLASSES = 400  # of Kinetics
 MIN_FRAMES = 9  # the last pooling spans 2 of the ceil(T / 8) times that are left
-COUNTS = "num_batches_tracked"
 Triple = tuple[int, int, int]
 # in, and out of: 1x1x1; 1x1x1 and 3x3x3 after it; the same once more; 1x1x1 after pooling
 MIXED = {
@@ -149,16 +148,13 @@ class I3D(Extractor):
 
     def __init__(self, weights: Path):
         super().__init__()
-        if not weights.is_file():
-            raise CheckpointError(f"{weights} is not there; expected I3D's weights, such as rgb_imagenet.pt")
-        try:
-            state = load_official(weights)
-        except DataError as error:
-            raise CheckpointError(f"these are not I3D's weights: {error}") from None
-        self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         self.network = InflatedInception()
-        _check(state, self.network, weights)
-        self.network.load_state_dict(dict(state))
+        own = self.network.state_dict().items()
+        counts = {name: tensor for name, tensor in own if name.endswith("num_batches_tracked")}
+        with reading(weights, "I3D's", "such as rgb_imagenet.pt"):
+            self.sha256 = files.fingerprint(weights)["sha256"]
+            found = find_tensors(load_official(weights))
+            load(self.network, counts | found, lambda name: name)  # old files lack the counts
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -181,20 +177,3 @@ class I3D(Extractor):
         x = functional.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False)
         x = x.unflatten(0, (-1, frames)).movedim(1, 2) / 127.5 - 1  # (B, 3, T, 224, 224)
         return {"logits": self.network(x).mean((2, 3, 4))}
-
-
-def _check(state: Any, network: nn.Module, path: Path) -> None:
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold I3D's weights: it is no state dict, tensors by name")
-    found, expected = _shapes(state), _shapes(network.state_dict())
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{path} does not hold I3D's weights: {name} is {found.get(name, 'missing')}, expected "
-                f"{expected.get(name, 'none')}"
-            )
-
-
-def _shapes(state: Mapping[Any, Tensor]) -> dict[Any, tuple[int, ...]]:
-    """By name; without the counts of batches that batch norms have seen, which old files lack."""
-    return {key: tuple(value.shape) for key, value in state.items() if not str(key).endswith(COUNTS)}
