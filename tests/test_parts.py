@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 
-from iwin_dit.evaluation.drawing import drawer
-from iwin_dit.evaluation.images import SampledImages
+from iwin_dit.evaluation.drawing import SampledImages, drawer
 from iwin_dit.pipelines.parts import draw_in_parts
 
 

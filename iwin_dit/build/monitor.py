@@ -15,9 +15,9 @@ from iwin_dit.config.metrics import chosen_metrics, name_figures
 from iwin_dit.config.schema import Config
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.evaluation.drawing import drawer
+from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
-from iwin_dit.evaluation.images import Reading, SampledImages, label_plan
+from iwin_dit.evaluation.images import Reading
 from iwin_dit.evaluation.metrics import check_counts, compute
 from iwin_dit.evaluation.reference import extract_reference, on_main, open_reference
 from iwin_dit.runtime import scratch

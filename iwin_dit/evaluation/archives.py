@@ -78,6 +78,7 @@ class NpzImages:
                 f"{files.in_units(limits.IMAGE_BYTES)} each; make smaller ones"
             )
         self.description: dict[str, Any] = {"npz": str(path), self.what: len(self)}
+        self.description |= dict(zip(self.axes[:-2], self.shape[1:], strict=False))  # how many frames
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -143,10 +144,6 @@ class NpzClips(NpzImages):
 
     what = "clips"
     axes = ("frames", "height", "width")
-
-    def __init__(self, path: Path, workers: int = 0):
-        super().__init__(path, workers)
-        self.description["frames"] = self.shape[1]
 
 
 def npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

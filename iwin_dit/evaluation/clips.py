@@ -9,9 +9,6 @@ Legend: N clips, T frames, H x W pixels.
 
 from __future__ import annotations
 
-import hashlib
-import os
-from functools import cached_property
 from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -21,14 +18,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from iwin_dit.data.folders import ignored_line, list_files
+from iwin_dit.data.folders import list_files
 from iwin_dit.data.sources import is_packed
 from iwin_dit.data.video import FRAMES, VIDEOS, check_numbers, count_frames, read_frames
 from iwin_dit.evaluation.archives import NpzClips, NpzImages
-from iwin_dit.evaluation.images import AS_THEY_ARE, FolderImages, Images, Reading, SourceImages, in_order
+from iwin_dit.evaluation.images import AS_THEY_ARE, FolderImages, Images, Reading, SourceImages
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
-from iwin_dit.runtime.progress import progress, say
 
 
 class FolderClips:
@@ -71,7 +67,7 @@ class FolderClips:
         return self._images.fingerprint
 
 
-class VideoClips:
+class VideoClips(FolderImages):
     """All video files below a folder, in the order of their paths.
 
     Each file is a clip, from its first frame to its last.
@@ -81,66 +77,38 @@ class VideoClips:
             another size than the first.
     """
 
-    def __init__(self, folder: Path, paths: list[Path], workers: int = 0):
-        self.folder, self.paths, self.workers = folder, paths, workers
+    what = "clips"
+    mend = ""
+    look_files = 1
+
+    def __init__(self, folder: Path, reading: Reading = AS_THEY_ARE):
+        super().__init__(folder, reading._replace(background=None), VIDEOS)
         for one, two in pairwise(sorted(self.paths, key=lambda path: path.with_suffix(""))):
             if one.with_suffix("") == two.with_suffix(""):
                 raise DataError(f"{one} and {two.name} are one clip twice; give a folder with one of each")
-        self.num_frames = count_frames(str(self.paths[0]))
-        self.description: dict[str, Any] = {
-            "folder": str(folder),
-            "clips": len(self.paths),
-            "frames": self.num_frames,
-        }
+        self.num_frames = self.description["frames"] = count_frames(self.name(0))
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def first_size(self) -> tuple[int, int]:
+        return read_frames(self.name(0), [0])[0].size
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Some of them, in order: uint8 ``(stop - start, 3, T, H, W)``."""
-        return torch.stack([self._read(path) for path in self.paths[start:stop]])
-
-    def _check(self, path: Path, size: tuple[int, int]) -> None:
-        if (found := count_frames(str(path))) != self.num_frames:
-            raise DataError(
-                f"{path} has {found} frames, {self.paths[0]} has {self.num_frames}; a metric compares clips "
-                "of one length"
-            )
-        if size != self._size:
-            raise DataError(
-                f"{path} has {size[0]} x {size[1]} pixels, {self.paths[0]} has {self._size[0]} x "
-                f"{self._size[1]}; a metric compares clips of one size"
-            )
-
-    def _read(self, path: Path) -> Tensor:
-        self._check(path, read_frames(str(path), [0])[0].size)
-        frames = read_frames(str(path), range(self.num_frames))
+    def pixels(self, i: int) -> Tensor:
+        """A clip, uint8 ``(3, T, H, W)``."""
+        self._check(i)
+        frames = read_frames(self.name(i), range(self.num_frames))
         return torch.stack([pil_to_tensor(frame) for frame in frames], 1)
 
-    @cached_property
-    def _size(self) -> tuple[int, int]:
-        return read_frames(str(self.paths[0]), [0])[0].size
-
-    def _look(self, path: Path) -> str:
+    def look(self, i: int) -> tuple[bytes, bool]:
         """The hash of a file, after its frames were counted and the first one was read."""
-        self._check(path, read_frames(str(path), [0])[0].size)
-        return files.fingerprint(path)["sha256"]
+        self._check(i)
+        return files.fingerprint(self.paths[i])["sha256"].encode(), False
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of names and contents. All files are read, and their frames counted.
-
-        Raises:
-            DataError: where a clip cannot be read, or has another length or size than the first.
-        """
-        digest = hashlib.sha256()
-        _ = self._size  # before processes are started, which would each read it
-        looks = in_order(self._look, [(path,) for path in self.paths], self.workers)
-        bar = progress(looks, total=len(self), unit="clip", desc=f"look at {self.folder}", delay=3)
-        for path, found in zip(self.paths, bar, strict=True):
-            digest.update(os.fsencode(path.relative_to(self.folder)))
-            digest.update(found.encode())
-        return digest.hexdigest()
+    def _check(self, i: int) -> None:
+        if (found := count_frames(self.name(i))) != self.num_frames:
+            raise DataError(
+                f"{self.name(i)} has {found} frames, {self.name(0)} has {self.num_frames}; a metric compares "
+                "clips of one length"
+            )
+        self._check_size(i, read_frames(self.name(i), [0])[0].size)
 
 
 def open_set(location: str, of_clips: bool, reading: Reading = AS_THEY_ARE) -> Images:
@@ -158,11 +126,8 @@ def open_set(location: str, of_clips: bool, reading: Reading = AS_THEY_ARE) -> I
         raise DataError(f"{location} is neither a folder of {what}, nor an .npz file")
     if not of_clips:
         return FolderImages(path, reading)
-    listing = list_files(path, VIDEOS, reading.follow_links)
-    if not listing.files:
+    if not list_files(path, VIDEOS, reading.follow_links).files:
         return FolderClips(path, reading)
-    if line := ignored_line(location, "videos", listing.ignored):
-        say(line)
     if reading.size is not None:
         raise DataError(f"--size crops images of folders, {location} holds videos; leave it out")
-    return VideoClips(path, sorted(path / name for name in listing.files), reading.workers)
+    return VideoClips(path, reading)

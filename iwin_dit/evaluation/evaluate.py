@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from iwin_dit.evaluation.export import Export
-from iwin_dit.evaluation.images import Extractor, Images, read_batches
+from iwin_dit.evaluation.images import Extractor, Images, in_order
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
@@ -63,7 +63,9 @@ def extract_features(
                 continue
             firsts = range(start, stop, batch_size)
             ranges[number] = [(first, min(first + batch_size, stop)) for first in firsts]
-        batches = read_batches(images, [batch for chunk in ranges.values() for batch in chunk])
+        batches = in_order(
+            images.read, [batch for chunk in ranges.values() for batch in chunk], images.workers
+        )
         for number, chunk in ranges.items():
             parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
             kept: list[torch.Tensor] = []

@@ -21,7 +21,7 @@ from iwin_dit.commands import measure
 from iwin_dit.evaluation import export, images
 from iwin_dit.evaluation.archives import NpzImages
 from iwin_dit.evaluation.clips import open_set
-from iwin_dit.evaluation.images import FolderImages, Reading, read_batches
+from iwin_dit.evaluation.images import FolderImages, Reading, in_order
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.evaluation.statistics import read_statistics
 from iwin_dit.runtime import files, limits
@@ -212,15 +212,15 @@ def test_a_read_that_hangs_and_a_worker_that_dies_end_the_evaluation(sets, monke
     stored = FolderImages(sets / "real", Reading(workers=2))
     expected = FolderImages(sets / "real").read(0, COUNT)
     ranges = [(start, start + 2) for start in range(0, COUNT, 2)]
-    assert torch.equal(torch.cat(list(read_batches(stored, ranges))), expected)
-    read = images._read
+    assert torch.equal(torch.cat(list(in_order(stored.read, ranges, stored.workers))), expected)
+    read = images.read_file
 
     def hanging(path):
-        if path.name == "05.png":
+        if path.endswith("05.png"):
             do()
         return read(path)
 
-    monkeypatch.setattr(images, "_read", hanging)
+    monkeypatch.setattr(images, "read_file", hanging)
     for act, seconds, message in (
         (lambda: time.sleep(30), 1, "timed out after 1 seconds; the disk hangs"),
         (lambda: os._exit(1), 60, "lower --workers"),
@@ -228,7 +228,7 @@ def test_a_read_that_hangs_and_a_worker_that_dies_end_the_evaluation(sets, monke
         do = act
         monkeypatch.setattr(images, "READ_SECONDS", seconds)
         with pytest.raises(WorkerError, match=message):
-            list(read_batches(stored, ranges))
+            list(in_order(stored.read, ranges, stored.workers))
 
 
 def read_bytes():
