@@ -18,8 +18,8 @@ from PIL import Image
 
 from iwin_dit.data import digits, inspection
 from iwin_dit.data.extraction import Settings, extract
+from iwin_dit.data.inspection import verify_content
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.data.provenance import verify_content
 from iwin_dit.data.sources import open_source
 from iwin_dit.runtime.errors import ConfigError, DataError, WorkerError
 from iwin_dit.runtime.lock import hold

@@ -116,8 +116,8 @@ def verify_images(arguments: argparse.Namespace) -> str:
     Raises:
         DataError: where they are others.
     """
+    from iwin_dit.data.inspection import verify_content
     from iwin_dit.data.latent_index import read_index
-    from iwin_dit.data.provenance import verify_content
     from iwin_dit.data.sources import open_images
 
     index = read_index(arguments.verify)

@@ -10,8 +10,9 @@ their contents, for ``--verify``.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +22,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iwin_dit.data.codec import (
-    encode_posterior,
-    is_of_videos,
-    latent_frames,
-    spatial_factor,
-    usable_dtype,
-)
-from iwin_dit.data.entries import ENTRIES, check_is_ours, entry_path, read_entry, read_record, settings_path
+from iwin_dit.data.codec import encode_posterior, is_of_videos, latent_frames, spatial_factor, usable_dtype
+from iwin_dit.data.examples import whole
 from iwin_dit.data.images import BadImage
-from iwin_dit.data.latents import Shard, write_index, write_shard
-from iwin_dit.data.pixels import Pixels, Reader
-from iwin_dit.data.provenance import content_sha256, source_of, stamps
+from iwin_dit.data.latents import SHARD_NAME, Shard, content_sha256, write_index, write_shard
+from iwin_dit.data.pixels import Reader
+from iwin_dit.data.sources import identity_of
 from iwin_dit.data.video import ClipSpec
-from iwin_dit.runtime import files, scratch
+from iwin_dit.runtime import files, limits, scratch
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.errors import DataError, DiskError, listed
@@ -44,6 +39,7 @@ from iwin_dit.runtime.seeds import generator
 from iwin_dit.runtime.workers import worker_errors
 
 LOCAL_VAE = "vae"  # a VAE from a local folder or file is taken along, beside the latents
+ENTRIES = ".entries"  # what an extraction keeps beside its shards: its settings, and an entry for each shard
 
 
 @dataclass(frozen=True)
@@ -91,26 +87,23 @@ class Batch(NamedTuple):
 
 
 class Examples(Dataset):
-    """What the reader gives; a bad image is its error's text. Runs in worker processes."""
+    """``examples.__getitems__(indices) -> Batch``; runs in worker processes."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
 
-    def __getitem__(self, i: int) -> Pixels | str:
-        try:
-            return self.reader.read(i, generator(0, "crop", i))
-        except BadImage as error:
-            return str(error)
-
-
-def collate(items: list[Pixels | str]) -> Batch:
-    """Joins images of one size to a batch, which may be empty."""
-    good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([item.pixels for item in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels = torch.tensor([item.label for item in good], dtype=torch.int64)
-    bad = [item for item in items if isinstance(item, str)]
-    hashes = ["" if isinstance(item, str) else item.sha256 for item in items]
-    return Batch(images, labels, bad, sum(item.is_transparent for item in good), hashes)
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        good, bad, hashes = [], [], []
+        for i in indices:
+            try:
+                good.append(self.reader.read(i, generator(0, "crop", i)))
+                hashes.append(good[-1].sha256)
+            except BadImage as error:
+                bad.append(str(error))
+                hashes.append("")
+        images = torch.stack([x.pixels for x in good]) if good else torch.empty(0, dtype=torch.uint8)
+        labels = torch.tensor([x.label for x in good], dtype=torch.int64)
+        return Batch(images, labels, bad, sum(x.is_transparent for x in good), hashes)
 
 
 def extract(
@@ -154,140 +147,234 @@ def extract(
         latent_frames(vae, settings.clip.frames)  # there are such clips
         description = description | {"frames": settings.clip.frames, "frame_stride": settings.clip.stride}
     description = description | {"image_size": list(settings.size), "class_names": source.class_names}
+    work = Work(out, source, settings)
     with contextlib.ExitStack() as held:
         if process == 0:
-            check_is_ours(out)
+            work.check_is_ours()
             (out / ENTRIES).mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(out / ENTRIES))
-            images = len(source) * (settings.clips_per_video or 1)
-            _begin(out, settings, {**description, "images": images})
+            work.begin({**description, "images": len(source) * (settings.clips_per_video or 1)})
         wait()
-        settings = replace(settings, background=read_record(settings_path(out)).get("background"))
-        ground, clips = background(settings.background), settings.clips_per_video or 1
-        reader = Reader(source, settings.size, settings.crop, settings.clip, clips, ground, hashed=True)
-        numbers = range(-(-len(reader) // settings.shard_images))
+        work.go_on()
         if process == 0:
-            _check_images(out, reader, settings, numbers)
+            work.check_images()
             if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
                 _take_along(vae, out)
         wait()
-        _make_ready(vae, settings.precision)
+        if not is_of_videos(vae):
+            vae.to(memory_format=torch.channels_last)
+        if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, settings.precision))):
+            vae.to(dtype=dtype)
         workers = min(4, cores()) if num_workers is None else num_workers
-        mine = numbers[process::num_processes]
         with worker_errors("lower --workers", ", or raise --worker-timeout"):
-            _make_shards(out, reader, vae, settings, mine, workers, max_bad_images, process == 0, timeout)
+            work.make_shards(vae, work.numbers[process::num_processes], workers, max_bad_images, timeout)
         wait()
-        bad = _bad_so_far(out, numbers)
-        _check_bad(bad, max_bad_images, settings)
+        bad = work.bad(work.numbers)
+        work.check_bad(bad, max_bad_images)
         if process == 0:
-            entries = [entry for number in numbers if (entry := read_entry(out, number))]
-            if len(entries) < len(numbers):
-                raise DataError(f"shards of {out} went away meanwhile; run the same command again")
-            _say_transparent(entries, settings)
-            if settings.background is not None:
-                description["background"] = settings.background
-            description["source"] = source_of(source, settings.shard_images)
-            if source.ignored:  # no setting: what lies beside the images may change
-                description["ignored"] = f"{len(source.ignored):,}: {listed(source.ignored, 5)}"
-            write_index(out, [entry for entry in entries if entry["count"]], description)
+            work.finish(description)
         wait()
     return bad
 
 
-def _make_ready(vae: Any, precision: str) -> None:
-    """Gives the VAE the layout and the precision that it computes in."""
-    if not is_of_videos(vae):
-        vae.to(memory_format=torch.channels_last)
-    if vae.dtype != (dtype := usable_dtype(vae, getattr(torch, precision))):
-        vae.to(dtype=dtype)
+class Work:
+    """What an extraction has made so far, and makes, in its folder."""
 
+    def __init__(self, out: Path, source: Any, settings: Settings):
+        self.out, self.source, self.settings = out, source, settings
+        self.what = "images" if settings.clip is None else "clips"
+        self.settings_path = out / ENTRIES / "settings.json"
 
-def _make_shards(
-    out: Path,
-    reader: Reader,
-    vae: Any,
-    settings: Settings,
-    mine: range,
-    workers: int,
-    max_bad_images: int,
-    main: bool,
-    timeout: float,
-) -> None:
-    """Those of this process that are missing, with their entries."""
-    missing = [number for number in mine if read_entry(out, number) is None]
-    found = {number: _stamps(reader, settings, number) for number in missing}  # before they are read
-    for made in _encode_shards(reader, vae, settings, missing, workers, main, timeout):
-        _check_bad([*made.bad, *_bad_so_far(out, mine)], max_bad_images, settings)
-        entry: dict[str, Any] = {"count": 0}
-        if made.shard is not None:
-            entry = write_shard(out, made.number, made.shard, settings.background is not None)
-        entry |= {"bad": made.bad, "transparent": made.transparent, **found[made.number]}
-        entry["content_sha256"] = made.content_sha256
-        files.replace(entry_path(out, made.number), files.to_json(entry))
+    def check_is_ours(self) -> None:
+        """Published latents, or those of the quickstart, have shards of the same names: they are kept.
 
-
-def _say_transparent(entries: list[dict[str, Any]], settings: Settings) -> None:
-    count = sum(entry.get("transparent", 0) for entry in entries)
-    if count:
-        say(
-            f"{count:,} {_what(settings)} have transparent pixels, through which {settings.background} "
-            "shows; another --background takes another folder"
-        )
-
-
-def _begin(out: Path, settings: Settings, description: dict[str, Any]) -> None:
-    """Writes down what is being made, or compares it with what was begun here before."""
-    path = settings_path(out)
-    before = read_record(path) if path.exists() else None
-    if before is not None and "background" not in before and settings.background is not None:
-        settings = replace(settings, background=None)
-        say(f"{out} was begun by an earlier version: transparent pixels keep their hidden colours, as there")
-    begun = json.loads(files.to_json({**asdict(settings), **description}))
-    if before is None:
-        files.replace(path, files.to_json(begun))
-        return
-    changed = [
-        f"{key}: {before.get(key)!r} -> {begun[key]!r}" for key in begun if before.get(key) != begun[key]
-    ]
-    if changed:
-        raise DataError(
-            f"{out} was begun with other settings ({changed[0][:200]}); restore them, or take another folder"
-        )
-
-
-def _check_images(out: Path, reader: Reader, settings: Settings, numbers: range) -> None:
-    """That finished shards are of the images as they are now. One that lacks bad images is made again."""
-    touched = 0
-    for number in numbers:
-        entry = read_entry(out, number) or {}
-        if "images_sha256" not in entry:  # not finished, or made by an older version, which did not ask
-            continue
-        now = _stamps(reader, settings, number)
-        if entry["images_sha256"] == now["images_sha256"]:
-            touched += entry.get("times_sha256", now["times_sha256"]) != now["times_sha256"]
-            continue
-        if not entry["bad"]:
+        Raises:
+            DataError: where the folder holds latents that were not begun there.
+        """
+        if self.settings_path.exists() or not self.out.is_dir():
+            return
+        names = [path.name for path in self.out.iterdir()]
+        if found := [name for name in names if name == "index.json" or SHARD_NAME.fullmatch(name)]:
             raise DataError(
-                f"{out / entry['file']} was made of other {_what(settings)} than are there now, by name, "
-                "size or label; restore them, or extract into a new folder"
+                f"{self.out} holds latents that were not begun here ({min(found)}); take another folder"
             )
-        entry_path(out, number).unlink()
-    if touched:
-        say(
-            f"the {_what(settings)} of {touched} finished shards were written or copied since; names, labels "
-            f"and sizes are the same; --verify {out} with --images compares their contents"
+
+    def begin(self, description: dict[str, Any]) -> None:
+        """Writes down what is being made, or compares it with what was begun here before."""
+        before, settings = None, self.settings
+        if self.settings_path.exists():
+            before = _read_record(self.settings_path)
+            if "background" not in before and settings.background is not None:
+                settings = replace(settings, background=None)
+                say(
+                    f"{self.out} was begun by an earlier version: transparent pixels keep their hidden "
+                    "colours, as there"
+                )
+        begun = json.loads(files.to_json({**asdict(settings), **description}))
+        if before is None:
+            files.replace(self.settings_path, files.to_json(begun))
+        elif changed := [
+            f"{key}: {before.get(key)!r} -> {begun[key]!r}" for key in begun if before.get(key) != begun[key]
+        ]:
+            raise DataError(
+                f"{self.out} was begun with other settings ({changed[0][:200]}); restore them, or take "
+                "another folder"
+            )
+
+    def go_on(self) -> None:
+        """Takes the background of what was begun, which decides what is read."""
+        ground = _read_record(self.settings_path).get("background")
+        self.settings = settings = replace(self.settings, background=ground)
+        clips = settings.clips_per_video or 1
+        self.reader = Reader(
+            self.source, settings.size, settings.crop, settings.clip, clips, background(ground), hashed=True
         )
+        self.numbers = range(-(-len(self.reader) // settings.shard_images))
+
+    def indices(self, number: int) -> range:
+        """The images of a shard."""
+        start = number * self.settings.shard_images
+        return range(start, min(len(self.reader), start + self.settings.shard_images))
+
+    def stamps(self, number: int) -> dict[str, str]:
+        """Of the images of a shard, without reading them: a hash of names, labels and sizes, one of times."""
+        shard, clips = self.indices(number), self.reader.clips_per_video
+        found = [self.source.stamp(i) for i in range(shard[0] // clips, shard[-1] // clips + 1)]
+        names = "\0".join(fingerprint for fingerprint, _ in found)
+        times = "\0".join(str(modified) for _, modified in found)
+        return {
+            "images_sha256": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
+            "times_sha256": hashlib.sha256(times.encode()).hexdigest(),
+        }
+
+    def entry_path(self, number: int) -> Path:
+        return self.out / ENTRIES / f"shard{number:03d}.json"
+
+    def entry(self, number: int) -> dict[str, Any] | None:
+        """Of a finished shard whose file is still there.
+
+        Raises:
+            DataError: where it is damaged.
+        """
+        path = self.entry_path(number)
+        if not path.exists():
+            return None
+        entry = _read_record(path)
+        count, file, bad = entry.get("count"), entry.get("file", ""), entry.get("bad")
+        if type(count) is not int or not isinstance(file, str) or not isinstance(bad, list):
+            raise DataError(f"{path} is not the entry of a shard; remove it, and the shard is made again")
+        path = self.out / file
+        is_whole = not count or (path.is_file() and path.stat().st_size == entry.get("bytes"))
+        return entry if is_whole else None
+
+    def check_images(self) -> None:
+        """That finished shards are of the images as they are now. One that lacks bad images is made again."""
+        touched = 0
+        for number in self.numbers:
+            entry = self.entry(number) or {}
+            if "images_sha256" not in entry:  # not finished, or made by an older version, which did not ask
+                continue
+            now = self.stamps(number)
+            if entry["images_sha256"] == now["images_sha256"]:
+                touched += entry.get("times_sha256", now["times_sha256"]) != now["times_sha256"]
+            elif entry["bad"]:
+                self.entry_path(number).unlink()
+            else:
+                raise DataError(
+                    f"{self.out / entry['file']} was made of other {self.what} than are there now, by name, "
+                    "size or label; restore them, or extract into a new folder"
+                )
+        if touched:
+            say(
+                f"the {self.what} of {touched} finished shards were written or copied since; names, labels "
+                f"and sizes are the same; --verify {self.out} with --images compares their contents"
+            )
+
+    def make_shards(self, vae: Any, mine: range, workers: int, max_bad_images: int, timeout: float) -> None:
+        """Those of this process that are missing, with their entries, from one stream of batches."""
+        missing = [number for number in mine if self.entry(number) is None]
+        stamps = {number: self.stamps(number) for number in missing}  # before they are read
+        size, device = self.settings.batch_images, next(vae.parameters()).device
+        batches = {}  # none crosses shards
+        for number in missing:
+            indices = list(self.indices(number))
+            batches[number] = [indices[start : start + size] for start in range(0, len(indices), size)]
+        loader = DataLoader(
+            Examples(self.reader),
+            batch_sampler=[indices for shard in batches.values() for indices in shard],
+            num_workers=workers,
+            collate_fn=whole,
+            pin_memory=device.type == "cuda",
+            timeout=timeout if workers else 0,
+        )
+        stream, total = iter(loader), sum(len(self.indices(number)) for number in missing)
+        with progress(total=total, unit=self.what[:-1], desc="extract", disable=mine.start != 0) as bar:
+            for number, shard in batches.items():
+                parts: list[Shard] = []
+                entry: dict[str, Any] = {"bad": [], "transparent": 0, **stamps[number]}
+                hashes: list[str] = []
+                for indices, batch in zip(shard, stream, strict=False):
+                    if len(batch.labels):
+                        parts.append(self._encode(vae, batch, device))
+                    entry["bad"] += batch.bad
+                    entry["transparent"] += batch.transparent
+                    hashes += batch.hashes
+                    bar.update(len(indices))
+                self.check_bad([*entry["bad"], *self.bad(mine)], max_bad_images)
+                entry["content_sha256"] = content_sha256(hashes)
+                written: dict[str, Any] = {"count": 0}
+                if parts:
+                    columns = zip(*parts, strict=True)  # the last ones, of deviations, may be None
+                    joined = [torch.cat(column) for column in columns if column[0] is not None]
+                    with_checksums = self.settings.background is not None
+                    written = write_shard(self.out, number, Shard(*joined), with_checksums)
+                files.replace(self.entry_path(number), files.to_json(written | entry))
+
+    def _encode(self, vae: Any, batch: Batch, device: torch.device) -> Shard:
+        images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
+        dtype, posterior = getattr(torch, self.settings.store), self.settings.posterior
+        pairs = encode_posterior(vae, images), encode_posterior(vae, images.flip(-1))
+        latents, flipped, *stds = [pair[k].to("cpu", dtype) for k in range(1 + posterior) for pair in pairs]
+        return Shard(latents, flipped, batch.labels, *stds)
+
+    def bad(self, numbers: Iterable[int]) -> list[str]:
+        """What was wrong with the images that these shards lack."""
+        return [bad for number in numbers if (entry := self.entry(number)) for bad in entry["bad"]]
+
+    def check_bad(self, bad: list[str], most: int) -> None:
+        """Raises DataError where more images are bad than may be."""
+        if len(bad) > most:
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise DataError(
+                f"{len(bad)} bad {self.what}, allowed are {most}: {'; '.join(bad[:5])}{more}; "
+                "mend them or raise --max-bad-images; after a removal, extract into a new folder"
+            )
+
+    def finish(self, description: dict[str, Any]) -> None:
+        """Merges the entries into the index."""
+        entries = [entry for number in self.numbers if (entry := self.entry(number))]
+        if len(entries) < len(self.numbers):
+            raise DataError(f"shards of {self.out} went away meanwhile; run the same command again")
+        if count := sum(entry.get("transparent", 0) for entry in entries):
+            say(
+                f"{count:,} {self.what} have transparent pixels, through which {self.settings.background} "
+                "shows; another --background takes another folder"
+            )
+        if self.settings.background is not None:
+            description["background"] = self.settings.background
+        # the identity by which training knows these images too, and how they were divided
+        identity = {key: value for key, value in identity_of(self.source).items() if key != "classes"}
+        description["source"] = {**identity, "shard_images": self.settings.shard_images}
+        if ignored := self.source.ignored:  # no setting: what lies beside the images may change
+            description["ignored"] = f"{len(ignored):,}: {listed(ignored, 5)}"
+        write_index(self.out, [entry for entry in entries if entry["count"]], description)
 
 
-def _stamps(reader: Reader, settings: Settings, number: int) -> dict[str, str]:
-    shard = _indices(reader, settings, number)
-    first, last = shard[0] // reader.clips_per_video, shard[-1] // reader.clips_per_video
-    return stamps(reader.source, range(first, last + 1))
-
-
-def _indices(reader: Reader, settings: Settings, number: int) -> range:
-    start = number * settings.shard_images
-    return range(start, min(len(reader), start + settings.shard_images))
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return files.read_object(path, limits.INDEX_BYTES)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); remove it, or extract into another folder") from None
 
 
 def _take_along(vae: Any, out: Path) -> None:
@@ -299,81 +386,3 @@ def _take_along(vae: Any, out: Path) -> None:
             f"{out / LOCAL_VAE} cannot be saved ({error}); make room on this disk and run the same command "
             "again"
         ) from error
-
-
-class Made(NamedTuple):
-    """A shard, None without an image; its bad images, how many were transparent, and a hash of all files."""
-
-    number: int
-    shard: Shard | None
-    bad: list[str]
-    transparent: int
-    content_sha256: str | None
-
-
-def _encode_shards(
-    reader: Reader,
-    vae: Any,
-    settings: Settings,
-    numbers: list[int],
-    num_workers: int,
-    main: bool,
-    timeout: float,
-) -> Iterator[Made]:
-    """They come from one stream of batches that never cross shards."""
-    device, dtype = next(vae.parameters()).device, getattr(torch, settings.store)
-    batches = []
-    for number in numbers:
-        indices, size = list(_indices(reader, settings, number)), settings.batch_images
-        batches += [(number, indices[start : start + size]) for start in range(0, len(indices), size)]
-    loader = DataLoader(
-        Examples(reader),
-        batch_sampler=[indices for _, indices in batches],
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        timeout=timeout if num_workers else 0,
-    )
-    parts: list[Shard] = []
-    bad: list[str] = []
-    hashes: list[str] = []
-    transparent = 0
-    unit = "image" if settings.clip is None else "clip"
-    total = sum(len(indices) for _, indices in batches)
-    with progress(total=total, unit=unit, desc="extract", disable=not main) as bar:
-        for position, batch in enumerate(loader):
-            if len(batch.labels):
-                images = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
-                mean, std = encode_posterior(vae, images)
-                mean_flip, std_flip = encode_posterior(vae, images.flip(-1))
-                latents, flipped = mean.to("cpu", dtype), mean_flip.to("cpu", dtype)
-                stds = [t.to("cpu", dtype) for t in (std, std_flip) if settings.posterior]
-                parts.append(Shard(latents, flipped, batch.labels, *stds))
-            bad += batch.bad
-            hashes += batch.hashes
-            transparent += batch.transparent
-            bar.update(len(batches[position][1]))
-            number = batches[position][0]
-            if position + 1 == len(batches) or batches[position + 1][0] != number:
-                columns = zip(*parts, strict=True)  # the last ones, of deviations, may be None
-                joined = [torch.cat(column) for column in columns if column[0] is not None]
-                shard = Shard(*joined) if parts else None
-                yield Made(number, shard, bad, transparent, content_sha256(hashes))
-                parts, bad, hashes, transparent = [], [], [], 0
-
-
-def _bad_so_far(out: Path, numbers: Any) -> list[str]:
-    return [bad for number in numbers if (entry := read_entry(out, number)) for bad in entry["bad"]]
-
-
-def _check_bad(bad: list[str], most: int, settings: Settings) -> None:
-    if len(bad) > most:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(
-            f"{len(bad)} bad {_what(settings)}, allowed are {most}: {'; '.join(bad[:5])}{more}; "
-            "mend them or raise --max-bad-images; after a removal, extract into a new folder"
-        )
-
-
-def _what(settings: Settings) -> str:
-    return "images" if settings.clip is None else "clips"

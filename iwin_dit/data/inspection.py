@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
 from iwin_dit.data.codec import decode, load_vae
-from iwin_dit.data.latents import LatentDataset
+from iwin_dit.data.latents import LatentDataset, content_sha256
+from iwin_dit.data.sources import identity_of
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.progress import progress
@@ -69,6 +72,48 @@ def _check_statistics(dataset: LatentDataset, moments: list[tuple[int, Tensor, T
                 f"{dataset.directory / 'index.json'}: {key} of channel {off[0]} is {told[off[0]]:.6g}, that "
                 f"of the latents {found[off[0]]:.6g}; restore the index, or run the extraction again"
             )
+
+
+def verify_content(folder: Path, source: Any, location: str) -> int:
+    """Reads every image of the source again and compares it with what the latents were made of.
+
+    Args:
+        location: what to call the source in an error.
+
+    Returns:
+        How many shards were compared by content; others, of clips or with broken images, by name, label and
+        size alone.
+
+    Raises:
+        DataError: naming the shards that were made of other images.
+    """
+    index = LatentDataset(folder).index
+    made_of = index.get("source") or {}
+    size = made_of.get("shard_images")
+    if type(size) is not int or size < 1:
+        raise DataError(f"{folder} was extracted by an earlier version, which did not write down of what")
+    now = identity_of(source)
+    for key, what in (("images", "images"), ("files_sha256", "images, by name, label or size")):
+        if now[key] != made_of.get(key):
+            raise DataError(
+                f"{location} holds other {what} than {folder} was made of; restore them, or extract"
+            )
+    other, compared = [], 0
+    for shard in progress(index["shards"], unit="shard", desc="contents"):
+        if shard.get("content_sha256") is None:
+            continue
+        start = int(shard["file"].rpartition("shard")[2].partition(".")[0]) * size
+        chosen = range(start, min(start + size, len(source)))
+        found = content_sha256(hashlib.sha256(source.read(i)[0]).hexdigest() for i in chosen)
+        compared += 1
+        if found != shard["content_sha256"]:
+            other.append(shard["file"])
+    if other:
+        raise DataError(
+            f"{len(other)} shards of {folder} were made of images whose content has changed: "
+            f"{', '.join(other[:10])}; remove these files and run the extraction again"
+        )
+    return compared
 
 
 def _what(dataset: LatentDataset) -> str:

@@ -77,6 +77,12 @@ def write_shard(directory: Path, number: int, shard: Shard, with_checksums: bool
     }
 
 
+def content_sha256(hashes: Iterable[str]) -> str | None:
+    """Of a shard, from those of its images' files; None where one is not known, as of a broken image."""
+    hashes = list(hashes)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if all(hashes) else None
+
+
 def write_index(directory: Path, shards: Sequence[dict[str, Any]], description: dict[str, Any]) -> None:
     """Merges the entries of the shards into ``index.json``, which makes the set visible.
 
