@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,9 +157,6 @@ class Recorder:
         self.ours = {str(path): str(path.relative_to(root)) for path in (root / folder).glob("*.py")}
         self.result, self.parts, self.tests, self.name = result, defaultdict(set), {}, ""
 
-    def pytest_sessionstart(self) -> None:
-        sys.settrace(self._call)
-
     def _call(self, frame: Any, event: str, argument: object) -> Any:
         return self._line if frame.f_code.co_filename in self.ours else None
 
@@ -169,6 +167,8 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         self.name, failed, begun = item.nodeid, item.session.testsfailed, sum(os.times()[:4])
+        threading.settrace(self._call)
+        sys.settrace(self._call)  # again for each test: some code takes it away
         result = yield
         if item.session.testsfailed == failed:
             parts = (item.nodeid, *item.fixturenames)

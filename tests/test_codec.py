@@ -107,6 +107,13 @@ def test_latents_are_float32_whatever_the_autoencoder_is():
     assert codec.decode(vae, exact).dtype == torch.bfloat16
 
 
+def test_an_autoencoder_of_images_decodes_clips_frame_by_frame():
+    vae, latents = make_vae(), torch.randn(2, 4, 3, 4, 4)
+    clips = codec.decode(vae, latents)
+    frames = [codec.decode(vae, latents[:, :, i]) for i in range(3)]
+    torch.testing.assert_close(clips, torch.stack(frames, 2))
+
+
 def test_fingerprints_are_of_names_and_weights():
     one, same, other = make_vae(), make_vae(), make_vae()
     assert codec.weights_sha256(one) == codec.weights_sha256(same.double()), "whatever their precision"

@@ -122,6 +122,9 @@ def test_links_out_of_the_folder_are_followed_where_that_is_allowed(tmp_path):
     with pytest.raises(DataError, match=r"line 3: .*file\.png is a link .*--follow-links"):
         open_source(str(root), str(labels))
     assert len(open_source(str(root), str(labels), follow_links=True)) == 3
+    labels.write_text("file,label\na/1.png,0\nb/2.png,1\n")
+    with pytest.raises(DataError, match=r"line 3: .*b is a link to .*outside.*--follow-links"):
+        open_source(str(root), str(labels))
     (root / "b" / "deep" / "back").symlink_to(root / "b")
     with pytest.raises(DataError, match=r"leads back to .* a loop"):
         open_source(str(root), follow_links=True)

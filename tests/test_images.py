@@ -32,6 +32,7 @@ from iwin_dit.data.sources import (
     WebDatasetSource,
     open_source,
 )
+from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -311,6 +312,13 @@ def test_the_next_draw_does_not_depend_on_the_shape():
 def test_a_line_of_pixels_does_not_grow_without_bound():
     with pytest.raises(BadImage, match="1 x 60000 pixels would have to grow to 256 x 15360000"):
         center_crop(Image.new("RGB", (1, 60_000)), 256, 256)
+
+
+def test_an_image_grows_to_four_times_what_is_cropped(monkeypatch):
+    monkeypatch.setattr(limits, "SCALED_PIXELS", 1)
+    assert center_crop(Image.new("RGB", (2, 8)), 16, 16).shape == (3, 16, 16)
+    with pytest.raises(BadImage, match="2 x 9 pixels would have to grow to 16 x 72"):
+        center_crop(Image.new("RGB", (2, 9)), 16, 16)
 
 
 # Folders
