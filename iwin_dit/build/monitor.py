@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from iwin_dit.build.evaluation import build_extractor, check_fit
+from iwin_dit.build.evaluation import build_extractor
 from iwin_dit.build.pipeline import pipeline_of, sampling_options
 from iwin_dit.config.metrics import chosen_metrics, name_figures
 from iwin_dit.config.schema import Config
@@ -18,8 +18,8 @@ from iwin_dit.data.examples import Data
 from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
 from iwin_dit.evaluation.images import Reading
-from iwin_dit.evaluation.metrics import check_counts, compute
-from iwin_dit.evaluation.reference import extract_reference, on_main, open_reference
+from iwin_dit.evaluation.metrics import compute
+from iwin_dit.evaluation.reference import on_main, open_reference
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.processes import together
@@ -50,11 +50,8 @@ class Monitor:
         self.reference = on_main(
             accelerator, lambda: open_reference(options.reference, self.metrics, options.extractor, reading)
         )
-        if self.reference is None:
-            check_counts(self.metrics, options.num_images, None)
-        else:
-            self.reference.check_counts(self.metrics, options.num_images)
-            extract_reference(self.reference, self.extractor, options.batch_images, accelerator)
+        self.reference.check_counts(self.metrics, options.num_images)
+        self.reference.extract(self.extractor, options.batch_images, accelerator)
         self.labels = label_plan("equal", options.num_images, config.model.num_classes, options.seed)
         self.folder = Path(config.output_dir) / ".evaluation"
 
@@ -69,8 +66,7 @@ class Monitor:
         own = self.folder / features_key(generated, extractor)
         stopped = torch.zeros((), device=accelerator.device)
         try:
-            if self.reference is not None:
-                check_fit(generated, self.reference, self.metrics, extractor, accelerator.device)
+            self.reference.check_fit(generated, self.metrics, extractor, accelerator.device)
             extract_features(generated, extractor, own, options.batch_images, accelerator, "evaluate")
         except Stopped:
             stopped += 1
@@ -79,8 +75,8 @@ class Monitor:
             return None
 
         def measure() -> dict[str, float]:
-            other = None if self.reference is None else self.reference.read(self.metrics, extractor)
             features = read_features(own, len(generated), self.metrics)
+            other = self.reference.read(self.metrics, extractor)
             figures = compute(self.metrics, features, other, accelerator.device)
             scratch.remove(self.folder)
             return name_figures(figures, options.extractor.partition(":")[0])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from iwin_dit.build.evaluation import build_extractor, check_fit
+from iwin_dit.build.evaluation import build_extractor
 from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, load_pipeline, sampling_of
 from iwin_dit.commands.drawing import describe_scheduler, settle
 from iwin_dit.config.metrics import looks_at_clips, name_figures
@@ -19,12 +19,11 @@ from iwin_dit.data.codec import weights_sha256
 from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
-from iwin_dit.evaluation.export import Export, open_export
+from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.images import Extractor, Images, Reading
-from iwin_dit.evaluation.metrics import METRICS, Features, check_counts, compute
+from iwin_dit.evaluation.metrics import METRICS, Features, compute
 from iwin_dit.evaluation.reference import (
     Reference,
-    extract_reference,
     on_main,
     open_reference,
     split,
@@ -61,7 +60,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
-    reading = _reading(arguments)
+    size = arguments.size and (arguments.size[0], arguments.size[-1])
+    workers = min(4, cores()) if arguments.workers is None else arguments.workers
+    reading = Reading(size, background(arguments.background), arguments.follow_links, workers)
     reference = on_main(
         accelerator, lambda: open_reference(arguments.reference, metrics, arguments.extractor, reading)
     )
@@ -69,112 +70,74 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     generated = _generated(arguments, reading, accelerator)
     with accelerator.local_main_process_first():  # which may fetch the weights
         extractor = build_extractor(arguments.extractor, arguments.inception_weights).to(accelerator.device)
-    if reference is None:
-        check_counts(metrics, len(generated), None)
-    else:
-        reference.check_counts(metrics, len(generated))
-        check_fit(generated, reference, metrics, extractor, accelerator.device)
-    works = _works(arguments)
+    reference.check_counts(metrics, len(generated))
+    reference.check_fit(generated, metrics, extractor, accelerator.device)
+    outputs = {name: getattr(arguments, name) for name in ("out", "save_images", "save_reference")}
+    works = {name: scratch.beside(Path(path)) for name, path in outputs.items() if path is not None}
     # to the end: another evaluation with one of these outputs is refused
     held = together(accelerator, lambda: [hold(scratch.make(work)) for work in works.values()])
-    with accelerator.main_process_first():
-        export = _export(arguments.save_images, generated, works)
-    if reference is not None:  # before images are drawn: what is wrong with one of them shows now
-        extract_reference(reference, extractor, arguments.batch_size, accelerator)
+    export = None
+    if arguments.save_images is not None:
+        parts = works["save_images"] / f"images-{generated.fingerprint[:32]}"
+        with accelerator.main_process_first():
+            export = open_export(Path(arguments.save_images), generated, parts)
+    # before images are drawn: what is wrong with one of them shows now
+    reference.extract(extractor, arguments.batch_size, accelerator)
     folder = works["out"] / features_key(generated, extractor)
     extract_features(generated, extractor, folder, arguments.batch_size, accelerator, "generated", export)
     if export is not None:
         together(accelerator, export.finish)
 
-    def measure() -> dict[str, Any]:
+    def finish() -> dict[str, Any]:
         own = read_features(folder, len(generated), metrics)
         figures = _figures(arguments, own, reference, extractor, accelerator.device)
-        return _result(arguments, figures, generated, reference, extractor)
-
-    result = on_main(accelerator, measure)
-
-    def finish() -> None:
+        result = {
+            "figures": figures,
+            "generated": generated.description | {"sha256": generated.fingerprint},
+            "reference": reference.describe(),
+            "extractor": identity(extractor),
+            "arguments": {k: value for k, value in vars(arguments).items() if k not in ("repeat", "sweep")},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        }
         files.replace(Path(arguments.out), files.to_json(result))
         for made, lock in zip(works.values(), held or (), strict=True):
             scratch.remove(made)
             lock.close()
+        return result
 
-    together(accelerator, finish)
-    return result
+    return on_main(accelerator, finish)
 
 
 def _figures(
     arguments: argparse.Namespace,
     own: Features,
-    reference: Reference | None,
+    reference: Reference,
     extractor: Extractor,
     device: torch.device,
 ) -> dict[str, float]:
     """The metrics of generated samples by their features, named after the extractor."""
     metrics = arguments.metrics.split(",")
-    other = None if reference is None else reference.read(metrics, extractor)
-    if arguments.save_reference is not None and reference is not None and other is not None:
-        write_statistics(Path(arguments.save_reference), other, extractor, reference.describe())
+    other = reference.read(metrics, extractor)
+    if arguments.save_reference is not None:
+        write_statistics(Path(arguments.save_reference), other, extractor, reference.describe() or {})
     figures = compute(metrics, own, other, device)
-    _warn_of_few_images(metrics, own)
-    return name_figures(figures, arguments.extractor.partition(":")[0])
-
-
-def _result(
-    arguments: argparse.Namespace,
-    figures: dict[str, float],
-    generated: Images,
-    reference: Reference | None,
-    extractor: Extractor,
-) -> dict[str, Any]:
-    return {
-        "figures": figures,
-        "generated": generated.description | {"sha256": generated.fingerprint},
-        "reference": None if reference is None else reference.describe(),
-        "extractor": identity(extractor),
-        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("repeat", "sweep")},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
-    }
-
-
-def _export(path: str | None, generated: Images, works: dict[str, Path]) -> Export | None:
-    """Where the images go that ``--save-images`` keeps."""
-    if path is None:
-        return None
-    return open_export(Path(path), generated, works["save_images"] / f"images-{generated.fingerprint[:32]}")
-
-
-def _works(arguments: argparse.Namespace) -> dict[str, Path]:
-    """A place for intermediate files beside each output."""
-    outputs = {name: getattr(arguments, name) for name in ("out", "save_images", "save_reference")}
-    return {name: scratch.beside(Path(path)) for name, path in outputs.items() if path is not None}
-
-
-def _reading(arguments: argparse.Namespace) -> Reading:
-    size = arguments.size and (arguments.size[0], arguments.size[-1])
-    ground = background(arguments.background)
-    workers = min(4, cores()) if arguments.workers is None else arguments.workers
-    return Reading(size, ground, arguments.follow_links, workers)
-
-
-def _check_save_reference(path: str | None, metrics: list[str], reference: Reference | None) -> None:
-    if path is None:
-        return
-    if reference is None or reference.statistics is not None or not split(metrics)[1]:
-        raise ConfigError(
-            "--save-reference keeps means and covariances of real images for fid, sfid, fd or fvd; give one "
-            "of these metrics and a --reference of images, or leave it out"
-        )
-
-
-def _warn_of_few_images(metrics: list[str], generated: Features) -> None:
     for name in metrics:
-        moments = None if METRICS[name].every_sample else generated.moments[METRICS[name].layer]
+        moments = None if METRICS[name].every_sample else own.moments[METRICS[name].layer]
         if moments is not None and moments.count < len(moments.mean):
             say(
                 f"{name} of {moments.count} images, fewer than the {len(moments.mean)} features: it comes "
                 "out too high, and compares with figures of the same number of images alone"
             )
+    return name_figures(figures, arguments.extractor.partition(":")[0])
+
+
+def _check_save_reference(path: str | None, metrics: list[str], reference: Reference) -> None:
+    is_needed = reference.images is not None and reference.statistics is None and split(metrics)[1]
+    if path is not None and not is_needed:
+        raise ConfigError(
+            "--save-reference keeps means and covariances of real images for fid, sfid, fd or fvd; give one "
+            "of these metrics and a --reference of images, or leave it out"
+        )
 
 
 def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Accelerator) -> Images:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 
 from iwin_dit.config.metrics import looks_at_clips
@@ -28,15 +29,15 @@ T = TypeVar("T")
 
 @dataclass
 class Reference:
-    """What is compared with.
+    """What is compared with; without any of both, nothing.
 
     images: for the metrics that compare samples one by one and, without statistics, for the others.
     statistics: a file of means and covariances, for the other metrics.
-    features: the folder of the images' features, once :func:`extract_reference` has made them.
+    features: the folder of the images' features, once :meth:`extract` has made them.
     """
 
-    images: Images | None
-    statistics: Path | None
+    images: Images | None = None
+    statistics: Path | None = None
     features: Path | None = None
 
     def check_counts(self, metrics: list[str], generated: int) -> None:
@@ -46,14 +47,58 @@ class Reference:
         check_counts(one_by_one, generated, real)
         check_counts(by_moments, generated, None if self.statistics else real)
 
-    def describe(self) -> dict[str, Any]:
+    def check_fit(
+        self, generated: Images, metrics: list[str], extractor: Extractor, device: torch.device
+    ) -> None:
+        """Sizes of images; of statistics, the number of features. Looks at one image, or draws it.
+
+        Raises:
+            DataError: where they do not fit.
+        """
+        if self.statistics is None and self.images is None:
+            return
+        first = generated.read(0, 1)
+        if self.statistics is not None:
+            found = extractor(first.to(device))
+            known = read_statistics(self.statistics, split(metrics)[1], extractor)
+            for layer, moments in known.moments.items():
+                if (count := found[layer].shape[1]) != len(moments.mean):
+                    raise DataError(
+                        f"the reference's statistics are of {len(moments.mean)} features, {extractor.name} "
+                        f"has {count}; take the extractor that they were made with"
+                    )
+        if self.images is not None:
+            sides = [tuple(pixels.shape[2:]) for pixels in (first, self.images.read(0, 1))]
+            if sides[0] != sides[1]:
+                raise DataError(
+                    f"the generated images have {sides[0]} pixels, the reference's have {sides[1]}; "
+                    "take a reference of the same size, or crop its images with --size"
+                )
+
+    def extract(self, extractor: Extractor, batch_size: int, accelerator: Accelerator) -> None:
+        """Makes the features of real images that are not in the cache, under a key of their content.
+
+        Another evaluation that makes them now is waited for.
+        """
+        if self.images is None:
+            return
+        with reference_cache() as cache:
+            self.features = folder = cache / features_key(self.images, extractor)
+
+            def reserve() -> Any:
+                folder.mkdir(parents=True, exist_ok=True)
+                return hold(folder, wait=True)
+
+            with together(accelerator, reserve) or contextlib.nullcontext():
+                extract_features(self.images, extractor, folder, batch_size, accelerator, "reference")
+
+    def describe(self) -> dict[str, Any] | None:
         """For the result."""
-        if self.statistics is None:
-            assert self.images is not None  # there is one of both
-            return self.images.description | {"sha256": self.images.fingerprint}
         counted = {} if self.images is None else {"images": len(self.images)}
-        sha256 = files.fingerprint(self.statistics)["sha256"]
-        return {"statistics": str(self.statistics), **counted, "sha256": sha256}
+        if self.statistics is not None:
+            sha256 = files.fingerprint(self.statistics)["sha256"]
+            return {"statistics": str(self.statistics), **counted, "sha256": sha256}
+        return None if self.images is None else self.images.description | {"sha256": self.images.fingerprint}
 
     def read(self, metrics: list[str], extractor: Extractor) -> Features:
         """What the metrics need of it.
@@ -62,16 +107,14 @@ class Reference:
             DataError: where the file of statistics does not hold them.
         """
         one_by_one, by_moments = split(metrics)
-        if self.statistics is None:
-            return self._read_images(metrics)
-        features = read_statistics(self.statistics, by_moments, extractor)
+        features = Features(())
         if self.images is not None:
-            features.samples = self._read_images(one_by_one).samples
+            assert self.features is not None, "extract comes first"
+            wanted = metrics if self.statistics is None else one_by_one
+            features = read_features(self.features, len(self.images), wanted)
+        if self.statistics is not None:
+            features.moments = read_statistics(self.statistics, by_moments, extractor).moments
         return features
-
-    def _read_images(self, metrics: list[str]) -> Features:
-        assert self.images is not None and self.features is not None, "extract_reference comes first"  # noqa: PT018
-        return read_features(self.features, len(self.images), metrics)
 
 
 def split(metrics: list[str]) -> tuple[list[str], list[str]]:
@@ -82,8 +125,8 @@ def split(metrics: list[str]) -> tuple[list[str], list[str]]:
 
 def open_reference(
     location: str | None, metrics: list[str], extractor: str, reading: Reading = AS_THEY_ARE
-) -> Reference | None:
-    """Images, clips, a file of statistics or one of both, as ADM's; None where no metric needs one.
+) -> Reference:
+    """Images, clips, a file of statistics or one of both, as ADM's; neither where no metric needs one.
 
     All images are looked at: a broken one is found now.
 
@@ -98,7 +141,7 @@ def open_reference(
     if location is None or not needing:
         if needing:
             raise ConfigError(f"{', '.join(needing)} compares with real images: give --reference")
-        return None
+        return Reference()
     path = Path(location)
     names = array_names(path) if path.suffix == ".npz" and path.is_file() else set()
     one_by_one, by_moments = split(needing)
@@ -111,32 +154,12 @@ def open_reference(
             f"{path} holds statistics, {', '.join(one_by_one)} needs the images themselves; give a folder"
         )
     if stored and not one_by_one:
-        return Reference(None, path)
+        return Reference(statistics=path)
     with reference_cache():
         pass  # made now: where it cannot be, that shows before images are drawn
     images = open_set(location, looks_at_clips(extractor), reading)
     _ = images.fingerprint  # all are looked at
     return Reference(images, path if stored else None)
-
-
-def extract_reference(
-    reference: Reference, extractor: Extractor, batch_size: int, accelerator: Accelerator
-) -> None:
-    """Makes the features of real images that are not in the cache, under a key of their content.
-
-    Another evaluation that makes them now is waited for.
-    """
-    if reference.images is None:
-        return
-    with reference_cache() as cache:
-        reference.features = folder = cache / features_key(reference.images, extractor)
-
-        def reserve() -> Any:
-            folder.mkdir(parents=True, exist_ok=True)
-            return hold(folder, wait=True)
-
-        with together(accelerator, reserve) or contextlib.nullcontext():
-            extract_features(reference.images, extractor, folder, batch_size, accelerator, "reference")
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
