@@ -98,7 +98,7 @@ if __name__ == "__main__":
     images.list_files = counted("listed", images.list_files)
     measure.compute = counted("computed", measure.compute)
     if sys.argv[1:]:
-        evaluate.run(evaluate.parse_arguments(sys.argv[1:]))
+        measure.evaluate(evaluate.parse_arguments(sys.argv[1:]))
         group = torch.distributed.distributed_c10d._get_default_group()
         seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
         print(f"process {os.environ['RANK']}: {counts} timeout {seconds:.0f}", flush=True)
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
         try:
-            evaluate.run(evaluate.parse_arguments(json.loads(line)))
+            measure.evaluate(evaluate.parse_arguments(json.loads(line)))
             print("ended: well", flush=True)
         except UserError as error:
             print(f"ended: {error}", flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from iwin_dit.commands.drawing import add_drawing_options
 from iwin_dit.config import metrics
@@ -59,21 +58,16 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One evaluation, its result written to ``--out`` and returned."""
-    from iwin_dit.commands.measure import evaluate
-
-    return evaluate(arguments)
-
-
 def repeat(path: Path) -> None:
     """The evaluation of a stored result again, beside it, and how they differ."""
+    from iwin_dit.commands.measure import evaluate
+
     stored = rules.read_result(path)
     try:
         again = parse_arguments([*rules.stored_command(stored), f"--out={path}.again.json"])
     except ConfigError as error:
         raise ConfigError(f"{path} is no result of this evaluation: {error}") from None
-    result = run(again)
+    result = evaluate(again)
     rows = {"stored": stored["figures"], "again": result["figures"]}
     rules.show(rows, rules.differences(stored, result))
 
@@ -86,8 +80,10 @@ def main() -> None:
     if arguments.compare is not None:
         rules.show({path: rules.read_result(Path(path))["figures"] for path in arguments.compare})
         return
+    from iwin_dit.commands.measure import evaluate
+
     if arguments.sweep is None:
-        rules.show({arguments.generated: run(arguments)["figures"]})
+        rules.show({arguments.generated: evaluate(arguments)["figures"]})
         return
     from iwin_dit.evaluation.sweep import draw_sweep, named, values_of
 
@@ -96,6 +92,6 @@ def main() -> None:
     for value in values:
         one = argparse.Namespace(**vars(arguments) | {key: value})
         one.out, one.save_images = (named(path, key, value) for path in (one.out, one.save_images))
-        rows[f"{key} {value}"] = run(one)["figures"]
+        rows[f"{key} {value}"] = evaluate(one)["figures"]
     rules.show(rows)
     draw_sweep(key, values, list(rows.values()), Path(arguments.out).with_suffix(".png"))

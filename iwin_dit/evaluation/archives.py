@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import struct
@@ -100,21 +99,17 @@ class NpzImages:
     def _file(self) -> tuple[Any, int]:
         """The array's file, open in this process, and where the array begins in it."""
         if self._opened is None or self._opened[0] != os.getpid():  # of the process that forked this one
-            self._opened = (os.getpid(), *self._open())
+            about = zipfile.ZipFile(self.path).getinfo("arr_0.npy")
+            if about.compress_type == zipfile.ZIP_STORED:
+                file: Any = open(self.path, "rb")  # noqa: SIM115
+                file.seek(
+                    about.header_offset + 26
+                )  # of the local header, which has 30 bytes, a name and more
+                offset = about.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            else:
+                file, offset = zipfile.ZipFile(self.path).open(about), 0
+            self._opened = os.getpid(), file, offset
         return self._opened[1:]
-
-    def _open(self) -> tuple[Any, int]:
-        archive = zipfile.ZipFile(self.path)
-        about = archive.getinfo("arr_0.npy")
-        inside = archive.open(about)
-        if about.compress_type != zipfile.ZIP_STORED:
-            return inside, 0
-        inside.close()
-        archive.close()
-        file = open(self.path, "rb")  # noqa: SIM115
-        file.seek(about.header_offset + 26)  # of the local header, which has 30 bytes, a name and more
-        name, extra = struct.unpack("<HH", file.read(4))
-        return file, about.header_offset + 30 + name + extra
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
@@ -135,8 +130,7 @@ class NpzImages:
             except BROKEN_NPZ as error:
                 at = max(bar.n // math.prod(self.shape[1:]), 0)
                 raise DataError(f"{self.path} is broken at image {at} or after it: {reason(error)}") from None
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.fingerprint(self.path)["sha256"]
 
 
 class NpzClips(NpzImages):

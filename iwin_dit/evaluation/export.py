@@ -11,7 +11,6 @@ import io
 import os
 import zipfile
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,18 +19,6 @@ from torch import Tensor
 from iwin_dit.evaluation.images import Images
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
-
-
-class Export(Protocol):
-    """Where images go: ``has`` and ``write`` are called for the same chunks in each run."""
-
-    def has(self, start: int, stop: int) -> bool: ...
-
-    def write(self, start: int, images: Tensor) -> None:
-        """Images ``(n, 3, H, W)`` uint8, the first of which is number ``start``."""
-
-    def finish(self) -> None:
-        """Once, after the last chunk of any process."""
 
 
 class PngFolder:
@@ -51,6 +38,7 @@ class PngFolder:
         return path.exists() and path.stat().st_size > 0  # an older version did not wait for the disk
 
     def write(self, start: int, images: Tensor) -> None:
+        """Images ``(n, 3, H, W)`` uint8, the first of which is number ``start``."""
         written = {}
         for number, pixels in enumerate(images.movedim(1, -1).cpu().numpy(), start):
             if not self._is_there(number):
@@ -88,6 +76,7 @@ class NpzFile:
         files.replace(self._part(start), data.getvalue())
 
     def finish(self) -> None:
+        """Once, after the last chunk of any process."""
         temporary, start = self.parts / self.path.name, 0
         # a ZipInfo of its own has no date: the same images make the same file
         with (
@@ -106,7 +95,10 @@ class NpzFile:
         files.fsync_directory(self.path.parent)
 
 
-def open_export(target: Path, images: Images, parts: Path) -> PngFolder | NpzFile:
+Export = PngFolder | NpzFile  # ``has`` and ``write`` are called for the same chunks in each run
+
+
+def open_export(target: Path, images: Images, parts: Path) -> Export:
     """A folder, or a file by its ``.npz``, for these images; their recipe is written in it, or beside it.
 
     Args:

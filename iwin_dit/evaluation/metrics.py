@@ -41,8 +41,7 @@ class Metric(NamedTuple):
 
 
 def _frechet(generated: Moments, real: Moments, device: torch.device) -> tuple[float]:
-    a, b = generated, real
-    return (frechet_distance(a.mean, a.covariance, b.mean, b.covariance),)
+    return (frechet_distance(generated.mean, generated.covariance, real.mean, real.covariance),)
 
 
 METRICS: dict[str, Metric] = {
