@@ -9,7 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 
-from iwin_dit.commands.evaluate import parse_arguments
+from iwin_dit.commands.evaluate import draw_sweep, named, parse_arguments, values_of
 from iwin_dit.config.metrics import chosen_metrics, name_figures
 from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.rules import (
@@ -20,7 +20,6 @@ from iwin_dit.evaluation.rules import (
     read_result,
     stored_command,
 )
-from iwin_dit.evaluation.sweep import draw_sweep, named, values_of
 from iwin_dit.runtime.errors import ConfigError
 
 
@@ -183,14 +182,11 @@ def test_a_command_is_stored_without_where_it_writes():
     assert stored_command(of_01) == [*options, "--guidance-channels=all"], "whatever the recipe says by now"
 
 
-KINDS = {"steps": int, "guidance_scale": float}
-
-
 def test_the_values_of_a_sweep():
-    assert values_of("steps=1,20", KINDS) == ("steps", [1, 20])
-    assert values_of("guidance_scale=0,-1.5", KINDS) == ("guidance_scale", [0.0, -1.5])
+    assert values_of("steps=1,20") == ("steps", [1, 20])
+    assert values_of("guidance_scale=0,-1.5") == ("guidance_scale", [0.0, -1.5])
     for text, message in (
-        ("seed=1", "expected steps=V1,V2 or guidance_scale=V1,V2 with numbers"),
+        ("seed=1", "expected guidance_scale=V1,V2 or steps=V1,V2 with numbers"),
         ("steps", "with numbers"),
         ("steps=1,x", "with numbers"),
         ("guidance_scale=1,nan", "with numbers"),
@@ -198,7 +194,7 @@ def test_the_values_of_a_sweep():
         ("guidance_scale=1,1.0", "expected each value once"),
     ):
         with pytest.raises(ConfigError, match=message):
-            values_of(text, KINDS)
+            values_of(text)
     assert named(None, "steps", 5) is None
     assert named("a/result.json", "steps", 5) == str(Path("a/result.steps-5.json"))
 

@@ -15,8 +15,7 @@ from iwin_dit.build.network import begin_with
 from iwin_dit.config.bounds import check_options
 from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config
-from iwin_dit.convert import load_official
-from iwin_dit.convert.names import find_tensors
+from iwin_dit.convert.official_files import find_tensors, load_official
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.sources import classes_begun
 from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn

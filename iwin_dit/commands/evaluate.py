@@ -7,15 +7,17 @@ iwin_dit.commands evaluate``. The same command again goes on after an interrupti
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from iwin_dit.commands.drawing import add_drawing_options
 from iwin_dit.config import metrics
 from iwin_dit.evaluation import rules
 from iwin_dit.runtime.errors import ConfigError, Parser
 
-SWEEPS = {"guidance_scale": float, "steps": int}
+SWEEPS: dict[str, Callable[[str], Any]] = {"guidance_scale": float, "steps": int}
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,6 +74,54 @@ def repeat(path: Path) -> None:
     rules.show(rows, rules.differences(stored, result))
 
 
+def values_of(sweep: str) -> tuple[str, list[Any]]:
+    """``guidance_scale=1,1.5`` as its key and values.
+
+    Raises:
+        ConfigError: for another key, or a value that is no finite number, no count of steps, or there twice.
+    """
+    key, _, text = sweep.partition("=")
+    try:
+        values = [SWEEPS[key](value) for value in text.split(",")]
+    except (KeyError, ValueError):
+        values = []
+    if not values or not all(map(math.isfinite, values)):
+        expected = " or ".join(f"{name}=V1,V2" for name in SWEEPS)
+        raise ConfigError(f"--sweep is {sweep!r}, expected {expected} with numbers")
+    if key == "steps" and min(values) < 1:
+        raise ConfigError(f"--sweep is {sweep!r}, expected steps of at least 1")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"--sweep is {sweep!r}, expected each value once")
+    return key, values
+
+
+def named(path: str | None, key: str, value: Any) -> str | None:
+    """Where the evaluation of one value writes: ``result.json`` as ``result.guidance_scale-1.5.json``."""
+    if path is None:
+        return None
+    whole = Path(path)
+    return str(whole.with_name(f"{whole.stem}.{key}-{value}{whole.suffix}"))
+
+
+def draw_sweep(key: str, values: Sequence[float], figures: Sequence[Mapping[str, float]], path: Path) -> None:
+    """A curve for each metric over the values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in figures[0] if "_std" not in name]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False
+    )
+    for panel, name in zip(axes[0], names, strict=True):
+        panel.plot(values, [row[name] for row in figures], marker="o")
+        panel.set(xlabel=key.replace("_", " "), title=name)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Title": rules.SWEEP_TITLE})
+    plt.close(figure)
+
+
 def main() -> None:
     arguments = parse_arguments()
     if arguments.repeat is not None:
@@ -85,9 +135,7 @@ def main() -> None:
     if arguments.sweep is None:
         rules.show({arguments.generated: evaluate(arguments)["figures"]})
         return
-    from iwin_dit.evaluation.sweep import draw_sweep, named, values_of
-
-    key, values = values_of(arguments.sweep, SWEEPS)
+    key, values = values_of(arguments.sweep)
     rows = {}
     for value in values:
         one = argparse.Namespace(**vars(arguments) | {key: value})

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from iwin_dit.convert.arguments import check_known, check_values
-from iwin_dit.convert.names import find_tensors, load
+from iwin_dit.convert.official_files import find_tensors, load
 
 # LDM's ddconfig with embed_dim: arguments that must be given, and the others' defaults.
 REQUIRED = ("ch", "ch_mult", "num_res_blocks", "resolution", "attn_resolutions", "z_channels")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iwin_dit.convert.arguments import check_known, check_values
-from iwin_dit.convert.names import find_tensors, load
+from iwin_dit.convert.official_files import find_tensors, load
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 

@@ -99,15 +99,16 @@ class NpzImages:
     def _file(self) -> tuple[Any, int]:
         """The array's file, open in this process, and where the array begins in it."""
         if self._opened is None or self._opened[0] != os.getpid():  # of the process that forked this one
-            about = zipfile.ZipFile(self.path).getinfo("arr_0.npy")
+            archive = zipfile.ZipFile(self.path)
+            about = archive.getinfo("arr_0.npy")
+            file: Any = archive.open(about)
+            offset = 0
             if about.compress_type == zipfile.ZIP_STORED:
-                file: Any = open(self.path, "rb")  # noqa: SIM115
+                file = open(self.path, "rb")  # noqa: SIM115
                 file.seek(
                     about.header_offset + 26
                 )  # of the local header, which has 30 bytes, a name and more
                 offset = about.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            else:
-                file, offset = zipfile.ZipFile(self.path).open(about), 0
             self._opened = os.getpid(), file, offset
         return self._opened[1:]
 

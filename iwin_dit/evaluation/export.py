@@ -7,6 +7,7 @@ a power loss leaves none that is empty.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import zipfile
@@ -110,21 +111,17 @@ def open_export(target: Path, images: Images, parts: Path) -> Export:
     """
     packed = target.suffix == ".npz"
     recipe = target.with_name(f"{target.name}.recipe.json") if packed else target / "recipe.json"
+    known = None  # the fingerprint of the images that are there
+    with contextlib.suppress(OSError, ValueError):
+        known = files.read_object(recipe, limits.JSON_BYTES).get("sha256")
     is_empty = not target.exists() or (not packed and target.is_dir() and not any(target.iterdir()))
-    is_foreign = packed and recipe.exists() and _fingerprint(recipe) is None
-    if is_foreign or (not is_empty and _fingerprint(recipe) != images.fingerprint):
+    is_foreign = packed and recipe.exists() and known is None
+    if is_foreign or (not is_empty and known != images.fingerprint):
         raise ConfigError(
             f"--save-images {target} is there already and not of this evaluation; remove it, or give another"
         )
     (parts if packed else target).mkdir(parents=True, exist_ok=True)
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    if _fingerprint(recipe) != images.fingerprint:
+    if known != images.fingerprint:
         files.replace(recipe, files.to_json(images.description | {"sha256": images.fingerprint}))
     return NpzFile(target, len(images), parts) if packed else PngFolder(target, len(images))
-
-
-def _fingerprint(recipe: Path) -> str | None:
-    try:
-        return files.read_json(recipe, limits.JSON_BYTES)["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

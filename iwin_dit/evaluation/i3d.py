@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from iwin_dit.convert import load_official
-from iwin_dit.convert.names import find_tensors, load
+from iwin_dit.convert.official_files import find_tensors, load, load_official
 from iwin_dit.evaluation.extractors import reading
 from iwin_dit.evaluation.images import Extractor
 from iwin_dit.runtime import files
