@@ -591,7 +591,7 @@ def test_class_names_beside_tars(tmp_path):
     (tmp_path / "classes.txt").write_text("Katze\nEule, groß\n")
     assert WebDatasetSource(tmp_path / "s.tar").class_names == ["Katze", "Eule, groß"]
     (tmp_path / "classes.txt").write_text("Katze\n")
-    with pytest.raises(DataError, match=r"a\.png has label 1, but beside it only 1 classes are named"):
+    with pytest.raises(DataError, match=r"a\.png: found label 1, but only 1 classes are named"):
         WebDatasetSource(tmp_path)
     (tmp_path / "classes.txt").unlink()
     for text in ("{}", "[1]", "["):

@@ -163,8 +163,7 @@ def _published(config: Config, path: Path) -> dict[str, Any] | None:
     if config.data.vae is None:
         raise DataError(f"{path} does not say what decodes it: set data.vae to a folder, preset or hub id")
     mean, std = read_statistics(statistics, config.model.in_channels)
-    moments = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
-    return published_index(path, moments, config.data.vae, config.model.num_classes)
+    return published_index(path, mean, std, config.data.vae, config.model.num_classes)
 
 
 def read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:

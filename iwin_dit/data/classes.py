@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def classes_of(texts: Sequence[str | None], places: Sequence[str]) -> tuple[list
     given = [text for text in texts if text]  # all of them
     if all(re.fullmatch(r"-?[0-9]+", text) for text in given):
         labels = [label_of(text, place) for text, place in zip(given, places, strict=True)]
-        return [str(i) for i in range(max(labels) + 1)], labels
+        return names_of(labels, None, str), labels
     if all(re.fullmatch(r"-?[0-9]*\.?[0-9]+(e-?[0-9]+)?|-?[0-9]+\.", text.lower()) for text in given):
         i = next(i for i, text in enumerate(given) if not re.fullmatch(r"-?[0-9]+", text))
         raise DataError(
@@ -68,6 +68,21 @@ def classes_of(texts: Sequence[str | None], places: Sequence[str]) -> tuple[list
     names = sorted(set(given))
     number_of = {name: i for i, name in enumerate(names)}
     return names, [number_of[text] for text in given]
+
+
+def names_of(
+    labels: Sequence[int] | np.ndarray, named: Sequence[str] | None, place: Callable[[int], str]
+) -> list[str]:
+    """Class names of labels that are numbers: ``named``, or else ``0`` to the largest.
+
+    Raises:
+        DataError: where a label is beyond the names, with ``place(i)`` of the largest.
+    """
+    top = int(np.max(labels))
+    if named and top >= len(named):
+        where = place(int(np.argmax(labels)))
+        raise DataError(f"{where}: found label {top}, but only {len(named)} classes are named")
+    return list(named or map(str, range(top + 1)))
 
 
 def in_order(folders: Sequence[str], where: str, known: Sequence[str] | None = None) -> list[str]:

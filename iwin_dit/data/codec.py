@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +28,8 @@ from torch import Tensor
 from iwin_dit.runtime.errors import ConfigError, DataError, reason
 
 # Autoencoders that a folder or a hub repository may name; diffusers' classes have no types.
-IMAGE_VAES: dict[str, Any] = {
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderDC": AutoencoderDC,
-}
-VIDEO_VAES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)
-}
-VAES = IMAGE_VAES | VIDEO_VAES
+VIDEO_VAES = (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)
+VAES: dict[str, Any] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, *VIDEO_VAES)}
 FRAMES_AT_ONCE = 64  # through an autoencoder of images
 
 
@@ -67,7 +61,7 @@ def spatial_factor(vae: Any) -> int:
 
 def is_of_videos(vae: Any) -> bool:
     """Whether it compresses time, and takes clips as they are."""
-    return type(vae).__name__ in VIDEO_VAES
+    return VAES.get(type(vae).__name__) in VIDEO_VAES
 
 
 def temporal_factor(vae: Any) -> int:
@@ -141,12 +135,6 @@ def usable_dtype(vae: Any, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and vae.config.get("force_upcast") else dtype
 
 
-def _upcast(vae: Any) -> None:
-    """Brings an autoencoder that may not compute in its dtype to one in which it may, and leaves it there."""
-    if (dtype := usable_dtype(vae, vae.dtype)) != vae.dtype:
-        vae.to(dtype=dtype)
-
-
 def weights_sha256(vae: Any) -> str:
     """A fingerprint of the autoencoder's weights, whatever its name or folder."""
     digest = hashlib.sha256()
@@ -167,9 +155,8 @@ def vae_statistics(vae: Any) -> tuple[list[float], list[float]]:
         return vae.latents_mean.tolist(), (vae.latents_std / config["scaling_factor"]).tolist()
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         return list(config["latents_mean"]), list(config["latents_std"])
-    return [config.get("shift_factor") or 0.0] * channels, [
-        1 / (config.get("scaling_factor") or 1.0)
-    ] * channels
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
+    return [shift] * channels, [1 / scale] * channels
 
 
 def normalize(latents: Tensor, mean: list[float], std: list[float]) -> Tensor:
@@ -203,40 +190,31 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The posterior's mean and standard deviation, as :func:`encode`; zeros for a VAE without one."""
-    if pixels.ndim == 5 and not is_of_videos(vae):
-        parts = [_encode(vae, part) for part in _frames(pixels).split(FRAMES_AT_ONCE)]
-        mean, std = (_clips(torch.cat(part), len(pixels)) for part in zip(*parts, strict=True))
-        return mean, std
-    return _encode(vae, pixels[:, :, None] if pixels.ndim == 4 and is_of_videos(vae) else pixels)
 
+    def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        encoded = vae.encode(pixels)
+        if not hasattr(encoded, "latent_dist"):
+            return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
 
-def _encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    _upcast(vae)
-    encoded = vae.encode(pixels.to(vae.dtype))
-    if not hasattr(encoded, "latent_dist"):
-        return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
-    return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    mean, std = _apply(vae, call, pixels[:, :, None] if pixels.ndim == 4 and is_of_videos(vae) else pixels)
+    return mean, std
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Raw latents to images ``(B, 3, H, W)`` or clips ``(B, 3, T, H, W)``, about [-1, 1], in its dtype."""
-    if latents.ndim == 5 and not is_of_videos(vae):
-        parts = [_decode(vae, part) for part in _frames(latents).split(FRAMES_AT_ONCE)]
-        return _clips(torch.cat(parts), len(latents))
-    return _decode(vae, latents)
+    return _apply(vae, lambda latents: vae.decode(latents, return_dict=False)[:1], latents)[0]
 
 
-def _decode(vae: Any, latents: Tensor) -> Tensor:
-    _upcast(vae)
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-
-
-def _frames(clips: Tensor) -> Tensor:
-    """``(B, C, T, H, W) -> (B T, C, H, W)``."""
-    return clips.transpose(1, 2).flatten(0, 1)
-
-
-def _clips(frames: Tensor, batch: int) -> Tensor:
-    """``(B T, C, H, W) -> (B, C, T, H, W)``."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+def _apply(vae: Any, call: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor) -> list[Tensor]:
+    """An autoencoder's call in a dtype that it may compute in; one of images takes clips frame by frame."""
+    if (dtype := usable_dtype(vae, vae.dtype)) != vae.dtype:
+        vae.to(dtype=dtype)  # and stays there
+    values = values.to(vae.dtype)
+    if values.ndim == 4 or is_of_videos(vae):
+        return list(call(values))
+    parts = [call(frames) for frames in values.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)]
+    return [
+        torch.cat(part).unflatten(0, (len(values), -1)).transpose(1, 2) for part in zip(*parts, strict=True)
+    ]

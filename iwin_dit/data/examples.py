@@ -63,16 +63,6 @@ class Example(NamedTuple):
     u: Tensor
 
 
-class Draw(NamedTuple):
-    """The random choices of one position."""
-
-    image: int  # its number in the data
-    mirrored: bool
-    dropped: bool
-    u: float
-    rng: torch.Generator
-
-
 class TrainingExamples(Dataset):
     """``examples[position] -> Example``.
 
@@ -104,15 +94,15 @@ class TrainingExamples(Dataset):
         labels = [self.null_label if drop else label for drop, label in zip(dropped, labels, strict=True)]
         return Example(x0, torch.tensor(labels), noise, torch.tensor(times))
 
-    def _draw(self, position: int, noise: Tensor) -> Draw:
-        """The choices of a position, and its noise, into a tensor."""
+    def _draw(self, position: int, noise: Tensor) -> tuple[int, bool, bool, float, torch.Generator]:
+        """Image, flip, label drop, time and generator of a position, and its noise, into a tensor."""
         epoch, offset = divmod(position, len(self.data))
         rng = generator(self.seed, "example", position)
         u, flip, drop = torch.rand(3, generator=rng)
         index = int(epoch_order(self.seed, epoch, len(self.data))[offset])
         torch.randn(noise.shape, generator=rng, out=noise)
         mirrored, dropped = self.random_flip and bool(flip < 0.5), bool(drop < self.label_dropout)
-        return Draw(index, mirrored, dropped, float(u), rng)
+        return index, mirrored, dropped, float(u), rng
 
 
 class ImagesAsClips:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from iwin_dit.data.classes import SPLITS, classes_of, label_of
+from iwin_dit.data.classes import SPLITS, classes_of, label_of, names_of
 from iwin_dit.data.folders import list_files, read_file, refuse_pointer, stamped
 from iwin_dit.data.formats import Wanted
 from iwin_dit.runtime import limits
@@ -57,26 +57,26 @@ class HuggingFaceSource:
         self._is_local = os.path.isdir(self.location)
         data = self._load(split, follow_links)
         features = data.features
-        image = _image_column(self.location, features, image_column)
-        label = _label_column(self.location, features, label_column)
+        images = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+        dtypes = {key: getattr(feature, "dtype", "") for key, feature in features.items()}
+        labels = [key for key, dtype in dtypes.items() if re.match("u?int|string|large_string", dtype)]
+        if label_column is None:
+            labels = [key for key in labels if hasattr(features[key], "names")] or [*{"label"} & set(labels)]
+        self._column = _column(self.location, features, images, image_column, "images", "--image-column")
+        what = "class labels, or integers or texts named label"
+        label = _column(self.location, features, labels, label_column, what, "--label-column")
         if not len(data):
             raise DataError(f"{self.location} has no rows; give another split")
         column = data.select_columns([label]).with_format("arrow")[:][label].to_pylist()
-        places = [f"{self.location}, row {i}" for i in range(len(column))]
-        if getattr(features[label], "dtype", "") in ("string", "large_string"):
+        places = [self.name(i) for i in range(len(column))]
+        if "string" in dtypes[label]:
             self.class_names, self.labels = classes_of(column, places)
         else:
             self.labels = [label_of(value, place) for value, place in zip(column, places, strict=True)]
             named = getattr(features[label], "names", None)
-            top = max(self.labels)
-            if named and top >= len(named):
-                place = places[self.labels.index(top)]
-                raise DataError(f"{place}: found label {top}, but only {len(named)} classes are named")
-            self.class_names = list(named or map(str, range(top + 1)))
-        self._column = image
-        self._images = data.select_columns([image]).cast_column(
-            image, _datasets(self.location).Image(decode=False)
-        )
+            self.class_names = names_of(self.labels, named, self.name)
+        images_alone = data.select_columns([self._column])
+        self._images = images_alone.cast_column(self._column, _datasets(self.location).Image(decode=False))
 
     def _load(self, split: str | None, follow_links: bool) -> Any:
         """The rows; sets what tells them from others."""
@@ -132,39 +132,21 @@ def _datasets(location: str) -> Any:
     return datasets
 
 
-def _image_column(location: str, features: Any, wanted: str | None) -> str:
-    """The column of images: the wanted one, or the only one."""
-    found = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
-    return _one(location, features, found, wanted, "images", "--image-column")
-
-
-def _label_column(location: str, features: Any, wanted: str | None) -> str:
-    """The column of labels: the wanted one, the only one of class labels, or one named label."""
-    if wanted is not None:
-        scalars = [
-            k for k, f in features.items() if re.match("u?int|string|large_string", getattr(f, "dtype", ""))
-        ]
-        return _one(location, features, scalars, wanted, "class labels, integers or texts", "--label-column")
-    found = [key for key, feature in features.items() if hasattr(feature, "names")]
-    if not found and re.match("u?int|string|large_string", getattr(features.get("label"), "dtype", "")):
-        found = ["label"]
-    return _one(
-        location, features, found, None, "class labels, or integers or texts named label", "--label-column"
-    )
-
-
-def _one(location: str, features: Any, found: list[str], wanted: str | None, what: str, option: str) -> str:
+def _column(
+    location: str, features: Any, found: list[str], wanted: str | None, what: str, option: str
+) -> str:
+    """The wanted column among those found, or the only one."""
+    if wanted in found:
+        return wanted
+    if wanted is None and len(found) == 1:
+        return found[0]
     columns = ", ".join(f"{key} ({getattr(f, 'dtype', type(f).__name__)})" for key, f in features.items())
     if wanted is not None:
-        if wanted not in found:
-            raise DataError(f"{location} has no column {wanted} of {what}; found {columns}")
-        return wanted
-    if len(found) != 1:
-        raise DataError(
-            f"{location} has {len(found)} columns of {what}, expected one; choose by {option} (in a recipe, "
-            f"data.{option[2:].replace('-', '_')}) among {columns}"
-        )
-    return found[0]
+        raise DataError(f"{location} has no column {wanted} of {what}; found {columns}")
+    raise DataError(
+        f"{location} has {len(found)} columns of {what}, expected one; choose by {option} (in a recipe, "
+        f"data.{option[2:].replace('-', '_')}) among {columns}"
+    )
 
 
 def _saved(datasets: Any, folder: str, split: str | None) -> tuple[Any, list[str]]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchvision.utils import save_image
 
 from iwin_dit.data.codec import decode, load_vae
-from iwin_dit.data.latents import LatentDataset, content_sha256
+from iwin_dit.data.latents import LatentDataset, channel_statistics, channel_sums, content_sha256
 from iwin_dit.data.sources import identity_of
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
@@ -31,47 +30,39 @@ def verify(folder: Path) -> str:
         DataError: naming the shards that are damaged or have a constant channel, and how to make them again.
     """
     dataset = LatentDataset(folder)
-    damaged, moments = [], []
+    damaged, sums = [], []
     for entry, shard in zip(
         progress(dataset.index["shards"], unit="shard", desc="verify"), dataset.shards, strict=True
     ):
         found = files.retry(partial(files.fingerprint, shard.path))["sha256"]
-        latents = shard.all("latents").double().movedim(1, 0).flatten(1)  # (C, N h w)
+        latents = shard.all("latents").float()
         if found != entry.get("sha256", found) or not torch.isfinite(latents).all():
             damaged.append(entry["file"])
             continue
-        flat = (latents.amin(1) == latents.amax(1)) & (latents.shape[1] >= FEWEST_VALUES)
+        values = latents.movedim(1, 0).flatten(1)  # (C, N h w)
+        flat = (values.amin(1) == values.amax(1)) & (values.shape[1] >= FEWEST_VALUES)
         if flat.any():
             channel = int(flat.nonzero()[0])
             raise DataError(
-                f"{shard.path}: all values of channel {channel} are {latents[channel, 0]:.6g}; remove this "
+                f"{shard.path}: all values of channel {channel} are {values[channel, 0]:.6g}; remove this "
                 "file and run the extraction again; if they still are, take another autoencoder"
             )
-        moments.append((latents.shape[1], latents.mean(1), latents.var(1, correction=0)))
+        sums.append({"count": len(latents), "shape": latents.shape[1:], **channel_sums(latents)})
     if damaged:
         raise DataError(
             f"{len(damaged)} shards of {folder} are not what the index says: {', '.join(damaged[:10])}; "
             "remove these files and run the extraction again: it makes the missing shards only"
         )
-    _check_statistics(dataset, moments)
+    mean, std = channel_statistics(sums)
+    for key, found in (("mean", mean), ("std", std)):
+        for channel, (told, value) in enumerate(zip(dataset.index[key], found, strict=True)):
+            if abs(told - value) > 1e-4 * std[channel] + 1e-12:
+                raise DataError(
+                    f"{folder / 'index.json'}: {key} of channel {channel} is {told:.6g}, that of the latents "
+                    f"{value:.6g}; restore the index, or run the extraction again"
+                )
     torch.bincount(dataset.labels)  # which are looked at when they are read
     return f"{len(dataset):,} {_what(dataset)}"
-
-
-def _check_statistics(dataset: LatentDataset, moments: list[tuple[int, Tensor, Tensor]]) -> None:
-    """That mean and standard deviation in the index are those of the latents."""
-    counts, means, variances = zip(*moments, strict=True)
-    weights = torch.tensor(counts, dtype=torch.float64)[:, None] / sum(counts)
-    mean = (weights * torch.stack(means)).sum(0)
-    std = (weights * (torch.stack(variances) + (torch.stack(means) - mean) ** 2)).sum(0).sqrt()
-    for key, found, scale in (("mean", mean, std), ("std", std, std)):
-        told = torch.tensor(dataset.index[key], dtype=torch.float64)
-        off = ((told - found).abs() > 1e-4 * scale + 1e-12).nonzero().flatten().tolist()
-        if off:
-            raise DataError(
-                f"{dataset.directory / 'index.json'}: {key} of channel {off[0]} is {told[off[0]]:.6g}, that "
-                f"of the latents {found[off[0]]:.6g}; restore the index, or run the extraction again"
-            )
 
 
 def verify_content(folder: Path, source: Any, location: str) -> int:

@@ -71,17 +71,12 @@ def check_index(index: dict[str, Any], where: str) -> None:
         if len(index[key]) != channels:
             raise DataError(f"{where}: {key} has {len(index[key])} numbers, the latents {channels} channels")
     for channel, (mean, std) in enumerate(zip(index["mean"], index["std"], strict=True)):
-        if is_constant(mean, std):
+        if std <= SMALLEST_STD * abs(mean):  # the values differ by no more than rounding
             raise DataError(
                 f"{where}: channel {channel} of the latents is constant (mean {mean:.6g}, std {std:.3g}), so "
                 "that it cannot be normalised and holds nothing to learn; extract again with another "
                 "autoencoder or --precision float32"
             )
-
-
-def is_constant(mean: float, std: float) -> bool:
-    """Whether the values of a channel differ by no more than rounding."""
-    return std <= SMALLEST_STD * abs(mean)
 
 
 def _is_text(value: Any) -> bool:

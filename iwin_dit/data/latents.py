@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iwin_dit.data.codec import normalize
-from iwin_dit.data.latent_index import FORMAT, SHARD_NAME, check_index, is_constant, read_index
+from iwin_dit.data.latent_index import FORMAT, SHARD_NAME, check_index, read_index
 from iwin_dit.data.shards import CHECKSUMS, ShardFile, checksums, read_rows
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
@@ -66,14 +66,12 @@ def write_shard(directory: Path, number: int, shard: Shard, with_checksums: bool
         tensors[CHECKSUMS] = checksums([tensors[key] for key in ROWS if key in tensors])
     data = save(tensors)
     files.replace(directory / name, data)
-    values = shard.latents.double().movedim(1, 0).flatten(1)  # (C, N h w)
     return {
         "file": name,
         "count": len(shard.labels),
         **files.digest(data),
         "shape": list(shard.latents.shape[1:]),
-        "sums": values.numpy().sum(1).tolist(),  # by numpy: pairwise, in one order whatever the threads
-        "squares": values.square().numpy().sum(1).tolist(),
+        **channel_sums(shard.latents),
     }
 
 
@@ -81,6 +79,23 @@ def content_sha256(hashes: Iterable[str]) -> str | None:
     """Of a shard, from those of its images' files; None where one is not known, as of a broken image."""
     hashes = list(hashes)
     return hashlib.sha256("".join(hashes).encode()).hexdigest() if all(hashes) else None
+
+
+def channel_sums(latents: Tensor) -> dict[str, list[float]]:
+    """Sums of the values of each channel of ``(N, C, ...)``, and of their squares, for the statistics."""
+    values = latents.double().movedim(1, 0).flatten(1)  # (C, N h w)
+    # by numpy: pairwise, in one order whatever the threads
+    return {"sums": values.numpy().sum(1).tolist(), "squares": values.square().numpy().sum(1).tolist()}
+
+
+def channel_statistics(shards: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over shards with ``count``, ``shape`` and sums."""
+    values = sum(shard["count"] for shard in shards) * math.prod(shards[0]["shape"][1:])
+    mean, square = (
+        [math.fsum(channel) / values for channel in zip(*(shard[key] for shard in shards), strict=True)]
+        for key in ("sums", "squares")
+    )
+    return mean, [math.sqrt(max(s - m * m, 0.0)) for s, m in zip(square, mean, strict=True)]
 
 
 def write_index(directory: Path, shards: Sequence[dict[str, Any]], description: dict[str, Any]) -> None:
@@ -93,26 +108,17 @@ def write_index(directory: Path, shards: Sequence[dict[str, Any]], description: 
     count = sum(shard["count"] for shard in shards)
     if count == 0:
         raise DataError(f"{directory} would hold no images")
-    shape = shards[0]["shape"]
-    values = count * math.prod(shape[1:])
-    mean = [math.fsum(channel) / values for channel in zip(*(s["sums"] for s in shards), strict=True)]
-    square = [math.fsum(channel) / values for channel in zip(*(s["squares"] for s in shards), strict=True)]
-    std = [math.sqrt(max(s - m * m, 0.0)) for s, m in zip(square, mean, strict=True)]
-    for channel, (m, deviation) in enumerate(zip(mean, std, strict=True)):
-        if is_constant(m, deviation):
-            raise DataError(
-                f"channel {channel} of all latents in {directory} is constant ({m:.6g}): nothing can be "
-                "learnt from it; look at the images, take another autoencoder or --precision float32"
-            )
+    mean, std = channel_statistics(shards)
     index = {
         "format": FORMAT,
         **description,
         "num_images": count,
-        "latent_shape": shape,
+        "latent_shape": shards[0]["shape"],
         "mean": mean,
         "std": std,
         "shards": [{key: shard[key] for key in OF_SHARD if key in shard} for shard in shards],
     }
+    check_index(index, f"all of {directory}")
     files.replace(directory / "index.json", files.to_json(index))
 
 
@@ -136,11 +142,9 @@ class LatentDataset(Dataset):
 
     def __init__(self, directory: str | Path, index: dict[str, Any] | None = None):
         self.directory = Path(directory)
-        if index is None:
-            index = read_index(self.directory)
-        else:
+        if index is not None:
             check_index(index, f"the index of {self.directory}")
-        self.index = index
+        self.index = read_index(self.directory) if index is None else index
         self.class_names: list[str] = self.index["class_names"]
         self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
         self.mean, self.std = self.index["mean"], self.index["std"]
@@ -151,10 +155,12 @@ class LatentDataset(Dataset):
         self.has_posterior = all({"std", "std_flip"} <= set(shard.entries) for shard in self.shards)
         rows = ROWS[: 4 if self.has_posterior else 2]
         self._columns = {name: column for column, name in enumerate(rows)}
-        of_each = [shard.entries.get(CHECKSUMS) for shard in self.shards]
+        counts = np.diff(self.ends, prepend=0)
+        self.starts = self.ends - counts
         self.has_checksums = all(
-            entry is not None and entry.dtype == torch.int64 and entry.shape == (count, len(rows))
-            for entry, count in zip(of_each, np.diff(self.ends, prepend=0), strict=True)
+            (found := shard.entries.get(CHECKSUMS)) is not None
+            and (found.dtype, found.shape) == (torch.int64, (count, len(rows)))
+            for shard, count in zip(self.shards, counts, strict=True)
         )
 
     def _open(self, entry: dict[str, Any]) -> ShardFile:
@@ -237,8 +243,7 @@ class LatentDataset(Dataset):
     def _place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shards of some images, and their rows there."""
         numbers = np.searchsorted(self.ends, indices, side="right")
-        firsts = self.ends - [shard.entries["latents"].shape[0] for shard in self.shards]
-        return numbers, indices - firsts[numbers]
+        return numbers, indices - self.starts[numbers]
 
     def _check(self, is_right: list[bool], indices: np.ndarray, key: str) -> None:
         if all(is_right):
@@ -297,12 +302,12 @@ class LatentDataset(Dataset):
 
 
 def published_index(
-    directory: Path, statistics: dict[str, Tensor], vae: str, num_classes: int
+    directory: Path, mean: list[float], std: list[float], vae: str, num_classes: int
 ) -> dict[str, Any]:
     """An index for a folder in LightningDiT's published layout, which has shards and statistics only.
 
     Args:
-        statistics: ``mean`` and ``std`` per channel, ``(1, C, 1, 1)``, of its ``latents_stats.pt``.
+        mean, std: per channel, of its ``latents_stats.pt``.
         vae: what decodes them: a folder or a hub id.
         num_classes: classes of the data.
 
@@ -314,21 +319,17 @@ def published_index(
         raise DataError(
             f"there are no latents in {directory}: neither index.json nor latents_rank*_shard*.safetensors"
         )
-    entries = [ShardFile(path).entries for path in paths]
-    for path, entry in zip(paths, entries, strict=True):
-        if "latents" not in entry:
+    shapes = []
+    for path in paths:
+        entries = ShardFile(path).entries
+        if "latents" not in entries:
             raise DataError(f"{path} holds no latents")
-    for key in ("mean", "std"):
-        if not isinstance(statistics.get(key), Tensor):
-            raise DataError(f"the statistics in {directory} lack {key}, expected a number for each channel")
+        shapes.append(entries["latents"].shape)
     return {
         "vae": vae,
         "class_names": [str(label) for label in range(num_classes)],
-        "latent_shape": list(entries[0]["latents"].shape[1:]),
-        "mean": statistics["mean"].flatten().tolist(),
-        "std": statistics["std"].flatten().tolist(),
-        "shards": [
-            {"file": path.name, "count": entry["latents"].shape[0]}
-            for path, entry in zip(paths, entries, strict=True)
-        ],
+        "latent_shape": list(shapes[0][1:]),
+        "mean": mean,
+        "std": std,
+        "shards": [{"file": path.name, "count": shape[0]} for path, shape in zip(paths, shapes, strict=True)],
     }

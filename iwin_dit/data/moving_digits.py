@@ -40,24 +40,23 @@ FPS = 8
 def prepare(root: Path, seed: int = 0) -> None:
     """Makes ``root``; what is there already is kept, so that an interrupted call is simply repeated."""
     with alone_in(root):
-        if not (root / "index.json").is_file():  # made by who held it before
-            _prepare(root, seed)
-
-
-def _prepare(root: Path, seed: int) -> None:
-    write_splits(root, seed, partial(_write_clip, seed))
-    source, spec = ClipFolderSource(root / "train"), ClipSpec(NUM_FRAMES)
-    if not (root / LOCAL_VAE).is_dir():
-        reader = Reader(source, (SIDE, SIDE), clip=spec)
-        order = torch.randperm(len(reader), generator=generator(seed, "frames"))[:NUM_VAE_CLIPS].tolist()
-        clips = torch.stack([reader.read(i, torch.Generator())[0] for i in order])  # (N, 3, T, H, W)
-        frames = clips.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1
-        trained = train_vae(frames, seed, VAE_STEPS)
-        with scratch.replacement(root / LOCAL_VAE) as new:
-            trained.save_pretrained(new)
-    vae = AutoencoderKL.from_pretrained(root / LOCAL_VAE, use_safetensors=True).eval().requires_grad_(False)
-    description = {"vae": LOCAL_VAE, "vae_sha256": weights_sha256(vae)}
-    extract(source, vae, root, Settings(size=(SIDE, SIDE), clip=spec), description)
+        if (root / "index.json").is_file():  # made by who held it before
+            return
+        write_splits(root, seed, partial(_write_clip, seed))
+        source, spec = ClipFolderSource(root / "train"), ClipSpec(NUM_FRAMES)
+        if not (root / LOCAL_VAE).is_dir():
+            reader = Reader(source, (SIDE, SIDE), clip=spec)
+            order = torch.randperm(len(reader), generator=generator(seed, "frames"))[:NUM_VAE_CLIPS].tolist()
+            clips = torch.stack([reader.read(i, torch.Generator())[0] for i in order])  # (N, 3, T, H, W)
+            frames = clips.transpose(1, 2).flatten(0, 1).float() / 127.5 - 1
+            trained = train_vae(frames, seed, VAE_STEPS)
+            with scratch.replacement(root / LOCAL_VAE) as new:
+                trained.save_pretrained(new)
+        vae = (
+            AutoencoderKL.from_pretrained(root / LOCAL_VAE, use_safetensors=True).eval().requires_grad_(False)
+        )
+        description = {"vae": LOCAL_VAE, "vae_sha256": weights_sha256(vae)}
+        extract(source, vae, root, Settings(size=(SIDE, SIDE), clip=spec), description)
 
 
 def write_clips(root: Path, seed: int) -> None:

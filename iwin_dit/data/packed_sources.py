@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iwin_dit.data.classes import label_of
+from iwin_dit.data.classes import label_of, names_of
 from iwin_dit.data.folders import Folder, read_file, refuse_pointer, stamped
 from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
 from iwin_dit.runtime import files, limits
@@ -55,15 +55,8 @@ class WebDatasetSource:
                 "KEY.jpg and KEY.cls"
             )
         self._index = np.array(rows, dtype=np.int64)  # shard, offset, size, label: small to send to a worker
-        named = _class_names_beside(Path(self._tars[0]).parent)
         self.labels = self._index[:, 3]
-        top = int(self.labels.max())
-        if named is not None and top >= len(named):
-            i = int(self.labels.argmax())
-            raise DataError(
-                f"{self.name(i)} has label {top}, but beside it only {len(named)} classes are named"
-            )
-        self.class_names = [str(i) for i in range(top + 1)] if named is None else named
+        self.class_names = names_of(self.labels, _class_names_beside(Path(self._tars[0]).parent), self.name)
 
     def __len__(self) -> int:
         return len(self._names)
