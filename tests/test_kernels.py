@@ -185,12 +185,12 @@ def test_operators_are_registered_as_pytorch_asks():
     """Fake tensors have the shapes, dtypes and strides of real ones; nothing is mutated or aliased."""
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     qkv = random(1, 3, 4, 3 * 8).requires_grad_()
-    torch.library.opcheck(attention._attend, (qkv, (2, 2), 1), test_utils=utils)
+    torch.library.opcheck(attention.attend, (qkv, (2, 2), 1), test_utils=utils)
     x, weight, bias, residual, gate, attended, other_gate = (
         tensor.detach().requires_grad_() for tensor in convolution_tensors((3, 4), 8, (3, 3))
     )
     tensors = x, weight.flatten(1).T, bias, residual, gate.flatten(1), attended, other_gate.flatten(1)
-    torch.library.opcheck(convolution._convolve, (*tensors, (3, 3)), test_utils=utils)
+    torch.library.opcheck(convolution.convolve, (*tensors, (3, 3)), test_utils=utils)
 
 
 def test_selection():

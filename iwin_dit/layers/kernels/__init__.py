@@ -95,7 +95,7 @@ def interleaved_attention(qkv: Tensor, window: tuple[int, ...], heads: int) -> T
     """
     from iwin_dit.layers.kernels.attention import attend
 
-    return attend(qkv, window, heads)
+    return attend(qkv, window, heads)[0]
 
 
 def depthwise_convolution(
@@ -129,4 +129,13 @@ def depthwise_convolution(
     """
     from iwin_dit.layers.kernels.convolution import convolve
 
-    return convolve(x, weight, bias, residual, gate, attended, attended_gate)
+    sides = tuple(weight.shape[2:])
+    if any(side % 2 == 0 for side in sides):
+        raise ValueError(f"the kernel is {sides}, its sides must be odd")
+    taps = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
+
+    def rows(gate: Tensor) -> Tensor:  # (B, C)
+        return gate.expand(len(x), *(1,) * (gate.ndim - 2), x.shape[-1]).reshape(len(x), x.shape[-1])
+
+    other = None if attended_gate is None else rows(attended_gate)
+    return convolve(x, taps, bias, residual, rows(gate), attended, other, sides)

@@ -156,9 +156,7 @@ def _forward_kernel(
         k1, k2 = _load(base + C, keys, real, 3 * C, D, D1, D2, FULL)
         v1, v2 = _load(base + 2 * C, keys, real, 3 * C, D, D1, D2, FULL)
         scores = _inner(q1, q2, k1, k2, D, D1)
-        if (
-            not FULL
-        ):  # the first token of every window exists, so that `largest` is finite from the first tile on
+        if not FULL:  # the first token of every window exists: `largest` is finite from the first tile on
             scores = tl.where(real[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         p = tl.exp2(scores * scale - larger[:, None])
@@ -334,7 +332,8 @@ def _launch(
 
 
 @torch.library.custom_op("iwin_dit::interleaved_attention", mutates_args=())
-def _attend(qkv: Tensor, window: Sequence[int], heads: int) -> tuple[Tensor, Tensor]:
+def attend(qkv: Tensor, window: Sequence[int], heads: int) -> tuple[Tensor, Tensor]:
+    """The result ``(B, *grid, C)``, and the logarithm of the sum of each row of scores, for its gradient."""
     qkv = qkv.contiguous()
     out, lse = _attend_fake(qkv, window, heads)
     tile = tile_of("forward", math.prod(window), qkv, heads)
@@ -343,7 +342,7 @@ def _attend(qkv: Tensor, window: Sequence[int], heads: int) -> tuple[Tensor, Ten
     return out, lse
 
 
-@_attend.register_fake
+@attend.register_fake
 def _attend_fake(qkv: Tensor, window: Sequence[int], heads: int) -> tuple[Tensor, Tensor]:
     groups = math.prod(-(-side // m) for side, m in zip(qkv.shape[1:-1], window, strict=True))
     lse = qkv.new_empty(len(qkv) * groups, heads, math.prod(window), dtype=torch.float32)
@@ -370,11 +369,9 @@ def _attend_backward(
     return dqkv
 
 
-@_attend_backward.register_fake
-def _attend_backward_fake(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, window: Sequence[int], heads: int
-) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+_attend_backward.register_fake(
+    lambda grad, qkv, *others: torch.empty_like(qkv, memory_format=torch.contiguous_format)
+)
 
 
 def _scale(qkv: Tensor, heads: int) -> float:
@@ -390,9 +387,4 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, Non
     return _attend_backward(grad, *ctx.saved_tensors, ctx.window, ctx.heads), None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_save)
-
-
-def attend(qkv: Tensor, window: tuple[int, ...], heads: int) -> Tensor:
-    """See :func:`iwin_dit.layers.kernels.interleaved_attention`."""
-    return _attend(qkv, window, heads)[0]
+attend.register_autograd(_differentiate, setup_context=_save)

@@ -169,11 +169,11 @@ def _rows_contiguous(gate: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("iwin_dit::depthwise_convolution", mutates_args=())
-def _convolve(
+def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, attended: Tensor | None,
     attended_gate: Tensor | None, sides: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    # weight (taps, C), gates (B, C); sides are the kernel's
+    """As :func:`~iwin_dit.layers.kernels.depthwise_convolution`, with weight (taps, C) and gates (B, C)."""
     x, weight, bias, residual = (tensor.contiguous() for tensor in (x, weight, bias, residual))
     gate, out = _rows_contiguous(gate), torch.empty_like(residual)
     second, other, beside = x, gate, False
@@ -185,12 +185,11 @@ def _convolve(
     return out
 
 
-@_convolve.register_fake
-def _convolve_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, attended: Tensor | None,
-    attended_gate: Tensor | None, sides: Sequence[int],
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(residual, memory_format=torch.contiguous_format)
+convolve.register_fake(
+    lambda x, weight, bias, residual, *others: torch.empty_like(
+        residual, memory_format=torch.contiguous_format
+    )
+)
 
 
 @torch.library.custom_op("iwin_dit::depthwise_convolution_backward", mutates_args=())
@@ -236,28 +235,4 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias, grad, dgate, *beside, None
 
 
-_convolve.register_autograd(_differentiate, setup_context=_save)
-
-
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gate: Tensor,
-    attended: Tensor | None,
-    attended_gate: Tensor | None,
-) -> Tensor:
-    """See :func:`iwin_dit.layers.kernels.depthwise_convolution`."""
-    sides = tuple(weight.shape[2:])
-    if any(side % 2 == 0 for side in sides):
-        raise ValueError(f"the kernel is {sides}, its sides must be odd")
-
-    def rows(gate: Tensor) -> Tensor:
-        return gate.expand(len(x), *(1,) * (gate.ndim - 2), x.shape[-1]).reshape(
-            len(x), x.shape[-1]
-        )  # (B, C)
-
-    taps = weight.flatten(1).T.contiguous()  # (taps, C): neighbouring channels are read at once
-    other = None if attended_gate is None else rows(attended_gate)
-    return _convolve(x, taps, bias, residual, rows(gate), attended, other, sides)
+convolve.register_autograd(_differentiate, setup_context=_save)
