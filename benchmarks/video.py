@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.layers import windows
 from iwin_dit.layers.block import Block
-from iwin_dit.layers.factorised import FactorisedMixer, SpatialMixer, TemporalMixer
+from iwin_dit.layers.global_attention import FactorisedMixer, SpatialMixer, TemporalMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.runtime.cpu import keep_freed_memory
 

@@ -19,7 +19,7 @@ from iwin_dit.config.parse import load_config
 from iwin_dit.data.labelled import HeldOutClips, LabelledClips, LabelledExamples, LabelledImages
 from iwin_dit.data.sources import ClipFolderSource, open_source
 from iwin_dit.data.video import ClipSpec, write_gif
-from iwin_dit.models import video_models
+from iwin_dit.models import iwin_transformer
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.official_names import official_name
 from iwin_dit.runtime.errors import CheckpointError
@@ -314,10 +314,10 @@ def test_the_head_learns_faster_than_what_is_below_it(write):
 
 def test_the_table_of_models_is_the_configs_and_its_figures_are_the_images():
     """Those of 1,000 classes, less 600 classes, with a second frame in each patch and 16 places in time."""
-    assert tuple(video_models.VIDEO_MODELS) == VIDEO_MODELS
+    assert tuple(iwin_transformer.VIDEO_MODELS) == VIDEO_MODELS
     for name, images in (("iwin_tiny_video", 30_226_504), ("iwin_small_video", 51_566_152)):
         with torch.device("meta"):
-            model = IwinTransformer3D(num_classes=400, **video_models.VIDEO_MODELS[name])
+            model = IwinTransformer3D(num_classes=400, **iwin_transformer.VIDEO_MODELS[name])
         added = 3 * 4 * 4 * 96 + 16 * 96 - 600 * 769
         assert sum(p.numel() for p in model.parameters()) == images + added
 

@@ -325,7 +325,7 @@ def test_folders_that_are_not_ours(tmp_path, pipeline_folder):
     with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, expected an IwinDiTPipeline"):
         loading.load_pipeline(str(tmp_path / "empty"))
     index.write_text("nonsense")
-    with pytest.raises(CheckpointError, match="is not the index of a pipeline"):
+    with pytest.raises(CheckpointError, match="model_index.json cannot be read: "):
         loading.load_pipeline(str(tmp_path / "empty"))
     index.write_bytes((pipeline_folder / "model_index.json").read_bytes())
     with pytest.raises(CheckpointError, match="is a damaged pipeline"):

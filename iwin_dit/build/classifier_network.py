@@ -21,8 +21,8 @@ from iwin_dit.data.sources import classes_begun
 from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
 from iwin_dit.models.backbone_3d import IwinTransformer3D
 from iwin_dit.models.inflation import inflate
+from iwin_dit.models.iwin_transformer import VIDEO_MODELS
 from iwin_dit.models.official_names import unwrap
-from iwin_dit.models.video_models import VIDEO_MODELS
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, listed
 from iwin_dit.runtime.run import read_config

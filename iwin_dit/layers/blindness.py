@@ -81,11 +81,9 @@ def of_earlier_version(mixer: MixerSpec, grid: tuple[int, ...]) -> MixerSpec:
     """
     if not mixer.reads("convolution"):
         return mixer
-    return (
-        replace(mixer, convolution=True)
-        if mixer.has_convolution(grid)
-        else _without_convolution(mixer, "divisor")
-    )
+    if mixer.has_convolution(grid):
+        return replace(mixer, convolution=True)
+    return _without_convolution(mixer, "divisor")
 
 
 def _without_convolution(mixer: MixerSpec, window: WindowWord) -> MixerSpec:

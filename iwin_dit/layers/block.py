@@ -12,10 +12,37 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwin_dit.layers.mlp import MLPS
 from iwin_dit.layers.norm import NORMS
-from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.specs import BlockSpec, MlpName
 from iwin_dit.layers.token_mixer import add, make_mixer
+
+
+class GeluMLP(nn.Module):
+    """Linear, GELU (tanh approximation), linear (DiT)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, gate and up in one projection (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+MLPS: dict[MlpName, type[nn.Module]] = {"gelu": GeluMLP, "swiglu": SwiGLU}
 
 
 class Modulation(nn.Module):
@@ -60,10 +87,8 @@ class Block(nn.Module):
         chunks = self.modulation(condition, rank=x.ndim - 2)
         shift_1, scale_1 = chunks.get("shift_1"), chunks["scale_1"]
         shift_2, scale_2 = chunks.get("shift_2"), chunks["scale_2"]
-        gates_1, gate_2 = (
-            [self._gate(chunks[name]) for name in self.mixer_gates],
-            self._gate(chunks["gate_2"]),
-        )
+        gates_1 = [self._gate(chunks[name]) for name in self.mixer_gates]
+        gate_2 = self._gate(chunks["gate_2"])
 
         if self.spec.post_norm:
             branches = self.mixer.branches(x.to(scale_1.dtype), rope)

@@ -102,7 +102,7 @@ MIXERS: dict[str, MixerKind] = {
         tells_order=lambda axis: axis.window < axis.side,
         odd_window=True,
     ),
-    "factorised": MixerKind("iwin_dit.layers.factorised:FactorisedMixer", ranks=(3,)),
+    "factorised": MixerKind("iwin_dit.layers.global_attention:FactorisedMixer", ranks=(3,)),
 }
 
 
@@ -169,7 +169,7 @@ class MixerSpec:
 
     def window(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The window on this grid, one number per axis; never larger than the grid."""
-        sizes = _per_axis("window_size", self.window_size, grid)
+        sizes = _of_grid("window_size", self.window_size, grid)
         window = tuple(
             _smallest_connecting_divisor(side, kernel, self.kind.least_window)
             if size in ("auto", "divisor")
@@ -194,14 +194,12 @@ class MixerSpec:
     def check_rank(self, grid: tuple[int, ...]) -> None:
         """Raises ValueError where the mixer does not take grids of so many axes."""
         if len(grid) not in self.kind.ranks:
-            only = (
-                "clips: set sample_frames" if self.kind.ranks == (3,) else "images: leave out sample_frames"
-            )
+            only = "clips: set sample_frames" if 3 in self.kind.ranks else "images: leave out sample_frames"
             raise ValueError(f"the {self.name} mixer is for {only}, or take another mixer")
 
     def kernel_sides(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The sides of the depthwise convolution, one number per axis of the grid."""
-        return tuple(_per_axis("kernel_size", self.kernel_size, grid))
+        return tuple(_of_grid("kernel_size", self.kernel_size, grid))
 
     def has_convolution(self, grid: tuple[int, ...]) -> bool:
         """Whether a mixer that is made for this grid has the depthwise convolution."""
@@ -215,8 +213,13 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _per_axis(name: str, value: Any, grid: tuple[int, ...]) -> list[Any]:
-    values = value if isinstance(value, list) else [value] * len(grid)
+def per_axis(value: Any, rank: int) -> list[Any]:
+    """One value for all axes, or one per axis, as one per axis."""
+    return value if isinstance(value, list) else [value] * rank
+
+
+def _of_grid(name: str, value: Any, grid: tuple[int, ...]) -> list[Any]:
+    values = per_axis(value, len(grid))
     if len(values) != len(grid):
         raise ValueError(f"{name} {value} has {len(values)} axes, the grid {grid} has {len(grid)}")
     return values

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, to_ntuple
 from timm.models import register_notrace_function
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
@@ -94,14 +94,11 @@ class IwinTransformer(nn.Module):
         stages = len(depths)
         window_sizes = _window_per_stage(window_size, stages)
         convolutions = [convolution] * stages if isinstance(convolution, bool | str) else list(convolution)
-        for name, values in (
-            ("num_heads", num_heads),
-            ("window_size", window_sizes),
-            ("convolution", convolutions),
-        ):
+        of_stages = {"num_heads": num_heads, "window_size": window_sizes, "convolution": convolutions}
+        for name, values in of_stages.items():
             if len(values) != stages:
                 raise ValueError(f"{name} {values} has {len(values)} stages, depths {depths} has {stages}")
-        sides, patch = _per_axis(img_size, self.rank), _per_axis(patch_size, self.rank)
+        sides, patch = map(to_ntuple(self.rank), (img_size, patch_size))
         grid = tuple(-(-side // p) for side, p in zip(sides, patch, strict=True))
         widths = [embed_dim * 2**i for i in range(stages)]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
@@ -326,10 +323,6 @@ def resize_positions(positions: Tensor, x: Tensor) -> Tensor:
 
 
 register_notrace_function(resize_positions)
-
-
-def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def _window_per_stage(window_size: int | str | Sequence[Any], stages: int) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.specs import BlockSpec, per_axis
 from iwin_dit.models.backbone import IwinTransformer
 from iwin_dit.models.stages import Downsample
 
@@ -34,9 +34,9 @@ class IwinTransformer3D(IwinTransformer):
         patch_size: frames, rows and columns of a token.
         num_classes: classes; 0 leaves the classifier out, and needs no pooling.
         global_pool: pooling over space and time, such as ``avg``.
-        window_size: rows and columns of a window, as in two dimensions; it spans all frames.
         pos_embed: whether there is an embedding per frame.
-        options: further arguments of :class:`~iwin_dit.models.backbone.IwinTransformer`.
+        options: further arguments of :class:`~iwin_dit.models.backbone.IwinTransformer`; its windows span all
+            frames.
     """
 
     rank = 3
@@ -47,24 +47,15 @@ class IwinTransformer3D(IwinTransformer):
         patch_size: Sequence[int] = (2, 4, 4),
         num_classes: int = 0,
         global_pool: str = "",
-        window_size: int | Sequence[Any] = 7,
         pos_embed: bool = True,
         **options: Any,
     ):
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            window_size=window_size,
-            pos_embed=pos_embed,
-            **options,
-        )
+        options |= dict(num_classes=num_classes, global_pool=global_pool, pos_embed=pos_embed)
+        super().__init__(img_size, patch_size, **options)
 
     def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
         """Windows over all frames, and a convolution per frame."""
-        size = spec.mixer.window_size
-        window, kernel = ["all", *(size if isinstance(size, list) else [size] * 2)], [1, 3, 3]
+        window, kernel = ["all", *per_axis(spec.mixer.window_size, 2)], [1, 3, 3]
         spec = replace(spec, mixer=replace(spec.mixer, window_size=window, kernel_size=kernel))
         return super().make_mixer(spec, grid, clip_window)
 

@@ -58,8 +58,29 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 VARIANTS = _variants()
+# Arguments of IwinTransformer3D by name: T and S with patches of two frames. timm's registry is of images.
+VIDEO_MODELS: dict[str, dict[str, Any]] = {
+    f"iwin_{size}_video": dict(
+        patch_size=(2, 4, 4),
+        window_size=7,
+        embed_dim=width,
+        depths=depths,
+        num_heads=heads,
+        global_pool="avg",
+    )
+    for size, (width, depths, _, heads) in BACKBONE_SIZES.items()
+    if size in ("tiny", "small")
+}
 default_cfgs = generate_default_cfgs({name: cfg for name, (_, cfg) in VARIANTS.items()})
-__all__ = ["BACKBONE_SIZES", "CLASSES_22K", "VARIANTS", "WINDOWS", "create_iwin_transformer", "default_cfgs"]
+__all__ = [
+    "BACKBONE_SIZES",
+    "CLASSES_22K",
+    "VARIANTS",
+    "VIDEO_MODELS",
+    "WINDOWS",
+    "create_iwin_transformer",
+    "default_cfgs",
+]
 
 
 def create_iwin_transformer(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

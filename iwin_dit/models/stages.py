@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iwin_dit.layers import windows
 from iwin_dit.layers.iwin import InterleavedAttention, IwinMixer
-from iwin_dit.layers.specs import BlockSpec
+from iwin_dit.layers.specs import BlockSpec, per_axis
 
 CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -58,12 +58,10 @@ class PaddedAttention(InterleavedAttention):
     """Zeros fill up rows and columns that are fewer than the window's, and take part in attention."""
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        grid, window = x.shape[1:-1], self.mixer_spec.window_size
-        sides = window[-2:] if isinstance(window, list) else [window] * 2
-        padded = (
-            *grid[:-2],
-            *(max(n, m) if isinstance(m, int) else n for n, m in zip(grid[-2:], sides, strict=True)),
-        )
+        *frames, height, width = grid = x.shape[1:-1]
+        *_, rows, columns = per_axis(self.mixer_spec.window_size, 2)
+        sides = ((height, rows), (width, columns))
+        padded = (*frames, *(max(n, m) if isinstance(m, int) else n for n, m in sides))
         return windows.crop(super().forward(windows.pad(x, padded), rope), grid)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from iwin_dit.layers.embeddings import (
     unpatchify,
 )
 from iwin_dit.layers.norm import NORMS
-from iwin_dit.layers.specs import BlockSpec, MixerSpec, MlpName, NormName, shape_of
+from iwin_dit.layers.specs import BlockSpec, MixerSpec, MlpName, NormName, per_axis, shape_of
 from iwin_dit.models.inflation import inflate
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
@@ -173,10 +174,9 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         arguments, *others = super().extract_init_dict(config_dict, **kwargs)
         mixer = arguments.get("mixer")
         if mixer and {"convolution", "window_size"} <= set(mixer) and "sample_size" in arguments:
-            size, patch = arguments["sample_size"], arguments.get("patch_size", 1)
-            frames = arguments.get("sample_frames")
-            grid = tuple(side // patch for side in ([size] * 2 if isinstance(size, int) else size))
-            grid = grid if frames is None else (frames, *grid)
+            *frames, height, width = _latent_size(arguments["sample_size"], arguments.get("sample_frames"))
+            patch = arguments.get("patch_size", 1)
+            grid = (*frames, height // patch, width // patch)
             arguments["mixer"] = asdict(of_earlier_version(MixerSpec(**mixer), grid))
         return arguments, *others
 
@@ -198,9 +198,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
     @property
     def latent_size(self) -> tuple[int, ...]:
         """Height and width of the latents that the model is made for; of clips, frames first."""
-        size, frames = self.config.sample_size, self.config.sample_frames
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        return sides if frames is None else (frames, *sides)
+        return _latent_size(self.config.sample_size, self.config.sample_frames)
 
     @property
     def null_label(self) -> int | None:
@@ -242,9 +240,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         grid = self.grid(*hidden_states.shape[2:])
         timestep = torch.as_tensor(timestep, device=device).expand(len(hidden_states))
 
-        condition = self.timestep_embedding(timestep, dtype) + self.label_embedding(class_labels).to(
-            dtype
-        )  # (B, D)
+        labels = self.label_embedding(class_labels).to(dtype)
+        condition = self.timestep_embedding(timestep, dtype) + labels  # (B, D)
         x = self.patch_embed(hidden_states).float()  # (B, *grid, D): the residual stream stays in float32
         if self.use_sincos:
             x = x + sincos_positions(grid, x.shape[-1], device)
@@ -303,11 +300,9 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         spec = MixerSpec(**model.config.mixer)
         mixer = dict(model.config.mixer)
         if spec.reads("window_size"):
-            window = mixer["window_size"]
-            mixer["window_size"] = ["auto", *(window if isinstance(window, list) else [window] * 2)]
+            mixer["window_size"] = ["auto", *per_axis(mixer["window_size"], 2)]
         if spec.reads("kernel_size"):
-            grid = model.grid(*model.latent_size)
-            sides = spec.kernel_sides(grid)
+            sides = per_axis(mixer["kernel_size"], 2)
             mixer["kernel_size"] = [sides[0], *sides]
         names = inspect.signature(IwinDiTTransformer2DModel).parameters
         config = {name: value for name, value in model.config.items() if name in names}
@@ -315,6 +310,11 @@ class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):
         clips = cls(**config)
         clips.load_state_dict(inflate(model.state_dict(), clips.state_dict()))
         return clips.train(model.training)
+
+
+def _latent_size(sample_size: int | Sequence[int], sample_frames: int | None) -> tuple[int, ...]:
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    return sides if sample_frames is None else (sample_frames, *sides)
 
 
 # Saved pipelines name the package, not this file: {"transformer": ["iwin_dit", "IwinDiTTransformer2DModel"]}.

@@ -7,8 +7,9 @@ config asks for, reads pickles where there are no safetensors, and takes weights
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.errors import CheckpointError, listed, reason
+from iwin_dit.runtime.errors import CheckpointError, listed
 
 PIPELINES: dict[str, type[ClassConditionalPipeline]] = {
     kind.__name__: kind for kind in (IwinDiTPipeline, IwinDiTVideoPipeline)
@@ -39,20 +40,21 @@ COMPONENTS = {  # the package and the classes that each may name, beside the tra
 }
 SETTINGS = ("_class_name", "_diffusers_version", "_name_or_path", "id2label", "latents_mean", "latents_std")
 
-# The largest of every number that decides how much is built or allocated.
-MAX_NUMBER = 1e18  # which 64 bits hold, too
-SIZES = {
+# The largest of every number that decides how much is built or allocated, all above 0.
+SIZES: dict[str, float] = {
     "num_layers": 1_000,
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels"), limits.SIDE),
-    **dict.fromkeys(("out_channels", "sample_size", "sample_frames"), limits.SIDE),
+    **dict.fromkeys(("out_channels", "sample_size", "sample_frames", "window_size"), limits.SIDE),
     "num_classes": limits.LABELS,
     "patch_size": limits.PATCH,
+    "kernel_size": limits.KERNEL,
     "mlp_ratio": limits.MLP_RATIO,
+    "num_train_timesteps": 1_000_000,
 }
-KINDS = {bool: bool, str: str, int: int, float: int | float}  # of a value, by that of its default
-MIXER_SIZES = {"window_size": limits.SIDE, "kernel_size": limits.KERNEL}
+OF_SEVERAL_AXES = ("sample_size", "window_size", "kernel_size")
+MAX_NUMBER = 10**18  # of what else a model reads; 64 bits hold it, too
 MAX_VAE_LAYERS, MAX_VAE_NUMBER = 64, 65_536
-MAX_TIMESTEPS = 1_000_000
+KINDS = {bool: (bool,), str: (str,), int: (int,), float: (int, float)}  # of a value, by that of its default
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
@@ -72,13 +74,18 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
     """
     index = path / "model_index.json"
     name, vae, scheduler = check_index(path)
-    channels = _check_transformer(path / "transformer" / "config.json", MODELS[name].__name__)
+    channels = _check_transformer(path / "transformer" / "config.json", MODELS[name])
     for key in ("latents_mean", "latents_std"):
         values = _read_json(index).get(key)
-        if values is not None and len(values) != channels:
+        if values is not None and not (
+            isinstance(values, list)
+            and len(values) == channels
+            and all(isinstance(value, int | float) and abs(value) <= MAX_NUMBER for value in values)
+        ):
             raise _unexpected(index, key, values, f"a number for each of the {channels} latent channels")
-    _check_vae(path / "vae" / "config.json", vae)
-    _check_scheduler(path / "scheduler" / "scheduler_config.json", scheduler)
+    _check_vae(path / "vae" / "config.json", VAES[vae])
+    scheduler_config = path / "scheduler" / "scheduler_config.json"
+    _check_values(scheduler_config, getattr(diffusers, scheduler), _read_json(scheduler_config), math.inf)
     _check_weights(path / "transformer", MODELS[name])
     _check_weights(path / "vae", VAES[vae])
     return PIPELINES[name]
@@ -94,7 +101,7 @@ def check_model_folder(path: Path) -> type[IwinDiTTransformer2DModel]:
     name = _read_json(config).get("_class_name")
     if not isinstance(name, str) or name not in kinds:
         raise _unexpected(config, "_class_name", name, " or ".join(kinds))
-    _check_transformer(config, name)
+    _check_transformer(config, kinds[name])
     _check_weights(path, kinds[name])
     return kinds[name]
 
@@ -109,13 +116,8 @@ def check_index(path: Path) -> tuple[str, str, str]:
                 "convert the official file with --vae, or give a pipeline"
             )
         raise CheckpointError(f"{path} is neither a run (config.yaml) nor a pipeline (model_index.json)")
-    try:
-        content = files.read_object(index, limits.INDEX_BYTES)
-        name = content["_class_name"]
-    except OSError as error:
-        raise _unreadable(index, error) from error
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{index} is not the index of a pipeline: {reason(error)}") from error
+    content = _read_json(index)
+    name = content.get("_class_name")
     name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
     if not isinstance(name, str) or name not in PIPELINES:
         raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {' or '.join(PIPELINES)}")
@@ -136,86 +138,54 @@ def check_index(path: Path) -> tuple[str, str, str]:
         and all(re.fullmatch("[0-9]{1,9}", key) and isinstance(name, str) for key, name in names.items())
     ):
         raise _unexpected(index, "id2label", names, "names by the number of the class")
-    for key in ("latents_mean", "latents_std"):
-        values = content.get(key)
-        if values is not None and not (isinstance(values, list) and all(map(_is_number, values))):
-            raise _unexpected(index, key, values, "a finite number for each channel")
     return name, content["vae"][1], content["scheduler"][1]
 
 
-def _check_transformer(path: Path, kind: str) -> int:
+def _check_transformer(path: Path, kind: type) -> int:
     """Returns the number of latent channels."""
-    config = _read_config(path, kind)
-    parameters = inspect.signature(IwinDiTTransformer2DModel).parameters
+    config, parameters = _read_config(path, kind), inspect.signature(kind).parameters
     unknown = sorted(key for key in config if key not in parameters and not key.startswith("_"))
     if unknown:
         raise CheckpointError(
             f"{path} has {listed(unknown)!r:.300}, which this version does not know; "
             "it was made by a newer version of iwin-dit, or by something else"
         )
-    defaults = {key: parameter.default for key, parameter in parameters.items()}
-    _check_kinds(path, {key: value for key, value in config.items() if key not in SIZES}, parameters)
-    config = defaults | config
-    mixer = config["mixer"] or {}
+    mixer = config.get("mixer") or {}
     if not isinstance(mixer, dict):
         raise _unexpected(path, "mixer", mixer, "keys and values")
-    for key, most in SIZES.items():
-        if config[key] is not None or key not in ("out_channels", "sample_frames"):  # which are optional
-            _check_size(path, key, config[key], most)
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    _check_size(path, "num_attention_heads x attention_head_dim", width, limits.SIDE)
-    for key, most in MIXER_SIZES.items():
-        if key in mixer:
-            _check_size(path, key, mixer[key], most)
-    for key, value in config.items():
-        if not all(map(_is_number, _numbers(value))):
-            raise _unexpected(path, key, value, "finite numbers")
-    return config["in_channels"]
+    _check_values(path, kind, config | mixer, MAX_NUMBER)
+    return config.get("in_channels", parameters["in_channels"].default)
 
 
-def _check_kinds(path: Path, config: dict[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Each value is of the kind of the constructor's default, where there is one."""
-    for key in sorted(config.keys() & parameters.keys()):
-        default, value = parameters[key].default, config[key]
-        if type(default) in KINDS and not isinstance(value, KINDS[type(default)] | None):
-            raise _unexpected(path, key, value, f"a value such as {default!r}")
-
-
-def _check_size(path: Path, key: str, value: Any, most: int) -> None:
-    """Numbers from 1, or above 0 for a ratio, to ``most``; sides may be several, those of windows words."""
-    axes = {"sample_size": 2} | dict.fromkeys(MIXER_SIZES, 3)
-    values = value if isinstance(value, list) and key in axes else [value]
-    length = len(values)
-    if key == "window_size":
-        values = [number for number in values if number not in ("auto", "all", "divisor")]
-    kinds, least = ((int, float), 0) if key == "mlp_ratio" else ((int,), 1)
-    if not (
-        1 <= length <= axes.get(key, 1)
-        and all(type(number) in kinds and least <= number <= most and number > 0 for number in values)
-    ):
-        kind = "a number above 0," if key == "mlp_ratio" else "a whole number from 1,"
-        raise _unexpected(path, key, value, f"{kind} at most {most:,}")
-
-
-def _check_vae(path: Path, name: str) -> None:
-    config = _read_config(path, name)
-    _check_kinds(path, config, inspect.signature(VAES[name]).parameters)
+def _check_vae(path: Path, kind: type) -> None:
+    config = _read_config(path, kind)
     if "quantization_config" in config:
         raise _unexpected(path, "quantization_config", config["quantization_config"], "plain weights")
+    layers = {key: value for key, value in config.items() if "layers" in key}
+    _check_values(path, kind, layers, MAX_VAE_LAYERS)
+    _check_values(path, kind, config, MAX_VAE_NUMBER)
     for key, value in config.items():
-        most = MAX_VAE_LAYERS if "layers" in key else MAX_VAE_NUMBER
-        if not all(_is_number(number) and abs(number) <= most for number in _numbers(value)):
-            raise _unexpected(path, key, value, f"numbers up to {most:,}")
         if "block" in key and isinstance(value, list) and len(value) > MAX_VAE_LAYERS:
             raise _unexpected(path, key, value, f"at most {MAX_VAE_LAYERS}")
 
 
-def _check_scheduler(path: Path, name: str) -> None:
-    config = _read_json(path)
-    _check_kinds(path, config, inspect.signature(getattr(diffusers, name)).parameters)
-    steps = config.get("num_train_timesteps", 1)
-    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
-        raise _unexpected(path, "num_train_timesteps", steps, f"a whole number from 1 to {MAX_TIMESTEPS:,}")
+def _check_values(path: Path, kind: Any, config: dict[str, Any], most: float) -> None:
+    """Sizes are in their bounds; other values are as the constructor's defaults, numbers up to ``most``."""
+    parameters = inspect.signature(kind).parameters
+    for key, value in config.items():
+        default = parameters[key].default if key in parameters else None
+        if key in SIZES and not (value is default is None):
+            sizes = value if isinstance(value, list) and key in OF_SEVERAL_AXES else [value]
+            if key == "window_size":  # the mixer knows its words
+                sizes = [size for size in sizes if not isinstance(size, str)]
+            whole = key != "mlp_ratio"
+            if not all(type(n) in KINDS[int if whole else float] and 0 < n <= SIZES[key] for n in sizes):
+                words = "a whole number from 1" if whole else "a number above 0"
+                raise _unexpected(path, key, value, f"{words}, at most {SIZES[key]:,}")
+        elif value is not None and type(value) not in KINDS.get(type(default), (type(value),)):
+            raise _unexpected(path, key, value, f"a value such as {default!r}")
+        elif not all(abs(number) <= most for number in _numbers(value)):
+            raise _unexpected(path, key, value, f"numbers up to {most:,}")
 
 
 def _check_weights(folder: Path, kind: Any) -> None:
@@ -272,10 +242,10 @@ def _current(name: str) -> str:
     return name
 
 
-def _read_config(path: Path, kind: str) -> dict[str, Any]:
+def _read_config(path: Path, kind: type) -> dict[str, Any]:
     config = _read_json(path)
-    if config.get("_class_name") != kind:
-        raise _unexpected(path, "_class_name", config.get("_class_name"), repr(kind))
+    if config.get("_class_name") != kind.__name__:
+        raise _unexpected(path, "_class_name", config.get("_class_name"), repr(kind.__name__))
     return config
 
 
@@ -295,10 +265,6 @@ def _numbers(value: Any) -> Iterator[int | float]:
             left += value.values() if isinstance(value, dict) else value
         elif isinstance(value, int | float):
             yield value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= MAX_NUMBER  # false for NaN and infinity
 
 
 def _unexpected(path: Path, key: str, found: Any, expected: str) -> CheckpointError:

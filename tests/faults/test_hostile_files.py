@@ -425,8 +425,11 @@ def test_33_every_scheduler_of_an_objective_is_accepted(pipeline_folder, objecti
         (dict(id2label=["shark"]), "has id2label .*, expected names by the number of the class"),
         (dict(id2label={"0": 1}), "has id2label .*, expected names by the number of the class"),
         (dict(id2label={"../x": "a"}), "has id2label .*, expected names by the number of the class"),
-        (dict(latents_mean="0000"), "has latents_mean '0000', expected a finite number for each channel"),
-        (dict(latents_std=[1.0, float("nan")]), r"has latents_std \[1.0, nan\], expected a finite number"),
+        (dict(latents_mean="0000"), "has latents_mean '0000', expected a number for each of the 4 latent"),
+        (
+            dict(latents_std=[1.0] * 3 + [float("nan")]),
+            r"has latents_std .*nan\], expected a number for each",
+        ),
     ],
 )
 def test_33_an_index_names_what_we_know_alone(pipeline_folder, changes, message):
@@ -445,14 +448,11 @@ def test_33_an_index_names_what_we_know_alone(pipeline_folder, changes, message)
         (dict(num_layers=None), "has num_layers None, expected a whole number"),
         (dict(num_attention_heads=-2), "has num_attention_heads -2, expected a whole number from 1"),
         (dict(attention_head_dim=10**9), "has attention_head_dim 1000000000, expected .* at most 65,536"),
-        (dict(num_attention_heads=300, attention_head_dim=300), "heads x attention_head_dim 90000, expected"),
         (dict(num_classes=10**8), "has num_classes 100000000, expected .* at most 10,000,000"),
         (dict(in_channels="4"), "has in_channels '4', expected a whole number"),
         (dict(out_channels=10**6), "has out_channels 1000000, expected .* at most 65,536"),
         (dict(patch_size=2048), "has patch_size 2048, expected .* at most 1,024"),
         (dict(sample_size=[8, 10**6]), r"has sample_size \[8, 1000000\], expected .* at most 65,536"),
-        (dict(sample_size=[8, 8, 8]), r"has sample_size \[8, 8, 8\], expected a whole number"),
-        (dict(sample_size=[]), r"has sample_size \[\], expected a whole number"),
         (dict(num_layers=[2]), r"has num_layers \[2\], expected a whole number"),
         (dict(mlp_ratio=65), "has mlp_ratio 65, expected a number above 0, at most 64"),
         (dict(mlp_ratio=0.0), r"has mlp_ratio 0\.0, expected a number above 0, at most 64"),
@@ -461,8 +461,8 @@ def test_33_an_index_names_what_we_know_alone(pipeline_folder, changes, message)
         (dict(mixer="iwin"), "has mixer 'iwin', expected keys and values"),
         (dict(mixer__kernel_size=10**9 + 1), "has kernel_size 1000000001, expected .* at most 1,023"),
         (dict(mixer__window_size=[10**9, 1]), r"has window_size \[1000000000, 1\], expected .* at most 65,5"),
-        (dict(timestep_scale=float("nan")), "has timestep_scale nan, expected finite numbers"),
-        (dict(class_dropout_prob=10**400), "has class_dropout_prob 1000.*, expected finite numbers"),
+        (dict(timestep_scale=float("nan")), "has timestep_scale nan, expected numbers up to"),
+        (dict(class_dropout_prob=10**400), "has class_dropout_prob 1000.*, expected numbers up to"),
         (
             dict(_class_name="AutoencoderKL"),
             "has _class_name 'AutoencoderKL', expected 'IwinDiTTransformer2D",
@@ -483,6 +483,9 @@ def test_33_sizes_are_bounded_before_anything_is_built(pipeline_folder, monkeypa
     [
         (dict(num_layers=3), "do not fit .*config.json at blocks.2.* and . more"),
         (dict(num_classes=2), "do not fit .*config.json at label_embedding.weight$"),
+        (dict(num_attention_heads=300, attention_head_dim=300), "do not fit .*config.json at blocks.0.*more"),
+        (dict(sample_size=[8, 8, 8]), r"makes no model: the latent has the axes \(8, 8, 8\)"),
+        (dict(sample_size=[]), "makes no model: the latent has the axes"),
         (dict(patch_size=3), "makes no model: the patch size 3 does not divide the latent size 8 x 8"),
         (dict(mlp="swim"), "makes no model: mlp is 'swim'"),
         (dict(mixer__window=4), "makes no model: .*unexpected keyword argument 'window'"),
@@ -735,7 +738,7 @@ def test_35_half_precision_can_be_sampled(pipeline_folder, dtype):
     [
         ("transformer/config.json", {"class_dropout_prob": "a"}, "expected a value such as 0.1"),
         ("transformer/config.json", {"timestep_scale": {"a": 1}}, "expected a value such as 1.0"),
-        ("transformer/config.json", {"timestep_scale": 10**30}, "expected finite numbers"),
+        ("transformer/config.json", {"timestep_scale": 10**30}, "expected numbers up to"),
         ("scheduler/scheduler_config.json", {"shift": 10**30}, "is a damaged pipeline: "),
         ("scheduler/scheduler_config.json", {"shift": "x"}, "has shift 'x', expected a value such as 1.0"),
         (
@@ -748,7 +751,11 @@ def test_35_half_precision_can_be_sampled(pipeline_folder, dtype):
         ("vae/config.json", {"scaling_factor": "x"}, "has scaling_factor 'x', expected a value such as"),
         ("vae/config.json", {"act_fn": "x"}, "is a damaged pipeline: "),
         ("model_index.json", {"id2label": [1]}, "expected names by the number of the class"),
-        ("model_index.json", {"latents_mean": {"a": 1}}, "expected a finite number for each channel"),
+        (
+            "model_index.json",
+            {"latents_mean": {"a": 1}},
+            "expected a number for each of the 4 latent channels",
+        ),
     ],
 )
 def test_33_values_that_only_fail_when_they_are_used(pipeline_folder, file, changes, message):
