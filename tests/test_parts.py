@@ -5,7 +5,7 @@ import torch
 from conftest import make_pipeline
 
 from iwin_dit.evaluation.drawing import SampledImages, drawer
-from iwin_dit.pipelines.parts import draw_in_parts
+from iwin_dit.pipelines.sampling import draw_in_parts
 
 
 def test_halves_begin_where_the_whole_began():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.pipelines.parts import draw_in_parts
+from iwin_dit.pipelines.sampling import draw_in_parts
 from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.seeds import generator
 

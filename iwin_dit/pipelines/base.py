@@ -88,9 +88,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        names = {
-            str(key): value for key, value in (id2label or {}).items()
-        }  # JSON knows strings as keys only
+        names = {str(key): name for key, name in (id2label or {}).items()}  # JSON knows strings as keys only
         self.register_to_config(
             id2label=names or None,
             latents_mean=None if latents_mean is None else list(latents_mean),
@@ -217,8 +215,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if not ids:
             raise ValueError("class_labels is empty, expected at least one id or name")
         self._guidance_scale = guidance_scale
-        low, high = guidance_interval
-        guidance = Guidance(guidance_scale, guidance_channels, (low, high))
+        guidance = Guidance(guidance_scale, guidance_channels, guidance_interval)
         self._check(guidance, guide, num_inference_steps, output_type)
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
@@ -308,10 +305,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "move it there with guide.to(device, dtype)"
             )
 
-    def _latent_size(
-        self, num_frames: int | None, height: int | None, width: int | None
-    ) -> tuple[int | None, ...]:
-        """Sides of the latent, of frames and pixels; None stays None, the model's own."""
+    def _latent_size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
+        """Sides of the latent, of frames and pixels; None is the model's own."""
         factor, multiple = spatial_factor(self.vae), spatial_factor(self.vae) * self.transformer.patch_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < 1 or pixels % multiple):
@@ -319,20 +314,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     f"{name} is {pixels}, expected a multiple of {multiple} (VAE factor times patch size)"
                     + ("" if pixels > 0 else " above 0")
                 )
-        sides = [None if pixels is None else pixels // factor for pixels in (height, width)]
-        if self.transformer.rank == 3:
-            return (None if num_frames is None else latent_frames(self.vae, num_frames), *sides)
+        *frames, own_height, own_width = self.transformer.latent_size
         if num_frames is not None:
-            raise ValueError(f"num_frames is {num_frames}, but this model draws images; leave it out")
-        return tuple(sides)
+            if not frames:
+                raise ValueError(f"num_frames is {num_frames}, but this model draws images; leave it out")
+            frames = [latent_frames(self.vae, num_frames)]
+        sides = ((height, own_height), (width, own_width))
+        return (*frames, *(own if pixels is None else pixels // factor for pixels, own in sides))
 
     def _initial_latents(
-        self, batch: int, size: tuple[int | None, ...], generator: Any, latents: Tensor | None
+        self, batch: int, size: tuple[int, ...], generator: Any, latents: Tensor | None
     ) -> Tensor:
         """Noise ``(B, C, [T,] h, w)`` in float32, drawn where the generators live."""
-        own = self.transformer.latent_size
-        sides = (default if side is None else side for side, default in zip(size, own, strict=True))
-        shape = (batch, self.transformer.config.in_channels, *sides)
+        shape = (batch, self.transformer.config.in_channels, *size)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(
                 f"got {len(generator)} generators for {batch} images, expected one, or one per image"
@@ -340,7 +334,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if latents.ndim != len(shape) or latents.shape[0] != batch or latents.shape[1] != shape[1]:
+        if latents.ndim != len(shape) or latents.shape[:2] != shape[:2]:
             axes = "frames x height x width" if len(shape) == 5 else "height x width"
             raise ValueError(f"latents are {tuple(latents.shape)}, expected {batch} x {shape[1]} x {axes}")
         return latents.to(device=device, dtype=torch.float32)

@@ -9,9 +9,9 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -24,6 +24,9 @@ from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
+
+T = TypeVar("T")
+L = TypeVar("L")
 
 SMALLEST_SIDE = 64  # of an image in a grid, in pixels
 FPS = 8.0  # frames per second of a clip
@@ -64,27 +67,48 @@ def sample_classes(
         options: arguments of the pipeline's call, such as ``guidance_scale``.
     """
     wanted = [pair for pair in itertools.product(labels, range(num_images)) if pair not in drawn]
-    done = 0
+
+    def draw(batch: list[tuple[int, int]], generators: list[torch.Generator]) -> Any:
+        return pipeline([label for label, _ in batch], generator=generators, return_dict=False, **options)[0]
+
     with progress(total=len(wanted), unit="image", desc="sample") as bar:
-        while done < len(wanted):
-            batch = wanted[done : done + batch_size]
+        while wanted:
+            batch, wanted = wanted[:batch_size], wanted[batch_size:]
             generators = [generator(seed, "image", label, number) for label, number in batch]
-            try:
-                (drawn_now,) = pipeline(
-                    [label for label, _ in batch], generator=generators, return_dict=False, **options
-                )
-            except Exception as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
-                    raise
-                drawn_now = None
-            if drawn_now is None:  # no longer in the error's context, which holds what is too large
-                batch_size = len(batch) // 2
-                clear_device_cache(garbage_collection=True)
-                continue
-            for (label, number), image in zip(batch, drawn_now, strict=True):
+            parts = draw_in_parts(draw, batch, generators)
+            batch_size = max(map(len, parts))
+            for (label, number), image in zip(batch, itertools.chain(*parts), strict=True):
                 yield Sample(label, number, image if isinstance(image, list) else [image])
-            done += len(batch)
             bar.update(len(batch))
+
+
+def draw_in_parts(
+    draw: Callable[[list[L], list[torch.Generator]], T],
+    labels: list[L],
+    generators: list[torch.Generator],
+) -> list[T]:
+    """``[draw(labels, generators)]``; or, where this runs out of memory, of the first and of the second half.
+
+    Halves that do not fit either are halved again. The generators begin each time where they were, so that
+    the images are the same but for the rounding that depends on the batch.
+
+    Raises:
+        Exception: where not even one fits, as it was raised.
+    """
+    states = [generator.get_state() for generator in generators]
+    try:
+        return [draw(labels, generators)]
+    except Exception as error:
+        if len(labels) == 1 or not is_out_of_memory(error):
+            raise
+    clear_device_cache(garbage_collection=True)  # after the error, which held what was drawn so far
+    for own, state in zip(generators, states, strict=True):
+        own.set_state(state)
+    half = len(labels) // 2
+    return [
+        *draw_in_parts(draw, labels[:half], generators[:half]),
+        *draw_in_parts(draw, labels[half:], generators[half:]),
+    ]
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -122,10 +146,11 @@ def draw_grid(samples: Sequence[Sample], names: dict[int, str], columns: int = 1
 
 def _lines(samples: list[Sample]) -> list[list[Image.Image]]:
     """One of all images, or one of each clip."""
-    if len(samples[0].frames) == 1:
-        return [[sample.image for sample in samples]]
     count = len(samples[0].frames)
-    shown = [round(i * (count - 1) / (min(count, MAX_STRIP) - 1)) for i in range(min(count, MAX_STRIP))]
+    if count == 1:
+        return [[sample.image for sample in samples]]
+    columns = min(count, MAX_STRIP)
+    shown = [round(i * (count - 1) / (columns - 1)) for i in range(columns)]
     return [[sample.frames[i] for i in shown] for sample in samples]
 
 
@@ -183,7 +208,14 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
     drawn = {(int(name[1]), int(name[2])) for name in names if name}
     path = folder / "recipe.json"
     if drawn:  # a recipe alone is that of a call that was refused
-        before, now = _read_recipe(path), json.loads(files.to_json(recipe))
+        try:
+            before = files.read_object(path, limits.JSON_BYTES)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path} is not the recipe of the images beside it: {error}; remove the folder, or take "
+                "another"
+            ) from error
+        now = json.loads(files.to_json(recipe))
         changed = [key for key in now if key not in NOT_COMPARED and before.get(key) != now[key]]
         if changed:
             key = changed[0]
@@ -193,15 +225,6 @@ def open_folder(folder: Path, recipe: dict[str, Any]) -> set[tuple[int, int]]:
             )
     files.replace(path, files.to_json(recipe))
     return drawn
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        return files.read_object(path, limits.JSON_BYTES)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is not the recipe of the images beside it: {error}; remove the folder, or take another"
-        ) from error
 
 
 def write_samples(samples: Iterable[Sample], folder: Path, fps: float = FPS) -> int:
