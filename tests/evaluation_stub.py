@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from iwin_dit.evaluation.extractors import Inception
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 
 COUNT = 12
 

@@ -40,7 +40,7 @@ from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages
 from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.evaluation.rules import stored_command
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime import scratch
 from iwin_dit.runtime.cpu import use_all_cores
 from iwin_dit.runtime.seeds import generator

@@ -10,7 +10,7 @@ from conftest import ROOT, make_pipeline
 from iwin_dit.build import loading
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.config.schema import Config
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.errors import expand_home, run_script
 
 

@@ -15,7 +15,7 @@ from iwin_dit.build import loading
 from iwin_dit.build.data import load_autoencoder
 from iwin_dit.convert import from_dit, from_iwin_transformer, from_ldm_vae, load_official
 from iwin_dit.convert.official_files import find_tensors
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime import checkpoint, files
 from iwin_dit.runtime.errors import CheckpointError, DataError, reason
 

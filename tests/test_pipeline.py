@@ -22,7 +22,7 @@ from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.pipelines.sampling import draw_grid, open_folder, sample_classes, write_samples
 from iwin_dit.runtime.errors import CheckpointError, DataError
 from iwin_dit.runtime.seeds import generator

@@ -23,7 +23,7 @@ from iwin_dit.build.data import PREPARE
 from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.pipelines.sampling import sample_classes
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 from iwin_dit.runtime.run import RunDirectory, number_of

@@ -13,7 +13,7 @@ from iwin_dit import IwinDiTPipeline, IwinDiTTransformer3DModel, IwinDiTVideoPip
 from iwin_dit.build.loading import choose_sampler, load_pipeline
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.diffusion.sampling import set_timesteps, times
+from iwin_dit.diffusion.sampling import published_scheduler, set_timesteps, times
 from iwin_dit.runtime.errors import ConfigError
 
 FLOW, NOISE = FlowMatching(), DDPM()
@@ -76,7 +76,7 @@ def test_sampling_begins_at_noise(objective, name):
 def test_saved_and_published_pipelines_keep_their_spacing(tmp_path):
     """Version 0.1 saved schedulers as they are published: their first step is at 1000 - 1000 / N."""
     assert NOISE.scheduler("ddim").config.timestep_spacing == "trailing"
-    for kind in (DDIMScheduler(clip_sample=False), NOISE.published_scheduler()):
+    for kind in (DDIMScheduler(clip_sample=False), published_scheduler(NOISE.prediction_type)):
         pipeline = make_pipeline(NOISE, kind)
         pipeline.save_pretrained(tmp_path / type(kind).__name__)
         loaded = load_pipeline(str(tmp_path / type(kind).__name__))

@@ -19,7 +19,7 @@ from iwin_dit import IwinDiTTransformer3DModel, IwinDiTVideoPipeline
 from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data import codec
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.pipelines.sampling import draw_animation, draw_grid, sample_classes
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
 

@@ -17,7 +17,7 @@ from iwin_dit.commands import COMMANDS
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.config.recipes import RECIPES, find_recipe
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.errors import ConfigError
 
 

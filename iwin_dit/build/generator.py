@@ -18,7 +18,7 @@ from iwin_dit.config.schema import Config
 from iwin_dit.data.examples import Drawn, ImagesAsClips, MixedExamples, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.pixels import PixelDataset
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.optimizer import Groups, parameter_groups
 from iwin_dit.training.state import Run

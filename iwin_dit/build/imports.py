@@ -10,7 +10,7 @@ from iwin_dit.data.codec import latent_channels
 from iwin_dit.data.sources import IMAGENET_NAMES
 from iwin_dit.diffusion.sampling import published_scheduler
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError

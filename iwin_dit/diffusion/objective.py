@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from iwin_dit.diffusion.sampling import Scheduler, make_scheduler, published_scheduler
+from iwin_dit.diffusion.sampling import Scheduler, make_scheduler
 from iwin_dit.diffusion.specs import SAMPLERS, ObjectiveConfig, ObjectiveKind
 
 
@@ -50,10 +50,6 @@ class Objective(ABC):
     def scheduler(self, sampler: str | None = None) -> Scheduler:
         """See :func:`iwin_dit.diffusion.sampling.make_scheduler`."""
         return make_scheduler(self.prediction_type, sampler)
-
-    def published_scheduler(self) -> Scheduler:
-        """See :func:`iwin_dit.diffusion.sampling.published_scheduler`."""
-        return published_scheduler(self.prediction_type)
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import diffusers
 import numpy as np
@@ -24,22 +24,7 @@ OF_ONE_SCHEDULER = (
 )
 
 
-class Scheduler(Protocol):
-    """What is asked of diffusers' schedulers, whose common class promises nothing.
-
-    sigmas: of those that have them.
-    """
-
-    config: Any
-    timesteps: Tensor
-    sigmas: Tensor
-
-    @classmethod
-    def from_config(cls, config: Any, **changes: Any) -> Any: ...
-
-    def set_timesteps(self, *arguments: Any, **options: Any) -> None: ...
-
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any: ...
+Scheduler: TypeAlias = Any  # one of diffusers', whose common class promises no method
 
 
 def make_scheduler(prediction_type: str, sampler: str | None = None, **changes: Any) -> Scheduler:
@@ -68,14 +53,9 @@ def published_scheduler(prediction_type: str) -> Scheduler:
     return make_scheduler(prediction_type, **changes)
 
 
-def is_of_flows(scheduler: Scheduler) -> bool:
-    """Whether diffusers made it for flow matching alone, so that its config does not say so."""
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
 def prediction_type(scheduler: Scheduler) -> str:
     """What the scheduler takes a model's output for: ``flow_prediction``, ``epsilon``, ..."""
-    if is_of_flows(scheduler):
+    if type(scheduler).__name__.startswith("FlowMatch"):  # made for nothing else, as its config does not say
         return FLOW
     return scheduler.config.get("prediction_type", "epsilon")
 
@@ -151,17 +131,6 @@ def times(scheduler: Scheduler) -> list[float]:
     discrete = prediction_type(scheduler) != FLOW
     first = 1 if discrete and scheduler.config.get("timestep_spacing") == "trailing" else 0
     return ((model_timesteps(scheduler).double() + first) / scheduler.config.num_train_timesteps).tolist()
-
-
-def begins_step(scheduler: Scheduler) -> bool:
-    """Whether the next call of the model begins a step, rather than correct the one before (Heun)."""
-    return getattr(scheduler, "state_in_first_order", True)
-
-
-def model_input(scheduler: Scheduler, latents: Tensor, timestep: Tensor) -> Tensor:
-    """The latents as the scheduler wants the model to see them."""
-    scale = getattr(scheduler, "scale_model_input", None)  # flow matching has none
-    return latents if scale is None else scale(latents, timestep)
 
 
 def step_arguments(scheduler: Scheduler, generator: object) -> dict[str, Any]:

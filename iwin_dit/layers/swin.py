@@ -102,7 +102,7 @@ class SwinMixer(TokenMixer):
 
         mask = self.relative_bias(window, x)  # (1, K, N, N)
         if padded != grid or any(shift):
-            hidden = ~self.visible(grid, padded, window, shift, x.device)  # (G, 1, N, N)
+            hidden = ~self.visible(windows.real_tokens(grid, padded, x.device), window, shift)  # (G, 1, N, N)
             mask = mask.masked_fill(hidden, -torch.inf).repeat(x.shape[0], 1, 1, 1)
         if rope is not None:
             rope = rows(rope[None]).repeat(x.shape[0], 1, 1)[:, None]  # (B G, 1, N, d/2)
@@ -111,27 +111,16 @@ class SwinMixer(TokenMixer):
         return (windows.crop(torch.roll(attended, back, axes), grid),)
 
     @staticmethod
-    def visible(
-        grid: tuple[int, ...],
-        padded: tuple[int, ...],
-        window: tuple[int, ...],
-        shift: list[int],
-        device: torch.device,
-    ) -> Tensor:
-        """Which keys a query sees in its window, ``(G, 1, N, N)``.
+    def visible(real: Tensor, window: tuple[int, ...], shift: list[int]) -> Tensor:
+        """Which keys a query sees in its window, ``(G, 1, N, N)``; real ``(1, *padded, 1)`` is no padding.
 
         Those that are real and that the roll has not brought from the other side of the image. A query that
         is padding itself sees padding too: its row is thrown away, but has to be finite.
         """
-        axes = list(range(1, 1 + len(grid)))
-        real = windows.real_tokens(grid, padded, device)  # (1, *padded, 1)
-        marks = [real]
-        for axis, (side, s) in enumerate(zip(padded, shift, strict=True)):
-            is_brought = torch.arange(side, device=device) < s
-            marks.append(
-                is_brought.view(*(-1 if a == axis else 1 for a in range(len(padded))), 1).expand_as(real)
-            )
-        rolled = torch.roll(torch.cat(marks, -1), [-s for s in shift], axes)
+        sides = real.shape[1:-1]
+        brought = [torch.arange(side, device=real.device) < s for side, s in zip(sides, shift, strict=True)]
+        marks = torch.stack([real[0, ..., 0], *torch.meshgrid(*brought, indexing="ij")], -1)[None]
+        rolled = torch.roll(marks, [-s for s in shift], list(range(1, 1 + len(sides))))
         real, *wrapped = windows.partition(rolled, window, interleaved=False).unbind(-1)  # (G, N) each
         seen = real[:, None, :] | ~real[:, :, None]
         for flags in wrapped:

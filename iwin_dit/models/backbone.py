@@ -112,8 +112,8 @@ class IwinTransformer(nn.Module):
         ]
         with torch.device(device) if device is not None else nullcontext():
             self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch, patch_norm)
-            positions = torch.empty(1, *self.position_axes(grid), embed_dim)
-            self.pos_embed = nn.Parameter(positions) if pos_embed else None
+            axes = grid if self.rank == 2 else (grid[0], 1, 1)  # it is the same along an axis of 1
+            self.pos_embed = nn.Parameter(torch.empty(1, *axes, embed_dim)) if pos_embed else None
             layers, spots = [], []
             for i, width in enumerate(widths):
                 spec = BlockSpec(
@@ -126,7 +126,7 @@ class IwinTransformer(nn.Module):
                     norm="layer_norm",
                     mlp="gelu",
                 )
-                downsample = self.make_downsample(widths[i - 1], width) if i > 0 else nn.Identity()
+                downsample = Downsample(widths[i - 1], width) if i > 0 else nn.Identity()
                 if i > 0:
                     grid = (*grid[:-2], *(-(-side // 2) for side in grid[-2:]))
                 blocks = [
@@ -162,14 +162,6 @@ class IwinTransformer(nn.Module):
         """The token mixer of a block on this grid."""
         clips = clip_window or spec.mixer.mask_padding
         return (IwinMixer if clips else PaddedIwinMixer)(spec, grid)
-
-    def make_downsample(self, width: int, out_width: int) -> nn.Module:
-        """What stands between two stages."""
-        return Downsample(width, out_width)
-
-    def position_axes(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """Sides of the position embedding; it is the same along an axis of 1."""
-        return grid
 
     def init_weights(self) -> None:
         """Truncated normal of deviation 0.02 for projections and positions, zeros for their biases."""

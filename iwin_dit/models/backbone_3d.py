@@ -13,14 +13,6 @@ from torch import Tensor, nn
 
 from iwin_dit.layers.specs import BlockSpec, per_axis
 from iwin_dit.models.backbone import IwinTransformer
-from iwin_dit.models.stages import Downsample
-
-
-class FrameDownsample(Downsample):
-    """:class:`Downsample` of each frame: ``(B, T, H, W, D) -> (B, T, ceil(H/2), ceil(W/2), D')``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class IwinTransformer3D(IwinTransformer):
@@ -58,12 +50,6 @@ class IwinTransformer3D(IwinTransformer):
         window, kernel = ["all", *per_axis(spec.mixer.window_size, 2)], [1, 3, 3]
         spec = replace(spec, mixer=replace(spec.mixer, window_size=window, kernel_size=kernel))
         return super().make_mixer(spec, grid, clip_window)
-
-    def make_downsample(self, width: int, out_width: int) -> nn.Module:
-        return FrameDownsample(width, out_width)
-
-    def position_axes(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        return grid[0], 1, 1
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """``(B, T, H, W, D)`` to logits, or to features ``(B, D, T, H, W)`` where there is no pooling."""

@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, other channels: ``(B, H, W, D) -> (B, ceil(H/2), ceil(W/2), D')``.
+    """Half the rows and columns, other channels: ``(B, [T,] H, W, D) -> (B, [T,] ceil(H/2), ceil(W/2), D')``.
 
     Layer norm, then a 3 x 3 convolution of stride 2 over the grid with a further row and column of zeros at
     the bottom and right, after an odd side has become even. Two serve both: the stride skips the second one
@@ -50,8 +50,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, out_width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(self.norm(x).movedim(-1, 1), [0, 2, 0, 2])
-        return self.conv(x).movedim(1, -1)
+        images = self.norm(x).flatten(0, -4).movedim(-1, 1)
+        return self.conv(F.pad(images, [0, 2, 0, 2])).movedim(1, -1).unflatten(0, x.shape[:-3])
 
 
 class PaddedAttention(InterleavedAttention):

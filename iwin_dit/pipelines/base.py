@@ -29,9 +29,7 @@ from iwin_dit.data.codec import (
 )
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.diffusion.sampling import (
-    begins_step,
     check_scheduler,
-    model_input,
     model_timesteps,
     set_timesteps,
     split_sigma,
@@ -41,7 +39,7 @@ from iwin_dit.diffusion.sampling import (
 from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.labels import ClassNames
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.errors import DataError
 
 # diffusers looks for a component's library among the attributes of diffusers.pipelines before it asks for
@@ -257,11 +255,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
         begin = when[0]  # of the step, whose calls are all guided or none
+        scaled = getattr(self.scheduler, "scale_model_input", lambda latents, timestep: latents)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
-                begin = when[i] if begins_step(self.scheduler) else begin
+                if getattr(self.scheduler, "state_in_first_order", True):  # or Heun corrects the last one
+                    begin = when[i]
                 guidance = replace(guidance, scale=self.guidance_scale)  # which a callback may set
-                noisy = model_input(self.scheduler, latents, timestep).to(model.dtype)
+                noisy = scaled(latents, timestep).to(model.dtype)
                 prediction = guidance.predict(model, noisy, asked[i], labels, model.null_label, begin, guide)
                 prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
                 latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
@@ -363,6 +363,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"the transformer are{hint}"
             )
         return pixels
+
+
+def export_pipeline(pipeline: ClassConditionalPipeline, folder: Path, recipe: dict[str, Any]) -> None:
+    """Writes a pipeline and its recipe to ``folder``, replaced as a whole once the new one is complete."""
+    with scratch.replacement(folder) as new:
+        pipeline.save_pretrained(new, safe_serialization=True)
+        (new / "recipe.json").write_bytes(files.to_json(recipe))
 
 
 def _name(dtype: torch.dtype) -> str:

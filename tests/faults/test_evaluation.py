@@ -26,7 +26,7 @@ from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan
 from iwin_dit.evaluation.extractors import DINOv2, Inception
 from iwin_dit.evaluation.images import FolderImages
 from iwin_dit.evaluation.metrics import Features, compute
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
 
 ALL = "fid,sfid,kid,is,pr"

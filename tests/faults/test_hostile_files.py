@@ -29,7 +29,7 @@ from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.pipelines.trust import check_pipeline_folder
 from iwin_dit.runtime import checkpoint, files
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError

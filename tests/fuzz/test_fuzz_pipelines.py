@@ -4,7 +4,7 @@ import pytest
 from conftest import make_pipeline
 from mutate import fuzz, mutate_json_text, mutate_safetensors
 
-from iwin_dit.pipelines.export import export_pipeline
+from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.pipelines.trust import check_pipeline_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
