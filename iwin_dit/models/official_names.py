@@ -67,15 +67,6 @@ def serves_later_stages(name: str, last: int) -> bool:
     )
 
 
-def to_our_layout(positions: Tensor, shape: torch.Size) -> Tensor:
-    """Positions with their channels last, ``(1, *grid, D)``; theirs are ``(1, N, D)`` or ``(1, D, *grid)``.
-
-    Where they hold another number of values, the shapes still differ.
-    """
-    positions = positions.movedim(1, -1) if positions.ndim > 3 else positions
-    return positions.reshape(shape) if positions.numel() == shape.numel() else positions
-
-
 def to_our_names(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Official tensors under our names and in our layout; names that have no place keep theirs.
 
@@ -84,8 +75,12 @@ def to_our_names(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], rank
     expected = {official_name(name, rank): name for name in ours}
     renamed = {expected.get(name, name): tensor for name, tensor in weights.items()}
     for name, like in ours.items():
-        if name == "pos_embed" and name in renamed:
-            renamed[name] = to_our_layout(renamed[name], like.shape)
+        if (
+            name == "pos_embed" and name in renamed
+        ):  # theirs are (1, N, D) or (1, D, *grid), ours (1, *grid, D)
+            positions = renamed[name].movedim(1, -1) if renamed[name].ndim > 3 else renamed[name]
+            fits = positions.numel() == like.numel()  # where not, the shapes still differ
+            renamed[name] = positions.reshape(like.shape) if fits else positions
         elif name not in renamed and name.endswith(".qkv.bias"):
             renamed[name] = torch.zeros(like.shape)
         elif name in renamed and name.endswith(".convolution.conv.weight") and rank == 3:

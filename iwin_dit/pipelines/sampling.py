@@ -243,16 +243,11 @@ def write_samples(samples: Iterable[Sample], folder: Path, fps: float = FPS) -> 
             write_gif(sample.frames, path.with_suffix(".gif"), fps)
             write_mp4(sample.frames, path.with_suffix(".mp4"), fps)
             image = draw_grid([sample], {})
-        files.replace(path, as_png(image))
+        data = io.BytesIO()
+        image.save(data, format="PNG")
+        files.replace(path, data.getvalue())
         count += 1
     return count
-
-
-def as_png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    return data.getvalue()
 
 
 def _row_title(label: int | str, name: str | None, limit: int = 28, size: int = 14) -> tuple[str, Font]:
