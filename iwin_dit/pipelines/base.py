@@ -214,67 +214,46 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty, expected at least one id or name")
         self._guidance_scale = guidance_scale
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval)
-        self._check(guidance, guide, num_inference_steps, output_type)
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {', '.join(sorted(unknown))}, expected only "
-                f"{', '.join(self._callback_tensor_inputs)}"
-            )
-
-        def after_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-            if callback_on_step_end is None:
-                return latents
-            wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-            return callback_on_step_end(self, step, timestep, wanted).pop("latents", latents)
-
-        noise = self._initial_latents(len(ids), size, generator, latents)
+        self._check(guidance, guide, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        latents = self._initial_latents(len(ids), size, generator, latents)
         labels = torch.tensor(ids, device=self._execution_device)
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, "cpu")
-        drawn = self._denoise(noise, labels, timesteps, guidance, guide, generator, after_step)
-        result = drawn if output_type == "latent" else self._postprocess(self._decode(drawn), output_type)
-        self.maybe_free_model_hooks()
-        return self.output(result) if return_dict else (result,)
-
-    def _denoise(
-        self,
-        latents: Tensor,
-        labels: Tensor,
-        timesteps: Tensor,
-        guidance: Guidance,
-        guide: IwinDiTTransformer2DModel | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        after_step: Callable[[int, Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        """From noise to normalised latents, ``(B, C, [T,] h, w)`` both.
-
-        The schedule stays on the CPU: schedulers look their numbers up there, and no step waits for a GPU.
-        """
-        model = self.transformer
-        asked, when = model_timesteps(self.scheduler).to(self._execution_device), times(self.scheduler)
+        model, scheduler = self.transformer, self.scheduler
+        # on the CPU: schedulers look their numbers up there, and no step waits for a GPU
+        timesteps = set_timesteps(scheduler, num_inference_steps, "cpu")
+        asked, when = model_timesteps(scheduler).to(self._execution_device), times(scheduler)
         self._num_timesteps = len(timesteps)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        arguments = step_arguments(self.scheduler, generator) | {"return_dict": False}
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        arguments = step_arguments(scheduler, generator) | {"return_dict": False}
         begin = when[0]  # of the step, whose calls are all guided or none
-        scaled = getattr(self.scheduler, "scale_model_input", lambda latents, timestep: latents)
+        scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
         with self.progress_bar(total=len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
-                if getattr(self.scheduler, "state_in_first_order", True):  # or Heun corrects the last one
+                if getattr(scheduler, "state_in_first_order", True):  # or Heun corrects the last one
                     begin = when[i]
                 guidance = replace(guidance, scale=self.guidance_scale)  # which a callback may set
                 noisy = scaled(latents, timestep).to(model.dtype)
                 prediction = guidance.predict(model, noisy, asked[i], labels, model.null_label, begin, guide)
-                prediction = split_sigma(prediction.float(), latents.shape[1], self.scheduler)
-                latents = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
-                latents = after_step(i, timestep, latents)
+                prediction = split_sigma(prediction.float(), latents.shape[1], scheduler)
+                latents = scheduler.step(prediction, timestep, latents, **arguments)[0]
+                if callback_on_step_end is not None:
+                    wanted = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = callback_on_step_end(self, i, timestep, wanted).pop("latents", latents)
                 bar.update()
-        return latents
+        result = latents if output_type == "latent" else self._postprocess(self._decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return self.output(result) if return_dict else (result,)
 
     @abstractmethod
     def _postprocess(self, pixels: Tensor, output_type: str) -> Any:
         """Pixels about [-1, 1] as the call's ``output_type``."""
 
     def _check(
-        self, guidance: Guidance, guide: IwinDiTTransformer2DModel | None, steps: int, output_type: str
+        self,
+        guidance: Guidance,
+        guide: IwinDiTTransformer2DModel | None,
+        steps: int,
+        output_type: str,
+        callback_inputs: Sequence[str],
     ) -> None:
         if guide is not None:
             self._check_guide(guide)
@@ -288,6 +267,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'")
+        if unknown := set(callback_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(sorted(unknown))}, expected only "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
 
     def _check_guide(self, guide: IwinDiTTransformer2DModel) -> None:
         model = self.transformer
