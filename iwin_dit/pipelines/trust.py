@@ -26,18 +26,11 @@ from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import CheckpointError, listed
 
-PIPELINES: dict[str, type[ClassConditionalPipeline]] = {
-    kind.__name__: kind for kind in (IwinDiTPipeline, IwinDiTVideoPipeline)
-}
-MODELS: dict[str, type[IwinDiTTransformer2DModel]] = {  # by the name of their pipeline
-    IwinDiTPipeline.__name__: IwinDiTTransformer2DModel,
-    IwinDiTVideoPipeline.__name__: IwinDiTTransformer3DModel,
+PIPELINES: dict[str, tuple[type[ClassConditionalPipeline], type[IwinDiTTransformer2DModel]]] = {
+    "IwinDiTPipeline": (IwinDiTPipeline, IwinDiTTransformer2DModel),
+    "IwinDiTVideoPipeline": (IwinDiTVideoPipeline, IwinDiTTransformer3DModel),
 }
 SCHEDULERS = sorted({sampler.scheduler for samplers in SAMPLERS.values() for sampler in samplers.values()})
-COMPONENTS = {  # the package and the classes that each may name, beside the transformer
-    "vae": ("diffusers", list(VAES)),
-    "scheduler": ("diffusers", SCHEDULERS),
-}
 SETTINGS = ("_class_name", "_diffusers_version", "_name_or_path", "id2label", "latents_mean", "latents_std")
 
 # The largest of every number that decides how much is built or allocated, all above 0.
@@ -74,7 +67,8 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
     """
     index = path / "model_index.json"
     name, vae, scheduler = check_index(path)
-    channels = _check_transformer(path / "transformer" / "config.json", MODELS[name])
+    pipeline, model = PIPELINES[name]
+    channels = _check_transformer(path / "transformer" / "config.json", model)
     for key in ("latents_mean", "latents_std"):
         values = _read_json(index).get(key)
         if values is not None and not (
@@ -86,9 +80,9 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
     _check_vae(path / "vae" / "config.json", VAES[vae])
     scheduler_config = path / "scheduler" / "scheduler_config.json"
     _check_values(scheduler_config, getattr(diffusers, scheduler), _read_json(scheduler_config), math.inf)
-    _check_weights(path / "transformer", MODELS[name])
+    _check_weights(path / "transformer", model)
     _check_weights(path / "vae", VAES[vae])
-    return PIPELINES[name]
+    return pipeline
 
 
 def check_model_folder(path: Path) -> type[IwinDiTTransformer2DModel]:
@@ -97,7 +91,7 @@ def check_model_folder(path: Path) -> type[IwinDiTTransformer2DModel]:
     Raises:
         CheckpointError: saying in which file what was found, and what is accepted.
     """
-    config, kinds = path / "config.json", {kind.__name__: kind for kind in MODELS.values()}
+    config, kinds = path / "config.json", {kind.__name__: kind for _, kind in PIPELINES.values()}
     name = _read_json(config).get("_class_name")
     if not isinstance(name, str) or name not in kinds:
         raise _unexpected(config, "_class_name", name, " or ".join(kinds))
@@ -121,7 +115,11 @@ def check_index(path: Path) -> tuple[str, str, str]:
     name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
     if not isinstance(name, str) or name not in PIPELINES:
         raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {' or '.join(PIPELINES)}")
-    components = {"transformer": ("iwin_dit", [MODELS[name].__name__]), **COMPONENTS}
+    components = {  # the package and the classes that each may name
+        "transformer": ("iwin_dit", [PIPELINES[name][1].__name__]),
+        "vae": ("diffusers", list(VAES)),
+        "scheduler": ("diffusers", SCHEDULERS),
+    }
     unknown = sorted(set(content) - {*components, *SETTINGS})
     if unknown:
         raise CheckpointError(
@@ -153,7 +151,7 @@ def _check_transformer(path: Path, kind: type) -> int:
     mixer = config.get("mixer") or {}
     if not isinstance(mixer, dict):
         raise _unexpected(path, "mixer", mixer, "keys and values")
-    _check_values(path, kind, config | mixer, MAX_NUMBER)
+    _check_values(path, kind, mixer | config, MAX_NUMBER)
     return config.get("in_channels", parameters["in_channels"].default)
 
 
