@@ -22,12 +22,7 @@ from iwin_dit.evaluation.evaluate import extract_features, features_key, read_fe
 from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.images import Extractor, Images, Reading
 from iwin_dit.evaluation.metrics import METRICS, Features, compute
-from iwin_dit.evaluation.reference import (
-    Reference,
-    on_main,
-    open_reference,
-    split,
-)
+from iwin_dit.evaluation.reference import Reference, on_main, open_reference, split
 from iwin_dit.evaluation.rules import holds_images
 from iwin_dit.evaluation.statistics import identity, write_statistics
 from iwin_dit.runtime import files, scratch

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from iwin_dit.convert.arguments import check_known, check_values
-from iwin_dit.convert.official_files import find_tensors, load
+from iwin_dit.convert.official_files import find_tensors, load, renamed
 
 # LDM's ddconfig with embed_dim: arguments that must be given, and the others' defaults.
 REQUIRED = ("ch", "ch_mult", "num_res_blocks", "resolution", "attn_resolutions", "z_channels")
@@ -74,9 +74,7 @@ def from_ldm_vae(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> Au
     def official_name(name: str) -> str:
         # the decoder's levels count from the image there, from the latents here
         name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels[-1] - int(match[1])}", name)
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        return name
+        return renamed(name, NAMES)
 
     tensors = find_tensors(state_dict)
     plain = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()}

@@ -119,6 +119,13 @@ def find_tensors(state_dict: Mapping[str, Any], others: Mapping[str, str] = OTHE
     return {PREFIX.sub("", name): tensor for name, tensor in state_dict.items()}
 
 
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """A name whose parts are replaced, in order."""
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 def load(
     model: M,
     weights: Mapping[str, Tensor],

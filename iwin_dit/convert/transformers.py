@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iwin_dit.convert.arguments import check_known, check_values
-from iwin_dit.convert.official_files import find_tensors, load
+from iwin_dit.convert.official_files import find_tensors, load, renamed
 from iwin_dit.layers.embeddings import rope_angles, sincos_positions
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 
@@ -46,7 +46,7 @@ FLASHDIT = LIGHTNINGDIT | dict(window_size=(8, 8))
 
 NOISE_FIRST = dict(timestep_scale=-1e-3, timestep_shift=1.0, prediction_type="flow_prediction")
 
-# Our names and the official ones, which differ between MLPs only.
+# Parts of our names and of the official ones, replaced in this order; MLPs differ.
 NAMES = {
     "patch_embed.proj": "x_embedder.proj",
     "timestep_embedding.linear_1": "t_embedder.mlp.0",
@@ -55,14 +55,9 @@ NAMES = {
     "norm_out": "final_layer.norm_final",
     "modulation_out.linear": "final_layer.adaLN_modulation.1",
     "proj_out": "final_layer.linear",
-}
-BLOCK_NAMES = {
     "norm_1": "norm1",
     "norm_2": "norm2",
-    "mixer.attention.qkv": "attn.qkv",
-    "mixer.attention.q_norm": "attn.q_norm",
-    "mixer.attention.k_norm": "attn.k_norm",
-    "mixer.attention.proj": "attn.proj",
+    "mixer.attention": "attn",
     "mixer.convolution.conv": "dwconv.depthwise",
     "modulation.linear": "adaLN_modulation.1",
 }
@@ -152,7 +147,7 @@ def _import(
     patches = weights.get(f"{NAMES['patch_embed.proj']}.weight")
     if patches is not None and patches.ndim == 4:  # theirs is a convolution, (D, C, p, p)
         weights[f"{NAMES['patch_embed.proj']}.weight"] = patches.flatten(1)
-    return load(model, weights, partial(_official_name, mlp=model.config.mlp))
+    return load(model, weights, partial(renamed, names=NAMES | MLP_NAMES[model.config.mlp]))
 
 
 def _drop_positions(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel) -> None:
@@ -190,11 +185,3 @@ def _fold_output(weights: dict[str, Tensor], model: IwinDiTTransformer2DModel, l
                     )
                 rows = rows.unflatten(0, (-1, 2 * model.out_channels))[:, : model.out_channels].flatten(0, 1)
             weights[name] = -rows
-
-
-def _official_name(name: str, mlp: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    if module.startswith("blocks."):
-        _, index, part = module.split(".", 2)
-        return f"blocks.{index}.{(BLOCK_NAMES | MLP_NAMES[mlp])[part]}.{leaf}"
-    return f"{NAMES[module]}.{leaf}"

@@ -42,7 +42,11 @@ def read_statistics(path: Path, metrics: Iterable[str], extractor: Extractor) ->
         if path.suffix == ".safetensors":
             found = _read_ours(path, features.layers, extractor)
         else:
-            found = _read_adms(path, features.layers)
+            with zipfile.ZipFile(path) as archive:  # ADM's, which do not say of how many images they are
+                found = {
+                    layer: (2, *(read_array(archive, key) for key in STATISTICS[layer]))
+                    for layer in features.layers
+                }
         for layer, (count, mean, covariance) in found.items():
             if mean.ndim != 1 or covariance.shape != mean.shape * 2:
                 raise ValueError(f"a covariance of shape {covariance.shape} beside means {mean.shape}")
@@ -56,16 +60,7 @@ def read_statistics(path: Path, metrics: Iterable[str], extractor: Extractor) ->
     return features
 
 
-def _read_adms(path: Path, layers: Iterable[str]) -> dict[str, tuple[int, Any, Any]]:
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for layer in layers:
-            mean, covariance = (read_array(archive, key) for key in STATISTICS[layer])
-            found[layer] = (2, mean, covariance)  # which do not say of how many images they are
-    return found
-
-
-def _read_ours(path: Path, layers: Iterable[str], extractor: Extractor) -> dict[str, tuple[int, Any, Any]]:
+def _read_ours(path: Path, layers: Iterable[str], extractor: Extractor) -> dict[str, tuple[Any, ...]]:
     if path.stat().st_size > len(STATISTICS) * limits.ARRAY_BYTES:
         raise ValueError(f"it has more than {files.in_units(len(STATISTICS) * limits.ARRAY_BYTES)}")
     with safe_open(path, "np") as file:
