@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from evaluation_stub import COUNT, Stub, make_sets
 
-from iwin_dit.build import monitor
+from iwin_dit.build import evaluation
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime.errors import ConfigError
@@ -85,7 +85,7 @@ def test_an_evaluation_that_was_stopped_is_made_by_the_resumed_run(
     assert code == 0, output
     expected = figures(tmp_path / "run")
 
-    draw, calls = monitor.drawer, []
+    draw, calls = evaluation.drawer, []
 
     def stopping(*arguments):
         drawing = draw(*arguments)
@@ -98,12 +98,12 @@ def test_an_evaluation_that_was_stopped_is_made_by_the_resumed_run(
 
         return stop_at_the_second
 
-    monkeypatch.setattr(monitor, "drawer", stopping)
+    monkeypatch.setattr(evaluation, "drawer", stopping)
     code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
     assert code == 143, output
     assert figures(tmp_path / "other") == {}
     assert "stopped at step 4 with a checkpoint" in output
-    monkeypatch.setattr(monitor, "drawer", draw)
+    monkeypatch.setattr(evaluation, "drawer", draw)
     code, output = train_here("--config", watched, "--output_dir", tmp_path / "other")
     assert code == 0, output
     assert figures(tmp_path / "other") == expected

@@ -15,8 +15,7 @@ from iwin_dit.evaluation.drawing import drawer
 from iwin_dit.evaluation.rules import (
     differences,
     holds_images,
-    is_statistics,
-    is_sweep,
+    is_ours,
     read_result,
     stored_command,
 )
@@ -77,10 +76,10 @@ def test_statistics_are_told_from_other_files(tmp_path):
         (None, False),
     ):
         save_file(values, path, metadata)
-        assert is_statistics(path) is expected
+        assert is_ours(path) is expected
     path.write_bytes(b"x" * 100)
-    assert is_statistics(path) is False
-    assert is_statistics(tmp_path / "missing") is False
+    assert is_ours(path) is False
+    assert is_ours(tmp_path / "missing.safetensors") is False
 
 
 @pytest.mark.parametrize("name", ["num-images", "batch-size", "draw-batch", "steps"])
@@ -211,7 +210,7 @@ def test_a_sweep_is_drawn_as_a_curve_of_each_metric(tmp_path, monkeypatch):
     assert curves == {"fid": [[1, 3], [2, 2]], "kid": [[1, 0.1], [2, 0.2]]}
     assert figure.axes[0].get_xlabel() == "guidance scale"
     assert (tmp_path / "curve.png").stat().st_size > 5000
-    assert is_sweep(tmp_path / "curve.png")
+    assert is_ours(tmp_path / "curve.png")
     draw_sweep("steps", [1, 2], [{"fid": 3.0}, {"fid": 2.0}], tmp_path / "curve.png")
     assert [axes.get_title() for axes in drawn[1].axes] == ["fid"]
 

@@ -81,7 +81,7 @@ class Generator:
         self.flops_per_image = Budget(config).training_flops
         self.monitor = None
         if config.train.evaluate_every_steps:
-            from iwin_dit.build.monitor import Monitor  # and all that evaluates
+            from iwin_dit.build.evaluation import Monitor  # and all that evaluates
 
             self.monitor = Monitor(config, data.dataset, accelerator)
 

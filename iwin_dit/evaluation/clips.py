@@ -12,7 +12,6 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,10 +48,8 @@ class FolderClips:
                     "a metric compares clips of one length"
                 )
             check_numbers(str(clip[0].parent), [frame.name for frame in clip])
-        counts = {"clips": self.num_clips, "frames": self.num_frames}
-        self.description: dict[str, Any] = {
-            k: v for k, v in self._images.description.items() if k != "images"
-        } | counts
+        self.description = self._images.description | {"clips": self.num_clips, "frames": self.num_frames}
+        del self.description["images"]
 
     def __len__(self) -> int:
         return self.num_clips

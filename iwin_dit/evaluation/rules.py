@@ -11,7 +11,7 @@ from typing import Any
 
 from iwin_dit.config.metrics import chosen_metrics
 from iwin_dit.runtime import files, limits
-from iwin_dit.runtime.colours import colour
+from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
 DRAWING = {  # options for a model that draws, with what stands in; None: what the model's own recipe says
@@ -53,18 +53,16 @@ def check_arguments(arguments: argparse.Namespace, defaults: Mapping[str, Any]) 
     if arguments.generated is None:
         raise ConfigError("--generated is missing; see --help")
     metrics = None if arguments.metrics is None else arguments.metrics.split(",")
-    names = chosen_metrics(arguments.extractor, metrics, arguments.inception_weights)
-    arguments.metrics = ",".join(names)
-    for name in ("num_images", "batch_size", "draw_batch", "steps"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ConfigError(f"{_option(name)} is {value}, expected at least 1")
-    if arguments.workers is not None and arguments.workers < 0:
-        raise ConfigError(f"--workers is {arguments.workers}, expected at least 0")
+    metrics = chosen_metrics(arguments.extractor, metrics, arguments.inception_weights)
+    arguments.metrics = ",".join(metrics)
+    for name in ("num_images", "batch_size", "draw_batch", "steps", "workers"):
+        least = 0 if name == "workers" else 1
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise ConfigError(f"{_option(name)} is {value}, expected at least {least}")
     size = arguments.size
     if size is not None and (len(size) > 2 or min(size) < 1):
         raise ConfigError(f"--size is {size}, expected a side, or height and width, of at least 1")
-    if arguments.background is not None:
-        colour(arguments.background)
+    background(arguments.background)
     _check_outputs(arguments)
     _check_drawing(arguments)
 
@@ -74,8 +72,9 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     kept = arguments.save_reference
     if kept is not None and not kept.endswith(".safetensors"):
         raise ConfigError(f"--save-reference is {kept}, expected a path that ends with .safetensors")
-    for name in ("out", "save_images", "save_reference"):
-        path = getattr(arguments, name)
+    picture = arguments.sweep and str(Path(arguments.out).with_suffix(".png"))
+    paths = {"out": arguments.out, "save_images": arguments.save_images, "save_reference": kept}
+    for name, path in (paths | {"sweep": picture}).items():
         if path is None or (name == "save_images" and Path(path).is_file()):  # open_export looks whose it is
             continue
         is_folder = name == "save_images" and not path.endswith(".npz")
@@ -83,12 +82,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"{_option(name)} {path} cannot be written; take a path in a folder that is yours"
             )
-    for name, path, is_ours in (
-        ("out", arguments.out, is_result),
-        ("save_reference", kept, is_statistics),
-        ("sweep", arguments.sweep and str(Path(arguments.out).with_suffix(".png")), is_sweep),
-    ):
-        if path and Path(path).exists() and not is_ours(Path(path)):
+        if name != "save_images" and Path(path).exists() and not is_ours(Path(path)):
             raise ConfigError(
                 f"{_option(name)} would write over {path}, which was not made by evaluate_fid.py; move it "
                 "away, or take another path"
@@ -128,32 +122,18 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def is_result(path: Path) -> bool:
-    """Whether a file is a stored result."""
-    try:
-        read_result(path)
-    except ConfigError:
-        return False
-    return True
-
-
-def is_statistics(path: Path) -> bool:
-    """Whether a file holds what ``--save-reference`` writes: safetensors that say what they are of."""
+def is_ours(path: Path) -> bool:
+    """Whether an earlier call wrote a file: statistics, the curve of a sweep, or otherwise a result."""
     try:
         with open(path, "rb") as file:
+            if path.suffix == ".png":  # says so in its text
+                return SWEEP_TITLE.encode() in file.read(limits.HEADER_BYTES)
+            if path.suffix != ".safetensors":
+                return bool(read_result(path))
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, limits.JSON_BYTES)))
-        return "images" in json.loads(header["__metadata__"]["about"])
+            return "images" in json.loads(header["__metadata__"]["about"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def is_sweep(path: Path) -> bool:
-    """Whether a PNG is the curve of an earlier ``--sweep``, which says so in its text."""
-    try:
-        with open(path, "rb") as file:
-            return SWEEP_TITLE.encode() in file.read(limits.HEADER_BYTES)
-    except OSError:
         return False
 
 
@@ -214,12 +194,10 @@ def show(rows: Mapping[str, Mapping[str, float]], lines: Sequence[str] = ()) -> 
 
 def differences(stored: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
     """How a result and its repetition differ, a line for each finding; the last is of the figures."""
-    parts = ("generated", "reference", "extractor")
-    hashes = [[_sha256(result.get(part)) for result in (stored, again)] for part in parts]
     lines = [
         f"the {part} has changed: its hash is another"
-        for part, (old, new) in zip(parts, hashes, strict=True)
-        if old != new
+        for part in ("generated", "reference", "extractor")
+        if _sha256(stored.get(part)) != _sha256(again.get(part))
     ]
     largest = 0.0
     for name, value in again["figures"].items():
