@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import colour
 from iwin_dit.runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    from iwin_dit.data.extraction import Settings
-    from iwin_dit.data.video import ClipSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,17 +29,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--vae", help="a preset, a folder, a hub id, or an original .pt, .ckpt or .safetensors file")
     add("--vae-config", type=Path, help="YAML of an original file's ddconfig (that of VA-VAE f16d32)")
     add("--out", help="folder for the shards and index.json")
-    add(
-        "--size",
-        type=int,
-        nargs="+",
-        default=[256],
-        metavar="PIXELS",
-        help="a side, or height and width (256)",
-    )
+    add("--size", type=int, nargs="+", default=[256], metavar="PIXELS", help="a side, or height, width (256)")
     add("--frames", type=int, help="frames of a clip: --images then holds class folders of videos (images)")
     add("--frame-stride", type=int, default=1, help="take every n-th frame of a video (1)")
-    add("--clips-per-video", type=int, default=1, help="from random places (1)")
+    add("--clips-per-video", type=int, help="from random places (1)")
     add("--crop", choices=("center", "random"), default="center", help="(center: ADM's)")
     add("--background", default="white", help="behind transparent pixels: white, black or R,G,B (white)")
     add("--batch-images", type=int, default=32, help="images of one pass through the VAE (32)")
@@ -76,8 +64,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--{missing[0]} is missing or empty; see --help")
     arguments.out = Path(arguments.out)
     numbers = [*arguments.size, arguments.batch_images, arguments.shard_images, arguments.frame_stride]
-    numbers += [arguments.clips_per_video, 1 if arguments.frames is None else arguments.frames]
-    if min(numbers) < 1 or len(arguments.size) > 2:
+    optional = [number for number in (arguments.clips_per_video, arguments.frames) if number is not None]
+    if min(numbers + optional) < 1 or len(arguments.size) > 2:
         raise ConfigError("--size takes one or two numbers, and all numbers are at least 1")
     colour(arguments.background)
     if not 1 <= arguments.worker_timeout <= 1e6:
@@ -86,7 +74,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--workers and --max-bad-images are at least 0")
     if arguments.vae_config and not Path(arguments.vae).is_file():
         raise ConfigError(f"--vae-config is for an original file; --vae {arguments.vae} is none")
-    if arguments.frames is None and (arguments.frame_stride, arguments.clips_per_video) != (1, 1):
+    if arguments.frames is None and (arguments.frame_stride, arguments.clips_per_video or 1) != (1, 1):
         raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
     if arguments.frames is not None and arguments.labels is not None:
         raise ConfigError("--labels is for images; videos lie in a folder per class")
@@ -132,9 +120,9 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from iwin_dit.build.data import load_autoencoder
+    from iwin_dit.data import extraction
     from iwin_dit.data.classes import numbering_line
     from iwin_dit.data.codec import weights_sha256
-    from iwin_dit.data.extraction import LOCAL_VAE, extract
     from iwin_dit.data.folders import ignored_line
     from iwin_dit.data.sources import classes_begun, open_images
     from iwin_dit.data.video import ClipSpec
@@ -146,7 +134,9 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     if accelerator.device.type == "cpu":
         use_all_cores(1)  # the same threads on any number of processes, since they decide the rounding
         keep_freed_memory()
-    clip = None if arguments.frames is None else ClipSpec(arguments.frames, arguments.frame_stride)
+    clip, clips = None, None
+    if arguments.frames is not None:
+        clip, clips = ClipSpec(arguments.frames, arguments.frame_stride), arguments.clips_per_video or 1
     begun = classes_begun(arguments.out / ".entries" / "settings.json", "class_names")
     source = open_images(arguments.images, arguments, clip is not None, begun)
     what = "images" if clip is None else "clips"
@@ -154,16 +144,17 @@ def extract_latents(arguments: argparse.Namespace) -> None:
         lines = ignored_line(arguments.images, what, source.ignored), numbering_line(source.class_names)
         for line in filter(None, lines):
             say(line)
+    names = "crop", "batch_images", "shard_images", "precision", "store", "posterior", "background"
+    given = {name: getattr(arguments, name) for name in names}
+    size = arguments.size[0], arguments.size[-1]
     vae = load_autoencoder(arguments.vae, arguments.vae_config)
-    local = Path(arguments.vae).exists()
-    settings = _settings(arguments, clip)
-    description = {"vae": LOCAL_VAE if local else arguments.vae, "vae_sha256": weights_sha256(vae)}
-    bad = extract(
+    vae_name = extraction.LOCAL_VAE if Path(arguments.vae).exists() else arguments.vae
+    bad = extraction.extract(
         source,
         vae.to(accelerator.device),
         arguments.out,
-        settings,
-        description,
+        extraction.Settings(size, clip=clip, clips_per_video=clips, **given),
+        {"vae": vae_name, "vae_sha256": weights_sha256(vae)},
         num_workers=arguments.workers,
         max_bad_images=arguments.max_bad_images,
         process=accelerator.process_index,
@@ -174,23 +165,6 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         for reason in bad:
             print(f"left out: {reason}")
-        count = len(source) * (1 if clip is None else arguments.clips_per_video) - len(bad)
+        count = len(source) * (clips or 1) - len(bad)
         print(f"{count:,} {what} in {arguments.out}; look at them with --info {arguments.out}")
     accelerator.end_training()
-
-
-def _settings(arguments: argparse.Namespace, clip: ClipSpec | None) -> Settings:
-    from iwin_dit.data.extraction import Settings
-
-    return Settings(
-        size=tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1),
-        crop=arguments.crop,
-        batch_images=arguments.batch_images,
-        shard_images=arguments.shard_images,
-        precision=arguments.precision,
-        store=arguments.store,
-        posterior=arguments.posterior,
-        clip=clip,
-        clips_per_video=None if clip is None else arguments.clips_per_video,
-        background=arguments.background,
-    )
