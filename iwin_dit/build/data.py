@@ -37,6 +37,7 @@ from iwin_dit.runtime.errors import DataError, reason
 PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
 
 VA_VAE_REPOSITORY = "hustvl/vavae-imagenet256-f16d32-dinov2"
+VA_VAE_FILE = "vavae-imagenet256-f16d32-dinov2.pt"
 VA_VAE = dict(
     ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, resolution=256, attn_resolutions=[16], z_channels=32
 )
@@ -194,7 +195,13 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
             Default: that of VA-VAE f16d32.
     """
     if name == VA_VAE_PRESET:
-        name = _download(VA_VAE_REPOSITORY, f"{VA_VAE_REPOSITORY.partition('/')[2]}.pt")
+        try:
+            name = hf_hub_download(VA_VAE_REPOSITORY, VA_VAE_FILE)
+        except (OSError, ValueError) as error:
+            where = f"{VA_VAE_REPOSITORY}/{VA_VAE_FILE}"
+            raise DataError(
+                f"{where} cannot be downloaded: {reason(error)}; or give the file itself"
+            ) from None
     if not Path(name).is_file():
         return load_vae(name)
     config = VA_VAE if ldm_config is None else load_yaml(ldm_config)
@@ -202,12 +209,3 @@ def load_autoencoder(name: str, ldm_config: Path | None = None) -> Any:
         return from_ldm_vae(load_official(Path(name)), config).eval().requires_grad_(False)
     except ValueError as error:
         raise DataError(f"{name} is not the LDM autoencoder of its config: {error}") from None
-
-
-def _download(repository: str, file: str) -> str:
-    try:
-        return hf_hub_download(repository, file)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{repository}/{file} cannot be downloaded: {reason(error)}; or give the file itself"
-        ) from None

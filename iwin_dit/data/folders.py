@@ -54,9 +54,9 @@ def ignored_line(where: str, what: str, ignored: Sequence[str]) -> str | None:
     Args:
         what: is wanted, such as ``images``.
     """
-    return (
-        f"ignored {len(ignored):,} in {where} that are no {what}: {listed(ignored, 5)}" if ignored else None
-    )
+    if not ignored:
+        return None
+    return f"ignored {len(ignored):,} in {where} that are no {what}: {listed(ignored, 5)}"
 
 
 class Folder:
@@ -132,7 +132,7 @@ class Folder:
             raise DataError(
                 f"{printable(path)} is a link that loops or leads nowhere ({error.strerror}); remove it"
             ) from None
-        if self._inside is not None and not any(_is_below(folder, real) for folder in self._inside):
+        if self._inside is not None and not any(Path(real).is_relative_to(root) for root in self._inside):
             raise DataError(
                 f"{printable(path)} is a link to {printable(real)}, out of {self.root}; {ALLOW_LINKS}"
             )
@@ -232,7 +232,3 @@ def _blobs_of_hub_cache(root: str) -> list[str]:
         if folder.parent.name == "snapshots" and blobs.is_dir():
             return [str(blobs)]
     return []
-
-
-def _is_below(folder: str, real: str) -> bool:
-    return real == folder or real.startswith(os.path.join(folder, ""))

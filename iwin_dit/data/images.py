@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +15,12 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from iwin_dit.data.folders import IS_POINTER
 from iwin_dit.data.formats import FORMATS
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
 
-T = TypeVar("T")
 Image.init()
 READABLE = [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow know no AVIF
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of a pixel, by Pillow's mode; else 4
@@ -49,12 +51,9 @@ def decode_image(
     Raises:
         BadImage: where the image is too large, broken, cut off, empty or of another format.
     """
-
-    def decode(image: Image.Image) -> Image.Image:
+    with _opened(data, name, max_pixels) as image:
         image.load()
         return to_rgb(_upright(image, name), background)
-
-    return _opened(data, name, max_pixels, decode)
 
 
 class Header(NamedTuple):
@@ -70,20 +69,14 @@ def read_header(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -
     Raises:
         BadImage: where the header is broken or of another format, or the image is too large.
     """
-
-    def read(image: Image.Image) -> Header:
-        width, height = image.size
-        try:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by a quarter
-        except Exception:  # as _upright, which then turns nothing
-            turned = False
-        return Header((height, width) if turned else (width, height), image.has_transparency_data)
-
-    return _opened(data, name, max_pixels, read)
+    with _opened(data, name, max_pixels) as image:
+        is_turned = _orientation(image) in (5, 6, 7, 8)  # by a quarter
+        return Header(image.size[::-1] if is_turned else image.size, image.has_transparency_data)
 
 
-def _opened(data: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], T]) -> T:
-    """What ``use`` makes of the image, whose header was checked; all errors become BadImage."""
+@contextmanager
+def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The image, whose header was checked; all errors within become BadImage."""
     if not data:
         raise BadImage(f"{name} is empty, not an image; restore or remove it")
     try:
@@ -92,15 +85,12 @@ def _opened(data: bytes, name: str, max_pixels: int, use: Callable[[Image.Image]
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=READABLE)
             _check_size(image, name, max_pixels)
-            return use(image)
+            yield image
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
         if files.is_lfs_pointer(data):
-            raise BadImage(
-                f"{name} is a pointer of Git LFS, which stands for the image; fetch the images themselves "
-                "with `git lfs pull`"
-            ) from None
+            raise BadImage(f"{name} {IS_POINTER}") from None
         raise BadImage(
             f"{name} starts with {data[:8]!r} and has no valid header of a {', '.join(READABLE)} image; "
             "convert or remove it"
@@ -147,17 +137,12 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
     if image.mode in ("F", "I") and image.format != "PNG":  # which has 16 at most, and is I in old Pillows
         raise BadImage(f"{name} has channels of 32 bits; convert it to 8 or 16")
-    if isinstance(
-        image, TiffImagePlugin.TiffImageFile
-    ):  # libtiff holds a whole tile, which may be larger than the image
-        tile = [int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE]
-        pixels = max(pixels, tile[0] * tile[1])
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # libtiff holds a whole tile, which may be larger
+        pixels = max(pixels, math.prod(int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE))
     codec = PROGRESSIVE_BYTES if image.info.get("progressive") else CODEC_BYTES.get(image.format or "", 0)
-    _check_bytes(image, name, pixels * max(codec, _stored(image) + (0 if image.mode == "RGB" else 4)))
-
-
-def _stored(image: Image.Image) -> int:
-    return BYTES.get(image.mode, 4)
+    _check_bytes(
+        image, name, pixels * max(codec, BYTES.get(image.mode, 4) + (0 if image.mode == "RGB" else 4))
+    )
 
 
 def _check_bytes(image: Image.Image, name: str, needed: int) -> None:
@@ -169,15 +154,19 @@ def _check_bytes(image: Image.Image, name: str, needed: int) -> None:
         )
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            _check_bytes(image, name, 2 * _stored(image) * image.width * image.height)
-            ImageOps.exif_transpose(image, in_place=True)
-    except (BadImage, MemoryError):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
         raise
     except Exception:  # EXIF that cannot be parsed says nothing of the pixels
-        pass
+        return 1
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    if _orientation(image) != 1:
+        _check_bytes(image, name, 2 * BYTES.get(image.mode, 4) * image.width * image.height)
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iwin_dit.data.folders import refuse_pointer
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError, StorageError
 
@@ -78,9 +79,8 @@ class ShardFile:
             raise DataError(f"the shard {path} does not exist") from None
         except OSError as error:
             raise _unreadable(path, error) from None
-        except RecursionError:
-            raise DataError(f"{path} is not a safetensors file: its header is nested too deeply") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            refuse_pointer(str(path))
             raise DataError(f"{path} is not a safetensors file of latents: {error}") from None
         end = max(entry.start + entry.row_bytes * entry.shape[0] for entry in self.entries.values())
         if size != end:
@@ -95,8 +95,14 @@ class ShardFile:
         """
         entry = self.entries[name]
         values = np.empty(entry.row_bytes * entry.shape[0], np.uint8)
+
+        def read_values() -> int:
+            with open(self.path, "rb") as file:
+                file.seek(entry.start)
+                return file.readinto(values.data)
+
         try:
-            read = files.retry(lambda: self._read_into(values, entry.start))
+            read = files.retry(read_values)
         except OSError as error:
             raise _unreadable(self.path, error) from None
         if read != len(values):
@@ -105,30 +111,15 @@ class ShardFile:
             )
         return torch.from_numpy(values).view(entry.dtype).reshape(entry.shape)
 
-    def _read_into(self, values: np.ndarray, start: int) -> int:
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(start)
-            read = 0
-            while read < len(values) and (count := file.readinto(values.data[read:])):
-                read += count
-        return read
-
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, Version]:
     """The header, where the tensors begin, and which file this is."""
     with open(path, "rb") as file:
         version = Version.of(file.fileno())
         size = version.bytes
-        start = file.read(64)
-        if files.is_lfs_pointer(start):
-            raise ValueError(
-                "it is a pointer of Git LFS, which stands for the shard; fetch the shards themselves with "
-                "`git lfs pull`"
-            )
-        length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(limits.HEADER_BYTES, size - 8):
             raise ValueError(f"its header would be {length} bytes long, of {size} of the file")
-        file.seek(8)
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}")
