@@ -136,19 +136,14 @@ def _check_save_reference(path: str | None, metrics: list[str], reference: Refer
 
 
 def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Accelerator) -> Images:
-    """A folder or ``.npz`` of images, all looked at; or what a run or pipeline draws."""
+    """A folder or ``.npz`` of images; or what a run or pipeline draws."""
+    of_clips = looks_at_clips(arguments.extractor)
     if holds_images(arguments.generated):
-
-        def open_and_look() -> Images:
-            images = open_set(arguments.generated, looks_at_clips(arguments.extractor), reading)
-            _ = images.fingerprint
-            return images
-
-        return on_main(accelerator, open_and_look)
+        return on_main(accelerator, lambda: open_set(arguments.generated, of_clips, reading))
     averages = {"ema": arguments.ema, "ema_std": arguments.ema_std}
     pipeline = load_pipeline(arguments.generated, accelerator.device, **averages)
     draws_clips = pipeline.transformer.rank == 3
-    if draws_clips != looks_at_clips(arguments.extractor):
+    if draws_clips != of_clips:
         what = "clips, which i3d:FILE alone compares" if draws_clips else "images, i3d compares clips"
         raise ConfigError(f"{arguments.generated} draws {what}; take another --extractor, or other samples")
     if draws_clips and arguments.save_images is not None:

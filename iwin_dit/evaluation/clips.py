@@ -111,20 +111,26 @@ class VideoClips(FolderImages):
 def open_set(location: str, of_clips: bool, reading: Reading = AS_THEY_ARE) -> Images:
     """A set of clips or of images: a folder, an ``.npz`` file, or of images what training reads, ``hf:NAME``.
 
+    All of it is looked at, so that one that is broken or has another size is found now.
+
     Raises:
-        DataError: where it is neither, or a folder holds none.
+        DataError: where it is neither, a folder holds none, or one of them cannot be used.
     """
     path, what = Path(location), "clips, each a video file or a folder of frames" if of_clips else "images"
+    found: Images
     if path.suffix == ".npz" and path.is_file():
-        return (NpzClips if of_clips else NpzImages)(path, reading.workers)
-    if is_packed(location) and not of_clips:
-        return SourceImages(location, reading)
-    if not path.is_dir():
+        found = (NpzClips if of_clips else NpzImages)(path, reading.workers)
+    elif is_packed(location) and not of_clips:
+        found = SourceImages(location, reading)
+    elif not path.is_dir():
         raise DataError(f"{location} is neither a folder of {what}, nor an .npz file")
-    if not of_clips:
-        return FolderImages(path, reading)
-    if not list_files(path, VIDEOS, reading.follow_links).files:
-        return FolderClips(path, reading)
-    if reading.size is not None:
+    elif not of_clips:
+        found = FolderImages(path, reading)
+    elif not list_files(path, VIDEOS, reading.follow_links).files:
+        found = FolderClips(path, reading)
+    elif reading.size is not None:
         raise DataError(f"--size crops images of folders, {location} holds videos; leave it out")
-    return VideoClips(path, reading)
+    else:
+        found = VideoClips(path, reading)
+    _ = found.fingerprint
+    return found

@@ -128,8 +128,6 @@ def open_reference(
 ) -> Reference:
     """Images, clips, a file of statistics or one of both, as ADM's; neither where no metric needs one.
 
-    All images are looked at: a broken one is found now.
-
     Args:
         extractor: as ``--extractor`` names it; ``i3d:FILE`` takes clips.
 
@@ -158,7 +156,6 @@ def open_reference(
     with reference_cache():
         pass  # made now: where it cannot be, that shows before images are drawn
     images = open_set(location, looks_at_clips(extractor), reading)
-    _ = images.fingerprint  # all are looked at
     return Reference(images, path if stored else None)
 
 

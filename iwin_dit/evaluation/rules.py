@@ -14,23 +14,11 @@ from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
-DRAWING = {  # options for a model that draws, with what stands in; None: what the model's own recipe says
-    "num_images": 50_000,
-    "plan": "equal",
-    "seed": 0,
-    "sampler": None,
-    "steps": None,
-    "guidance_scale": None,
-    "guidance_interval": None,
-    "guidance_channels": None,
-    "ema": None,
-    "ema_std": None,
-    "guide": None,
-    "draw_batch": 32,
-    "compile": False,
-    "save_images": None,
-    "sweep": None,
-}
+# Options for a model that draws, with what stands in; None: what the model's own recipe says.
+RECIPES = ("sampler", "steps", "guidance_scale", "guidance_interval", "guidance_channels", "ema", "ema_std")
+DRAWING = dict(num_images=50_000, plan="equal", seed=0, draw_batch=32, compile=False) | dict.fromkeys(
+    (*RECIPES, "guide", "save_images", "sweep")
+)
 SWEEP_TITLE = "a sweep of evaluate_fid.py"  # in the text of its picture
 NOT_REPEATED = ("out", "save_images", "save_reference", "repeat", "sweep", "compare")
 
