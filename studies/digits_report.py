@@ -115,8 +115,8 @@ class Distance:
         for i in range(NUM_HALVINGS):  # of real images themselves the halves are the same
             own, others = (halves(each, counts, i) for each in (labels, self.labels))
             for one, other in zip(own, reversed(others), strict=True):
-                a, b = Moments.of(features[one]), Moments.of(self.real[other])
-                distances.append(frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
+                moments = Moments.of(features[one]), Moments.of(self.real[other])
+                distances.append(frechet_distance(*moments))
         return sum(distances) / len(distances)
 
     def _features(self, images: Tensor) -> Tensor:

@@ -45,15 +45,11 @@ def test_moments_of_several_processes_are_merged():
     assert not empty.mean.any()
 
 
-def distance(a, b):
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-
-
 @pytest.mark.parametrize(("counts", "dimension"), [((300, 400), 16), ((100, 80), 256), ((100, 500), 128)])
 def test_the_distance_is_scipys_and_torch_fidelitys(counts, dimension):
     """The second and third have fewer samples than features: the covariances are singular."""
     a, b = (features(count, dimension, seed) for seed, count in enumerate(counts))
-    found = distance(moments(a, 50), moments(b, 64))
+    found = frechet_distance(moments(a, 50), moments(b, 64))
     mean_a, mean_b = a.numpy().mean(0), b.numpy().mean(0)
     cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
@@ -70,9 +66,8 @@ def test_closed_forms():
     a[:3] = 0
     rotation = np.linalg.qr(rng.standard_normal((8, 8)))[0]
     shift = rng.standard_normal(8)
-    found = frechet_distance(
-        shift, rotation @ np.diag(a) @ rotation.T, np.zeros(8), rotation @ np.diag(b) @ rotation.T
-    )
+    covariances = (rotation @ np.diag(values) @ rotation.T for values in (a, b))
+    found = frechet_distance(*map(Moments, (2, 2), (shift, np.zeros(8)), covariances))
     assert found == pytest.approx(shift @ shift + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
     values = moments(features(50, 512, 0), 50)  # of fewer samples than features
-    assert abs(distance(values, values)) < 1e-6 * np.trace(values.covariance)
+    assert abs(frechet_distance(values, values)) < 1e-6 * np.trace(values.covariance)

@@ -9,6 +9,7 @@ Legend: N clips, T frames, H x W pixels.
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -85,7 +86,8 @@ class VideoClips(FolderImages):
                 raise DataError(f"{one} and {two.name} are one clip twice; give a folder with one of each")
         self.num_frames = self.description["frames"] = count_frames(self.name(0))
 
-    def first_size(self) -> tuple[int, int]:
+    @cached_property
+    def _size(self) -> tuple[int, int]:
         return read_frames(self.name(0), [0])[0].size
 
     def pixels(self, i: int) -> Tensor:

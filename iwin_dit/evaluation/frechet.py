@@ -61,20 +61,15 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(mean_a: NDArray, covariance_a: NDArray, mean_b: NDArray, covariance_b: NDArray) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """``|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2))`` of two normal distributions (Dowson and Landau 1982).
 
     The trace of the square root is the sum of the singular values of ``A^(1/2) B^(1/2)``, which stay right
     where covariances are singular, as those of fewer samples than features are.
-
-    Args:
-        mean_a, mean_b: ``(D,)``.
-        covariance_a, covariance_b: ``(D, D)``, symmetric.
     """
-    difference = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
-    a, b = (np.asarray(covariance, np.float64) for covariance in (covariance_a, covariance_b))
-    cross = np.linalg.svd(_square_root(a) @ _square_root(b), compute_uv=False).sum()
-    return float(difference @ difference + np.trace(a) + np.trace(b) - 2 * cross)
+    difference = a.mean - b.mean
+    cross = np.linalg.svd(_square_root(a.covariance) @ _square_root(b.covariance), compute_uv=False).sum()
+    return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
 def _square_root(covariance: NDArray) -> NDArray:

@@ -167,17 +167,14 @@ class FolderImages:
             self._check_size(i, header.size)
         return hashlib.sha256(data).digest(), header.has_alpha
 
-    def first_size(self) -> tuple[int, int]:
-        """Width and height of the first."""
-        return read_header(self.encoded(0), self.name(0)).size
-
     def read(self, start: int, stop: int) -> Tensor:
         """Some of them, in order: uint8 ``(stop - start, 3, H, W)``."""
         return torch.stack([self.pixels(i) for i in range(start, stop)])
 
     @cached_property
     def _size(self) -> tuple[int, int]:
-        return self.first_size()
+        """Width and height of the first."""
+        return read_header(self.encoded(0), self.name(0)).size
 
     def _check_size(self, i: int, size: tuple[int, int]) -> None:
         first = self._size

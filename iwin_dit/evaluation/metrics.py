@@ -41,7 +41,7 @@ class Metric(NamedTuple):
 
 
 def _frechet(generated: Moments, real: Moments, device: torch.device) -> tuple[float]:
-    return (frechet_distance(generated.mean, generated.covariance, real.mean, real.covariance),)
+    return (frechet_distance(generated, real),)
 
 
 METRICS: dict[str, Metric] = {
