@@ -16,8 +16,7 @@ from iwin_dit.build import loading, network, trainer
 from iwin_dit.config.parse import load_config, load_run, parse_arguments
 from iwin_dit.layers.blindness import AXES, blind_spots, of_earlier_version, resolve
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
-from iwin_dit.models.backbone import IwinTransformer
-from iwin_dit.models.backbone_3d import IwinTransformer3D
+from iwin_dit.models.backbone import IwinTransformer, IwinTransformer3D
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.errors import ConfigError
 from studies.connectivity import dependencies

@@ -20,7 +20,7 @@ from iwin_dit.data.labelled import HeldOutClips, LabelledClips, LabelledExamples
 from iwin_dit.data.sources import ClipFolderSource, open_source
 from iwin_dit.data.video import ClipSpec, write_gif
 from iwin_dit.models import iwin_transformer
-from iwin_dit.models.backbone_3d import IwinTransformer3D
+from iwin_dit.models.backbone import IwinTransformer3D
 from iwin_dit.models.official_names import official_name
 from iwin_dit.runtime.errors import CheckpointError
 

@@ -18,8 +18,7 @@ from iwin_dit.config.parse import load_config
 from iwin_dit.convert.official_files import find_tensors, load_official
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.sources import classes_begun
-from iwin_dit.models.backbone import IwinTransformer, checkpoint_filter_fn
-from iwin_dit.models.backbone_3d import IwinTransformer3D
+from iwin_dit.models.backbone import IwinTransformer, IwinTransformer3D, checkpoint_filter_fn
 from iwin_dit.models.inflation import inflate
 from iwin_dit.models.iwin_transformer import VIDEO_MODELS
 from iwin_dit.models.official_names import unwrap

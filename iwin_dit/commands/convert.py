@@ -85,7 +85,7 @@ def save(model: Any, folder: Path) -> None:
 
 def backbone_config(model: Any) -> dict[str, Any]:
     """What rebuilds a backbone: timm's ``config.json``, or that of a class that timm does not know."""
-    from iwin_dit.models.backbone_3d import IwinTransformer3D
+    from iwin_dit.models.backbone import IwinTransformer3D
     from iwin_dit.models.iwin_transformer import VARIANTS
 
     arguments = model._model_args

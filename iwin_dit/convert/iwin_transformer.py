@@ -16,8 +16,7 @@ from torch import Tensor
 
 from iwin_dit.convert.arguments import check_known, check_values
 from iwin_dit.convert.official_files import find_tensors, load
-from iwin_dit.models.backbone import IwinFeatures, IwinTransformer
-from iwin_dit.models.backbone_3d import IwinTransformer3D
+from iwin_dit.models.backbone import IwinFeatures, IwinTransformer, IwinTransformer3D
 from iwin_dit.models.official_names import official_name, serves_later_stages, to_our_names, unwrap
 
 # Arguments of the official constructors that weights do not tell, with defaults, and those that matter in

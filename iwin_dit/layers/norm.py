@@ -14,31 +14,31 @@ from torch import Tensor, nn
 
 from iwin_dit.layers.specs import NormName
 
+EPS = 1e-6
+
 
 class AdaptiveLayerNorm(nn.Module):
     """Layer norm without a weight of its own, then scale and shift (DiT)."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(self, width: int):
         super().__init__()
-        self.eps = eps
 
     def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
         """x ``(B, *grid, D)``, shift (or None), scale ``(B, 1, .., 1, D)``; the result has scale's dtype."""
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
         return modulate(normed, shift, 1 + scale.float()).to(scale.dtype)
 
 
 class AdaptiveRMSNorm(nn.Module):
     """Root mean square norm with a learned weight (Zhang & Sennrich 2019), then scale and shift."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(self, width: int):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
         """As :meth:`AdaptiveLayerNorm.forward`."""
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS)
         return modulate(normed, shift, self.weight * (1 + scale.float())).to(scale.dtype)
 
 
@@ -58,7 +58,7 @@ class QKRMSNorm(nn.RMSNorm):
     """RMS norm of queries or keys, per head, with a learned weight."""
 
     def __init__(self, width: int):
-        super().__init__(width, eps=1e-6)
+        super().__init__(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return (F.rms_norm(x.float(), self.normalized_shape, eps=self.eps) * self.weight).to(x.dtype)

@@ -281,7 +281,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for name, (found, expected) in pairs.items():
             if found != expected:
                 raise ValueError(f"the guide's {name} is {found}, expected {expected}, as of the model")
-        here, there = _where_it_runs(guide), self._execution_device
+        hooks = [
+            getattr(module, "_hf_hook", None) for module in guide.modules()
+        ]  # offloading brings it there
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        here = torch.device(next((device for device in devices if device is not None), guide.device))
+        there = self._execution_device
         places = [(device.type, device.index or 0) for device in (here, there)]
         if guide.dtype != model.dtype or places[0] != places[1]:
             raise ValueError(
@@ -358,10 +363,3 @@ def export_pipeline(pipeline: ClassConditionalPipeline, folder: Path, recipe: di
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _where_it_runs(model: IwinDiTTransformer2DModel) -> torch.device:
-    """The model's device, or where the hooks of offloading bring it."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in devices if device is not None), model.device))

@@ -61,7 +61,9 @@ class ClassNames:
 
     def _id(self, label: Any, num_classes: int) -> int:
         if not isinstance(label, str):
-            return _in_range(_whole(label), num_classes)
+            if isinstance(label, bool) or not hasattr(label, "__index__"):
+                raise ValueError(f"class {label!r} is neither a whole number nor a name")
+            return _in_range(operator.index(label), num_classes)
         text = label.strip()
         if number := ID.fullmatch(text):
             return _in_range(int(number[1]), num_classes)
@@ -108,15 +110,6 @@ def _plain(name: str) -> str | Decimal:
     """A name without what people do not mind: case, spaces, forms of Unicode, and the zeros of numbers."""
     name = " ".join(unicodedata.normalize("NFC", name).split()).casefold()
     return Decimal(name) if NUMBER.fullmatch(name) else name
-
-
-def _whole(label: Any) -> int:
-    try:
-        if isinstance(label, bool):
-            raise TypeError
-        return operator.index(label)
-    except TypeError:
-        raise ValueError(f"class {label!r} is neither a whole number nor a name") from None
 
 
 def _in_range(index: int, num_classes: int) -> int:

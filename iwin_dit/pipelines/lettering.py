@@ -31,7 +31,7 @@ NOBODYS = "\U0010ffff"  # has a glyph in no font, and so is drawn as what is mis
 def font_for(text: str, size: int) -> Font | None:
     """The first font here, Pillow's own before others, that has a glyph for each character; else None."""
     letters = {letter for letter in text if not letter.isspace()}
-    return next((font for font in _fonts(size) if not any(_is_missing(font, x) for x in letters)), None)
+    return next((f for f in _fonts(size) if all(_drawn(f, x) != _drawn(f, NOBODYS) for x in letters)), None)
 
 
 def _fonts(size: int) -> Iterator[Font]:
@@ -55,10 +55,6 @@ def _matplotlibs() -> list[str]:
     if package is None or package.origin is None:
         return []
     return [str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")]
-
-
-def _is_missing(font: Font, letter: str) -> bool:
-    return _drawn(font, letter) == _drawn(font, NOBODYS)
 
 
 def _drawn(font: Font, letter: str) -> tuple:

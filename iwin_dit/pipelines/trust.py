@@ -53,6 +53,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx")
 FLOATS = ("F64", "F32", "F16", "BF16")
+# Of the attention of autoencoders, and what diffusers calls it now: it renames when it loads, too.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -199,7 +200,9 @@ def _check_weights(folder: Path, kind: Any) -> None:
         try:
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  it is no dictionary
-                    header, ours = weights.get_slice(name), _current(name)
+                    header, ours = weights.get_slice(name), name
+                    for old, new in OLD_NAMES.items():
+                        ours = ours.replace(old, new)
                     found[ours] = header.get_shape()
                     if header.get_dtype() not in FLOATS:
                         raise _damaged(folder, f"{file} is {header.get_dtype()} at {name}, expected floats")
@@ -231,13 +234,6 @@ def _weight_files(folder: Path) -> list[Path]:
         f"{folder} has {listed(others) or 'no weights'}, expected {WEIGHTS}: only .safetensors are accepted, "
         "since other formats can run code",
     )
-
-
-def _current(name: str) -> str:
-    """The name that diffusers gives the attention of autoencoders now; it renames when it loads, too."""
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
 
 
 def _read_config(path: Path, kind: type) -> dict[str, Any]:

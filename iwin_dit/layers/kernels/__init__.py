@@ -51,10 +51,7 @@ def use_attention(x: Tensor, head_width: int) -> bool:
     kind, dtype = x.device.type, x.dtype
     if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-    fits = head_width <= MAX_HEAD_WIDTH
-    if _selection == "triton":
-        return fits and dtype in (*HALF, torch.float32)
-    return fits and head_width % 8 == 0 and _is_fast(x.device, dtype)
+    return head_width <= MAX_HEAD_WIDTH and _serves(x.device, dtype, head_width % 8 == 0)
 
 
 def use_convolution(x: Tensor, taps: int) -> bool:
@@ -63,14 +60,14 @@ def use_convolution(x: Tensor, taps: int) -> bool:
     Args:
         taps: of its kernel, 9 of 3 x 3.
     """
+    return _serves(x.device, x.dtype, taps <= MAX_TAPS)
+
+
+def _serves(device: torch.device, dtype: torch.dtype, is_fast: bool) -> bool:
     if _selection == "triton":
-        return x.dtype in (*HALF, torch.float32)
-    return taps <= MAX_TAPS and _is_fast(x.device, x.dtype)
-
-
-def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+        return dtype in (*HALF, torch.float32)
     # in float32 they do without TF32; tiles fit the memory of a multiprocessor from Ampere on
-    if _selection != "auto" or not INSTALLED or device.type != "cuda" or dtype not in HALF:
+    if not is_fast or _selection != "auto" or not INSTALLED or device.type != "cuda" or dtype not in HALF:
         return False
     return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 8
 
