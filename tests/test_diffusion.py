@@ -14,7 +14,7 @@ from iwin_dit.diffusion.ddpm import DDPM, discretized_gaussian_log_likelihood, g
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.diffusion.sampling import check_scheduler, set_timesteps, split_sigma, step_arguments
-from iwin_dit.diffusion.specs import BETAS
+from iwin_dit.diffusion.specs import BETAS, ObjectiveConfig
 
 MEAN, STD = 0.7, 0.3  # of the data in the closed forms below
 SHAPE = (400, 2, 3, 3)
@@ -46,7 +46,7 @@ def best_noise(x, timestep, labels=None, **_):
 @pytest.mark.parametrize("cosine_weight", [0.0, 1.0])
 def test_flow_loss_of_a_perfect_model_is_zero(cosine_weight):
     x0, noise = draw(5, 2, 3, 3), draw(5, 2, 3, 3, seed=3)
-    objective = FlowMatching(cosine_weight=cosine_weight)
+    objective = FlowMatching(ObjectiveConfig(cosine_weight=cosine_weight))
     loss = objective.loss(lambda *_: SimpleNamespace(sample=noise - x0), x0, None, noise, uniform(5))
     torch.testing.assert_close(loss, torch.zeros(5), atol=1e-6, rtol=0)
 
@@ -59,7 +59,8 @@ def test_flow_loss_is_that_of_the_definition():
         seen.update(x=x, timestep=timestep)
         return SimpleNamespace(sample=2 * x)
 
-    loss = FlowMatching("uniform", cosine_weight=0.5).loss(model, x0, None, noise, u)
+    config = ObjectiveConfig(time_sampling="uniform", cosine_weight=0.5)
+    loss = FlowMatching(config).loss(model, x0, None, noise, u)
     for i, t in enumerate(u.tolist()):
         xt = (1 - t) * x0[i] + t * noise[i]
         target = noise[i] - x0[i]
@@ -75,7 +76,7 @@ def test_flow_loss_is_that_of_the_definition():
 def test_logit_normal_times_have_their_distribution(options, mean, std):
     """P(t < s) = Phi((logit(s) - mean) / std)."""
     u = (torch.arange(10_000) + 0.5) / 10_000
-    t = FlowMatching(**options).times(u)
+    t = FlowMatching(ObjectiveConfig(**options)).times(u)
     assert (t.diff() > 0).all()
     for s in (0.1, 0.5, 0.9):
         expected = Normal(mean, std).cdf(torch.tensor(math.log(s / (1 - s))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iwin_dit.config.schema import Config
-from iwin_dit.diffusion.objective import Objective, make_objective
+from iwin_dit.diffusion.objective import Objective
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.seeds import derive_seed
 
@@ -70,4 +71,4 @@ def begin_with(
 
 def build_objective(config: Config) -> Objective:
     """What the model learns to predict."""
-    return make_objective(config.objective)
+    return pkgutil.resolve_name(config.objective.kind.implementation)(config.objective)

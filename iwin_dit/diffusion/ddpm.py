@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -51,7 +50,6 @@ def tables(device: torch.device) -> Tables:
     return Tables(*(table.float().to(device) for table in exact))
 
 
-@dataclass(frozen=True)
 class DDPM(Objective):
     """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``; the model predicts noise and log sigma^2.
 

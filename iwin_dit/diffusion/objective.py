@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -17,9 +16,15 @@ class Objective(ABC):
     """What a model learns to predict.
 
     kind: the objective's row in :data:`iwin_dit.diffusion.specs.OBJECTIVES`.
+
+    Args:
+        config: its options, those of a recipe.
     """
 
     kind: ClassVar[ObjectiveKind]
+
+    def __init__(self, config: ObjectiveConfig | None = None):
+        self.config = config or ObjectiveConfig()
 
     @abstractmethod
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
@@ -50,9 +55,3 @@ class Objective(ABC):
     def scheduler(self, sampler: str | None = None) -> Scheduler:
         """See :func:`iwin_dit.diffusion.sampling.make_scheduler`."""
         return make_scheduler(self.prediction_type, sampler)
-
-
-def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a recipe names."""
-    options = {name: getattr(config, name) for name in config.kind.fields}
-    return pkgutil.resolve_name(config.kind.implementation)(**options)

@@ -85,7 +85,8 @@ class ObjectiveConfig:
         time_sampling: density of the times in flow matching.
         logit_mean: of the logit-normal density; above 0 favours noise.
         logit_std: of the logit-normal density.
-        cosine_weight: weight of LightningDiT's cosine term.
+        cosine_weight: weight of ``1 - cosine similarity`` over the channels of prediction and target, which
+            LightningDiT adds with weight 1 (Yao et al. 2025, section 4).
     """
 
     name: str = "flow_matching"
