@@ -34,11 +34,8 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     Training checkpoints hold ``model``, ``state_dict`` or an EMA, with names prefixed ``module.``; those of
     segmentors, detectors and recognisers have heads of their own beside ``backbone.``, which are left out.
     """
-    for key in WRAPPERS:
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    weights = {PREFIX.sub("", name): tensor for name, tensor in state_dict.items()}
+    wrapped = (state_dict[key] for key in WRAPPERS if isinstance(state_dict.get(key), Mapping))
+    weights = {PREFIX.sub("", name): tensor for name, tensor in next(wrapped, state_dict).items()}
     inner = {name: tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
     return {name.removeprefix(BACKBONE): tensor for name, tensor in (inner or weights).items()}
 
