@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -115,27 +114,25 @@ class IwinTransformer(nn.Module):
             self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch, patch_norm)
             axes = grid if self.rank == 2 else (grid[0], 1, 1)  # it is the same along an axis of 1
             self.pos_embed = nn.Parameter(torch.empty(1, *axes, embed_dim)) if pos_embed else None
+            make_mixer = IwinMixer if clip_window or mask_padding else PaddedIwinMixer
             layers, spots = [], []
             for i, width in enumerate(widths):
+                window = window_sizes[i] if self.rank == 2 else ["all", *per_axis(window_sizes[i], 2)]
+                kernel: int | list[int] = 3 if self.rank == 2 else [1, 3, 3]  # each frame by itself
                 spec = BlockSpec(
                     width=width,
                     heads=num_heads[i],
                     mlp_ratio=mlp_ratio,
-                    mixer=MixerSpec(
-                        window_size=window_sizes[i], convolution=convolutions[i], mask_padding=mask_padding
-                    ),
+                    mixer=MixerSpec("iwin", window, kernel, convolutions[i], mask_padding),
                     norm="layer_norm",
                     mlp="gelu",
                 )
                 downsample = Downsample(widths[i - 1], width) if i > 0 else nn.Identity()
                 if i > 0:
                     grid = (*grid[:-2], *(-(-side // 2) for side in grid[-2:]))
-                blocks = [
-                    IwinBlock(spec, self.make_mixer(spec, grid, clip_window), rate)
-                    for rate in rates[i].tolist()
-                ]
+                blocks = [IwinBlock(spec, make_mixer(spec, grid), rate) for rate in rates[i].tolist()]
                 layers.append(IwinStage(downsample, blocks))
-                spots += [blind_spots(getattr(b.mixer, "spec", spec.mixer), grid, "none") for b in blocks]
+                spots += [blind_spots(spec.mixer, grid, "none") for _ in blocks]
             self.layers = nn.Sequential(*layers)
             self.norm: nn.Module = nn.LayerNorm(self.num_features)
             self.feature_norms = nn.ModuleList(
@@ -158,11 +155,6 @@ class IwinTransformer(nn.Module):
         )
         if spots and blocks:
             warnings.warn(f"this model is blind: {spots}; give it a convolution or pos_embed", stacklevel=3)
-
-    def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
-        """The token mixer of a block on this grid."""
-        clips = clip_window or spec.mixer.mask_padding
-        return (IwinMixer if clips else PaddedIwinMixer)(spec, grid)
 
     def init_weights(self) -> None:
         """Truncated normal of deviation 0.02 for projections and positions, zeros for their biases."""
@@ -313,12 +305,6 @@ class IwinTransformer3D(IwinTransformer):
     ):
         options |= dict(num_classes=num_classes, global_pool=global_pool, pos_embed=pos_embed)
         super().__init__(img_size, patch_size, **options)
-
-    def make_mixer(self, spec: BlockSpec, grid: tuple[int, ...], clip_window: bool) -> nn.Module:
-        """Windows over all frames, and a convolution per frame."""
-        window, kernel = ["all", *per_axis(spec.mixer.window_size, 2)], [1, 3, 3]
-        spec = replace(spec, mixer=replace(spec.mixer, window_size=window, kernel_size=kernel))
-        return super().make_mixer(spec, grid, clip_window)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """``(B, T, H, W, D)`` to logits, or to features ``(B, D, T, H, W)`` where there is no pooling."""
