@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from iwin_dit.layers.specs import Axis, MixerSpec, WindowWord, as_list
+from iwin_dit.layers.specs import Axis, MixerSpec, WindowWord, per_axis
 
 AXES = {2: ("rows", "columns"), 3: ("frames", "rows", "columns")}  # by the rank of the grid
 
@@ -88,6 +88,6 @@ def of_earlier_version(mixer: MixerSpec, grid: tuple[int, ...]) -> MixerSpec:
 
 def _without_convolution(mixer: MixerSpec, window: WindowWord) -> MixerSpec:
     """Without the convolution, and with automatic windows of this kind."""
-    several, sizes = isinstance(mixer.window_size, list), as_list(mixer.window_size)
+    several, sizes = isinstance(mixer.window_size, list), per_axis(mixer.window_size)
     sizes = [window if size == "auto" else size for size in sizes]
     return replace(mixer, convolution=False, window_size=sizes if several else sizes[0])

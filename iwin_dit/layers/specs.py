@@ -158,12 +158,12 @@ class MixerSpec:
                 f"mixer.convolution_on is {convolution_on!r}, which version 0.1 alone can do: now the "
                 "convolution reads the mixer's input; remove the key"
             )
-        for side in as_list(self.window_size):
+        for side in per_axis(self.window_size):
             if side not in get_args(WindowWord) and not (isinstance(side, int) and side >= 1):
                 raise ValueError(
                     f"mixer.window_size is {self.window_size!r}, expected positive integers, 'auto' or 'all'"
                 )
-        for side in as_list(self.kernel_size):
+        for side in per_axis(self.kernel_size):
             if side < 1 or side % 2 == 0:
                 raise ValueError(f"mixer.kernel_size is {self.kernel_size}, expected an odd number such as 3")
 
@@ -208,13 +208,8 @@ class MixerSpec:
         return self.window(grid) != tuple(grid) if self.convolution == "auto" else self.convolution
 
 
-def as_list(value: Any) -> list[Any]:
-    """One value for all axes, or one per axis, as a list."""
-    return value if isinstance(value, list) else [value]
-
-
-def per_axis(value: Any, rank: int) -> list[Any]:
-    """One value for all axes, or one per axis, as one per axis."""
+def per_axis(value: Any, rank: int = 1) -> list[Any]:
+    """One value for all axes as so many, or one per axis as it is."""
     return value if isinstance(value, list) else [value] * rank
 
 

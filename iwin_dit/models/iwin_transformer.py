@@ -58,16 +58,9 @@ def _variants() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 VARIANTS = _variants()
-# Arguments of IwinTransformer3D by name: T and S with patches of two frames. timm's registry is of images.
+# Arguments of IwinTransformer3D by name: T and S. timm's registry is of images.
 VIDEO_MODELS: dict[str, dict[str, Any]] = {
-    f"iwin_{size}_video": dict(
-        patch_size=(2, 4, 4),
-        window_size=7,
-        embed_dim=width,
-        depths=depths,
-        num_heads=heads,
-        global_pool="avg",
-    )
+    f"iwin_{size}_video": dict(embed_dim=width, depths=depths, num_heads=heads, global_pool="avg")
     for size, (width, depths, _, heads) in BACKBONE_SIZES.items()
     if size in ("tiny", "small")
 }

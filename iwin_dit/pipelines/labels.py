@@ -94,9 +94,7 @@ class ClassNames:
 
     def _unknown(self, text: str, num_classes: int) -> str:
         if WHOLE.fullmatch(text):
-            number = int(text)
-            if not 0 <= number < num_classes:
-                return _out_of_range(number, num_classes)
+            number = _in_range(int(text), num_classes)
             return f"class {text!r} is the name of no class; for the number say id:{number}"
         known = [str(name) for name in self._loose]
         near = difflib.get_close_matches(text.removeprefix(NAME).casefold(), known, n=3, cutoff=0.4)
@@ -114,9 +112,7 @@ def _plain(name: str) -> str | Decimal:
 
 def _in_range(index: int, num_classes: int) -> int:
     if not 0 <= index < num_classes:
-        raise ValueError(_out_of_range(index, num_classes))
+        raise ValueError(
+            f"class {index} is out of range: this model has {num_classes} classes, 0 to {num_classes - 1}"
+        )
     return index
-
-
-def _out_of_range(index: int, num_classes: int) -> str:
-    return f"class {index} is out of range: this model has {num_classes} classes, 0 to {num_classes - 1}"

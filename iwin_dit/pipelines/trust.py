@@ -142,7 +142,7 @@ def check_index(path: Path) -> tuple[str, str, str]:
 
 def _check_transformer(path: Path, kind: type) -> int:
     """Returns the number of latent channels."""
-    config, parameters = _read_config(path, kind), inspect.signature(kind).parameters
+    config, parameters = _read_json(path, kind), inspect.signature(kind).parameters
     unknown = sorted(key for key in config if key not in parameters and not key.startswith("_"))
     if unknown:
         raise CheckpointError(
@@ -157,7 +157,7 @@ def _check_transformer(path: Path, kind: type) -> int:
 
 
 def _check_vae(path: Path, kind: type) -> None:
-    config = _read_config(path, kind)
+    config = _read_json(path, kind)
     if "quantization_config" in config:
         raise _unexpected(path, "quantization_config", config["quantization_config"], "plain weights")
     layers = {key: value for key, value in config.items() if "layers" in key}
@@ -236,18 +236,15 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_config(path: Path, kind: type) -> dict[str, Any]:
-    config = _read_json(path)
-    if config.get("_class_name") != kind.__name__:
-        raise _unexpected(path, "_class_name", config.get("_class_name"), repr(kind.__name__))
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type | None = None) -> dict[str, Any]:
+    """Keys and values, those of a config of this class."""
     try:
-        return files.read_object(path, limits.INDEX_BYTES)
+        content = files.read_object(path, limits.INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
+    if kind is not None and content.get("_class_name") != kind.__name__:
+        raise _unexpected(path, "_class_name", content.get("_class_name"), repr(kind.__name__))
+    return content
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
