@@ -100,7 +100,7 @@ def test_labels_are_as_many_as_images(folder, labels):
     """With one too few, each image of the next shard had its neighbour's label."""
     edit_shard(folder, FIRST, labels=labels)
     with pytest.raises(
-        DataError, match=rf"{FIRST} has 40 latents and labels of shape .*; expected an integer"
+        DataError, match=rf"{FIRST} has 40 images and labels of shape .*; expected an integer"
     ):
         LatentDataset(folder)
 

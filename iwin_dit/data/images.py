@@ -70,7 +70,10 @@ def read_header(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -
         BadImage: where the header is broken or of another format, or the image is too large.
     """
     with _opened(data, name, max_pixels) as image:
-        is_turned = _orientation(image) in (5, 6, 7, 8)  # by a quarter
+        try:
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by a quarter
+        except Exception:  # as _upright, which then turns nothing
+            is_turned = False
         return Header(image.size[::-1] if is_turned else image.size, image.has_transparency_data)
 
 
@@ -140,9 +143,8 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # libtiff holds a whole tile, which may be larger
         pixels = max(pixels, math.prod(int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE))
     codec = PROGRESSIVE_BYTES if image.info.get("progressive") else CODEC_BYTES.get(image.format or "", 0)
-    _check_bytes(
-        image, name, pixels * max(codec, BYTES.get(image.mode, 4) + (0 if image.mode == "RGB" else 4))
-    )
+    stored = 4 if image.mode == "RGB" else BYTES.get(image.mode, 4) + 4  # with what it becomes
+    _check_bytes(image, name, pixels * max(codec, stored))
 
 
 def _check_bytes(image: Image.Image, name: str, needed: int) -> None:
@@ -154,19 +156,15 @@ def _check_bytes(image: Image.Image, name: str, needed: int) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except MemoryError:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            _check_bytes(image, name, 2 * BYTES.get(image.mode, 4) * image.width * image.height)
+            ImageOps.exif_transpose(image, in_place=True)
+    except (BadImage, MemoryError):
         raise
     except Exception:  # EXIF that cannot be parsed says nothing of the pixels
-        return 1
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    if _orientation(image) != 1:
-        _check_bytes(image, name, 2 * BYTES.get(image.mode, 4) * image.width * image.height)
-        ImageOps.exif_transpose(image, in_place=True)
+        pass
     return image
 
 

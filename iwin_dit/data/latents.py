@@ -171,21 +171,18 @@ class LatentDataset(Dataset):
                 f"{path} has {found} bytes, the index says {entry['bytes']}; remove it and extract again"
             )
         shard = ShardFile(path)
-        expected = (entry["count"], *self.latent_shape)
-        for name in ROWS:
-            found = shard.entries.get(name)
+        count = entry["count"]
+        for name in (*ROWS, "labels"):
+            is_label, found = name == "labels", shard.entries.get(name)
             if found is None and name.startswith("std"):
                 continue
-            if found is None or found.shape != expected:
-                raise DataError(f"{path} does not hold {entry['count']} {name} of shape {self.latent_shape}")
-            if found.dtype not in FLOATS:
-                raise DataError(f"{path} holds {name} of {found.dtype}, expected floating point")
-        labels = shard.entries.get("labels")
-        if labels is None or labels.shape != (entry["count"],) or labels.dtype in FLOATS:
-            has = "no labels" if labels is None else f"labels of shape {labels.shape}, {labels.dtype}"
-            raise DataError(
-                f"{path} has {entry['count']} latents and {has}; expected an integer for each; extract again"
-            )
+            shape = (count,) if is_label else (count, *self.latent_shape)
+            if found is None or found.shape != shape or (found.dtype in FLOATS) == is_label:
+                has = f"no {name}" if found is None else f"{name} of shape {found.shape}, {found.dtype}"
+                kind = "an integer" if is_label else f"floating point of shape {self.latent_shape}"
+                raise DataError(
+                    f"{path} has {count} images and {has}; expected {kind} for each; extract again"
+                )
         return shard
 
     def __len__(self) -> int:
