@@ -60,7 +60,7 @@ def build_dataset(config: Config, accelerator: Accelerator | None = None) -> Lat
         if have != want:
             shown = list(have) if isinstance(have, tuple) else have
             raise DataError(
-                f"{config.data.path} has {name} {shown} (VAE {dataset.vae_name}), the config's model.{key} "
+                f"{config.data.path} has {name} {shown} (VAE {dataset.vae_path}), the config's model.{key} "
                 f"is {getattr(model, key)}; set model.{key} to {shown}, or take other data"
             )
     return dataset

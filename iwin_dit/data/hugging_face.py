@@ -24,9 +24,10 @@ def is_saved(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
-def has_parquet(folder: str) -> bool:
-    """Whether a folder holds parquet files, directly or in ``data``."""
-    return any(glob.glob(os.path.join(glob.escape(folder), *below, "*.parquet")) for below in ((), ("data",)))
+def is_of_datasets(folder: str) -> bool:
+    """Whether a folder was saved so, or holds parquet files, directly or in ``data``."""
+    below = (glob.glob(os.path.join(glob.escape(folder), *name, "*.parquet")) for name in ((), ("data",)))
+    return is_saved(folder) or any(below)
 
 
 class HuggingFaceSource:

@@ -35,15 +35,12 @@ class BadImage(DataError):
     """An image that is broken, too large or not of a format that we open."""
 
 
-def decode_image(
-    data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS, background: Colour | None = None
-) -> Image.Image:
+def decode_image(data: bytes, name: str, background: Colour | None = None) -> Image.Image:
     """The image as RGB of 8 bits, upright; of an animation the first frame is taken.
 
     Args:
         data: a file of one of ``FORMATS``.
         name: what to call it in an error.
-        max_pixels: refused above this, from the header; Pillow's own limit holds as well.
         background: the colour that shows through transparent pixels; ``image.info`` then says
             ``TRANSPARENT``. With None alpha is dropped, as older versions did, and the colours that editors
             leave under transparent pixels appear, which are black in most files.
@@ -51,7 +48,7 @@ def decode_image(
     Raises:
         BadImage: where the image is too large, broken, cut off, empty or of another format.
     """
-    with _opened(data, name, max_pixels) as image:
+    with _opened(data, name) as image:
         image.load()
         return to_rgb(_upright(image, name), background)
 
@@ -63,13 +60,13 @@ class Header(NamedTuple):
     has_alpha: bool
 
 
-def read_header(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -> Header:
+def read_header(data: bytes, name: str) -> Header:
     """Of the image that :func:`decode_image` would give.
 
     Raises:
         BadImage: where the header is broken or of another format, or the image is too large.
     """
-    with _opened(data, name, max_pixels) as image:
+    with _opened(data, name) as image:
         try:
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by a quarter
         except Exception:  # as _upright, which then turns nothing
@@ -78,7 +75,7 @@ def read_header(data: bytes, name: str, max_pixels: int = limits.IMAGE_PIXELS) -
 
 
 @contextmanager
-def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """The image, whose header was checked; all errors within become BadImage."""
     if not data:
         raise BadImage(f"{name} is empty, not an image; restore or remove it")
@@ -87,7 +84,7 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=READABLE)
-            _check_size(image, name, max_pixels)
+            _check_size(image, name)
             yield image
     except (BadImage, MemoryError):
         raise
@@ -129,14 +126,14 @@ def random_crop(image: Image.Image, height: int, width: int, rng: torch.Generato
     return _crop(image, top, left, height, width)
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_size(image: Image.Image, name: str) -> None:
     """Compares what the header says with the limits, before anything is decoded."""
     width, height = image.size
     pixels = width * height
-    if pixels > max_pixels:
+    if pixels > limits.IMAGE_PIXELS:  # Pillow's own limit holds as well
         raise BadImage(
-            f"{name} is {width} x {height} = {pixels} pixels large, more than the {max_pixels} allowed; "
-            "shrink or remove it"
+            f"{name} is {width} x {height} = {pixels} pixels large, more than the "
+            f"{limits.IMAGE_PIXELS} allowed; shrink or remove it"
         )
     if image.mode in ("F", "I") and image.format != "PNG":  # which has 16 at most, and is I in old Pillows
         raise BadImage(f"{name} has channels of 32 bits; convert it to 8 or 16")
@@ -178,20 +175,16 @@ def to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
         alpha = None if background is None else _alpha(strip)
-        strip = _strip_to_rgb(strip)
+        if strip.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255: 65535 / 255 = 257
+            values = np.asarray(strip).astype(np.int64)
+            strip = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+        strip = strip.convert("RGB")
         if alpha is not None and alpha.getextrema()[0] != 255:
             is_transparent = True
             strip = Image.composite(strip, Image.new("RGB", strip.size, background), alpha)
         rgb.paste(strip, (0, top))
     rgb.info[TRANSPARENT] = is_transparent
     return rgb
-
-
-def _strip_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255: 65535 / 255 = 257
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:

@@ -134,14 +134,14 @@ def describe(folder: Path) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
-def contact_sheet(folder: Path, path: Path, count: int = 16) -> None:
-    """Decodes a few latents, evenly spread over the set, their mirror images below them.
+def contact_sheet(folder: Path, path: Path) -> None:
+    """Decodes 16 latents, evenly spread over the set, their mirror images below them.
 
     Of clips half as many, each a film strip, without mirror images.
     """
     dataset = LatentDataset(folder)
     is_clip = _what(dataset) == "clips"
-    count = min(count // 2 if is_clip else count, len(dataset))
+    count = min(8 if is_clip else 16, len(dataset))
     chosen = torch.linspace(0, len(dataset) - 1, count).long().tolist()
     vae = load_vae(dataset.vae_path)
     shown = decode(vae, dataset.read_raw(chosen)).float()  # (N, 3, [T,] H, W)

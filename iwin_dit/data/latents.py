@@ -32,7 +32,6 @@ from iwin_dit.runtime.errors import DataError
 
 ROWS = ("latents", "latents_flip", "std", "std_flip")  # of a shard: what has a row for each image
 OF_SHARD = ("file", "count", "bytes", "sha256", "content_sha256")  # in the index
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Shard(NamedTuple):
@@ -177,7 +176,7 @@ class LatentDataset(Dataset):
             if found is None and name.startswith("std"):
                 continue
             shape = (count,) if is_label else (count, *self.latent_shape)
-            if found is None or found.shape != shape or (found.dtype in FLOATS) == is_label:
+            if found is None or found.shape != shape or found.dtype.is_floating_point == is_label:
                 has = f"no {name}" if found is None else f"{name} of shape {found.shape}, {found.dtype}"
                 kind = "an integer" if is_label else f"floating point of shape {self.latent_shape}"
                 raise DataError(
@@ -224,34 +223,24 @@ class LatentDataset(Dataset):
             StorageError: where a shard cannot be read.
         """
         images, key = np.asarray(indices), f"{name}_flip" if mirrored else name
-        numbers, rows = self._place(images)
+        numbers = np.searchsorted(self.ends, images, side="right")
+        rows = images - self.starts[numbers]
         values = read_rows(self.shards, key, numbers, rows)
+        dtype, is_right = self.shards[0].entries[key].dtype, [True]
+        latents = torch.from_numpy(values).view(dtype).reshape(len(images), *self.latent_shape).float()
         if self.has_checksums:
             wanted = self._checksums[images, self._columns[key]].tolist()
-            self._check(
-                [zlib.crc32(row) == crc for row, crc in zip(values, wanted, strict=True)], images, key
+            is_right = [zlib.crc32(row) == crc for row, crc in zip(values, wanted, strict=True)]
+        elif not math.isfinite(latents.sum()):  # a sum is the cheapest look at all
+            is_right = torch.isfinite(latents).flatten(1).all(1).tolist()
+        if not all(is_right):
+            b = is_right.index(False)
+            what = "is not what was written (CRC-32)" if self.has_checksums else "is not finite"
+            raise DataError(
+                f"row {rows[b]} of {key} in {self.shards[numbers[b]].path} {what}: the file or the memory is "
+                f"damaged; look for more by extract_latents.py --verify {self.directory}"
             )
-        dtype = self.shards[0].entries[key].dtype
-        latents = torch.from_numpy(values).view(dtype).reshape(len(images), *self.latent_shape).float()
-        if not self.has_checksums and not math.isfinite(latents.sum()):  # a sum is the cheapest look at all
-            self._check(torch.isfinite(latents).flatten(1).all(1).tolist(), images, key)
         return latents
-
-    def _place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of some images, and their rows there."""
-        numbers = np.searchsorted(self.ends, indices, side="right")
-        return numbers, indices - self.starts[numbers]
-
-    def _check(self, is_right: list[bool], indices: np.ndarray, key: str) -> None:
-        if all(is_right):
-            return
-        numbers, rows = self._place(indices)
-        b = is_right.index(False)
-        what = "is not what was written (CRC-32)" if self.has_checksums else "is not finite"
-        raise DataError(
-            f"row {rows[b]} of {key} in {self.shards[numbers[b]].path} {what}: the file or the memory is "
-            f"damaged; look for more by extract_latents.py --verify {self.directory}"
-        )
 
     @cached_property
     def _checksums(self) -> np.ndarray:
@@ -281,11 +270,6 @@ class LatentDataset(Dataset):
         """The VAE's hub id, or its folder: a relative one is relative to the latents."""
         local = self.directory / self.index["vae"]
         return str(local.resolve()) if local.is_dir() else self.index["vae"]
-
-    @property
-    def vae_name(self) -> str:
-        """The VAE, as the index names it."""
-        return self.index["vae"]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -88,15 +88,15 @@ class PixelDataset(Dataset):
     Args:
         reader: of images, or clips, of the size that the autoencoder makes latents of the model's of.
         vae: the autoencoder that will encode them; only its config and weights' hash are kept.
-        vae_name: where it came from: a preset, a folder, a file or a hub id.
+        vae_path: where it came from: a preset, a folder, a file or a hub id.
         max_bad_images: so many images that cannot be decoded are left out: the next one in the source takes
             the place of each. Every process that reads counts those that it meets.
     """
 
-    def __init__(self, reader: Reader, vae: Any, vae_name: str, max_bad_images: int = 0):
+    def __init__(self, reader: Reader, vae: Any, vae_path: str, max_bad_images: int = 0):
         self.reader, self.max_bad_images = reader, max_bad_images
         self._bad: set[int] = set()
-        self.vae_name = self.vae_path = vae_name
+        self.vae_path = vae_path
         self.class_names: list[str] = reader.source.class_names
         frames = () if reader.clip is None else (latent_frames(vae, reader.clip.frames),)
         sides = (side // spatial_factor(vae) for side in reader.size)

@@ -46,16 +46,10 @@ class Entry(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
 
-class Version(NamedTuple):
-    """What tells a file from one that took its place later."""
-
-    bytes: int
-    modified: int
-
-    @classmethod
-    def of(cls, descriptor: int) -> Version:
-        status = os.fstat(descriptor)
-        return cls(status.st_size, status.st_mtime_ns)
+def _version(descriptor: int) -> tuple[int, int]:
+    """Size and time of a file, which tell it from one that took its place later."""
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 class ShardFile:
@@ -70,7 +64,7 @@ class ShardFile:
         self.path = path
         try:
             header, base, self.version = files.retry(lambda: _read_header(path))
-            size = self.version.bytes
+            size, _ = self.version
             header.pop("__metadata__", None)
             self.entries = {name: _entry(name, value, base, size) for name, value in header.items()}
             if not self.entries:
@@ -112,11 +106,10 @@ class ShardFile:
         return torch.from_numpy(values).view(entry.dtype).reshape(entry.shape)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, Version]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int, tuple[int, int]]:
     """The header, where the tensors begin, and which file this is."""
     with open(path, "rb") as file:
-        version = Version.of(file.fileno())
-        size = version.bytes
+        version = size, _ = _version(file.fileno())
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(limits.HEADER_BYTES, size - 8):
             raise ValueError(f"its header would be {length} bytes long, of {size} of the file")
@@ -154,8 +147,10 @@ class OpenFiles:
     """
 
     def __init__(self, most: int | None = None):
-        self._most = most
-        self._open: OrderedDict[tuple[Path, Version], int] = OrderedDict()
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        half = (1 << 16 if soft == resource.RLIM_INFINITY else soft) // 2
+        self._most = max(FEWEST_OPEN, half) if most is None else most
+        self._open: OrderedDict[tuple[Path, tuple[int, int]], int] = OrderedDict()
 
     def descriptor(self, shard: ShardFile) -> int:
         """Of the shard, opened where it is not open; valid until the next call.
@@ -168,10 +163,10 @@ class OpenFiles:
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        while len(self._open) >= self._limit():
+        while len(self._open) >= self._most:
             os.close(self._open.popitem(last=False)[1])
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-        if Version.of(descriptor) != shard.version:
+        if _version(descriptor) != shard.version:
             os.close(descriptor)
             raise DataError(f"{shard.path} was cut short or replaced since it was opened; start again")
         self._open[key] = descriptor
@@ -181,12 +176,6 @@ class OpenFiles:
         """Closes this shard, so that it will be opened anew."""
         if (found := self._open.pop((shard.path, shard.version), None)) is not None:
             os.close(found)
-
-    def _limit(self) -> int:
-        if self._most is None:
-            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            self._most = max(FEWEST_OPEN, (1 << 16 if soft == resource.RLIM_INFINITY else soft) // 2)
-        return self._most
 
 
 OPEN = OpenFiles()  # of this process; a forked worker inherits what is open, and goes on by itself
@@ -228,11 +217,6 @@ def _read_again(shard: ShardFile, part: tuple[memoryview], start: int) -> int:
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
-    """CRC-32 of the bytes of each row of K tensors ``(N, ...)``: ``(N, K)`` int64."""
-    columns = [[zlib.crc32(row) for row in as_bytes(tensor)] for tensor in tensors]
-    return torch.tensor(columns, dtype=torch.int64).T.contiguous()
-
-
-def as_bytes(tensor: Tensor) -> np.ndarray:
-    """The rows of a tensor, as they lie on disk: ``(N, row_bytes)`` uint8."""
-    return tensor.contiguous().flatten(1).view(torch.uint8).numpy()
+    """CRC-32 of each row of K tensors ``(N, ...)``, of its bytes as they lie on disk: ``(N, K)`` int64."""
+    rows = [tensor.contiguous().flatten(1).view(torch.uint8).numpy() for tensor in tensors]
+    return torch.tensor([[zlib.crc32(row) for row in of_one] for of_one in rows]).T.contiguous()

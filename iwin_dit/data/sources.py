@@ -23,7 +23,7 @@ import numpy as np
 from iwin_dit.data.classes import IMAGENET_NAMES, check_classes, classes_of, in_order
 from iwin_dit.data.folders import Folder, read_file, stamped
 from iwin_dit.data.formats import ENDINGS, IMAGES
-from iwin_dit.data.hugging_face import HuggingFaceSource, has_parquet, is_saved
+from iwin_dit.data.hugging_face import HuggingFaceSource, is_of_datasets
 from iwin_dit.data.packed_sources import WebDatasetSource, are_tars
 from iwin_dit.data.video import CLIPS, EXTENSIONS, FRAMES, check_numbers, frame_names
 from iwin_dit.runtime import files, limits
@@ -99,7 +99,7 @@ def open_source(
     """
     is_folder = os.path.isdir(location)
     scheme, colon, name = location.partition(":")
-    if labels is None and is_folder and (is_saved(location) or has_parquet(location)):
+    if labels is None and is_folder and is_of_datasets(location):
         scheme, colon, name = "hf", ":", location
     if colon and scheme in SCHEMES:
         if labels is not None:
@@ -157,31 +157,26 @@ def classes_begun(path: Path, key: str) -> list[str] | None:
     return found if is_list else None
 
 
-def identity_of(source: Any, chosen: Sequence[int] | None = None) -> dict[str, Any]:
-    """What makes the images of a source the same to a run that is resumed, without reading them.
+def identity_of(source: Any) -> dict[str, Any]:
+    """What makes the images or clips of a source the same to a run that is resumed, without reading them.
 
     That is their number, their classes, and hashes of their names, of names with labels and sizes, and of
     the times when they were modified. Times alone differ in a copy elsewhere too.
 
-    Args:
-        source: of images or clips.
-        chosen: the numbers of some images. Default: all.
-
     Raises:
         DataError: where a file is not there any more.
     """
-    chosen = range(len(source)) if chosen is None else chosen
     names, content, times = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    parts = [chosen[start : start + STAMPS_AT_ONCE] for start in range(0, len(chosen), STAMPS_AT_ONCE)]
     with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once
-        stamps = chain.from_iterable(pool.map(lambda part: [source.stamp(i) for i in part], parts))
-        for i, (fingerprint, modified) in zip(chosen, stamps, strict=True):
-            separator = "\n" if i != chosen[0] else ""
+        parts = (range(len(source))[k : k + STAMPS_AT_ONCE] for k in range(0, len(source), STAMPS_AT_ONCE))
+        stamps = pool.map(lambda part: [source.stamp(i) for i in part], parts)
+        for i, (fingerprint, modified) in enumerate(chain.from_iterable(stamps)):
+            separator = "\n" if i else ""
             names.update((separator + source.name(i).rpartition("/")[2]).encode(errors="replace"))
             content.update((fingerprint + "\0").encode(errors="surrogateescape"))
             times.update(f"{modified}\0".encode())
     return {
-        "images": len(chosen),
+        "images": len(source),
         "classes": source.class_names,
         "names_sha256": names.hexdigest(),
         "files_sha256": content.hexdigest(),
