@@ -330,8 +330,14 @@ def test_the_table_of_models_is_the_configs_and_its_figures_are_the_images():
             ("--model.name", "iwin_tiny_patch4_window7_224"),
             "expected one of iwin_tiny_video, iwin_small_video",
         ),
-        (("--data.frames", "null", "--data.views", "[2, 1]"), "data.views is for clips; set data.frames"),
-        (("--data.frames", "null", "--data.frame_stride", "2"), "data.frame_stride is for clips"),
+        (
+            ("--data.frames", "null", "--data.views", "[2, 1]"),
+            "data.views is [2, 1], but is not read without data.frames",
+        ),
+        (
+            ("--data.frames", "null", "--data.frame_stride", "2"),
+            "data.frame_stride is 2, but is not read without data.frames",
+        ),
         (("--data.frames", "null", "--data.prepare", "moving_digits"), "moving_digits makes clips; set"),
         (("--data.frames", "0"), "data.frames is 0, expected a number above 0"),
         (("--data.frame_stride", "0"), "data.frame_stride is 0, expected a number above 0"),
@@ -340,9 +346,12 @@ def test_the_table_of_models_is_the_configs_and_its_figures_are_the_images():
         (("--data.views", "3"), "data.views is"),
         (
             ("--data.labels", "labels.csv"),
-            "data.labels is for images; clips (data.frames 4) have class folders",
+            "data.labels is 'labels.csv', but is not read without data.frames null",
         ),
-        (("--data.held_out_labels", "labels.csv"), "data.held_out_labels is for images"),
+        (
+            ("--data.held_out_labels", "labels.csv"),
+            "data.held_out_labels is 'labels.csv', but is not read without data.frames null",
+        ),
         (("--data.prepare", "digits"), "data.prepare digits makes images; remove data.frames"),
         (("--optimizer.backbone_lr_scale", "0"), "optimizer.backbone_lr_scale is 0"),
         (("--data.held_out", "nowhere"), "nowhere is not a folder"),

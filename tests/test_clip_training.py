@@ -168,7 +168,7 @@ def test_mistakes_of_clips_are_one_line(workshop, latents, recipe, tmp_path, ref
         ({"sample_frames": 4}, {"images": images}, "set both to mix images in"),
         ({"sample_frames": 4}, {"image_share": 0.5}, "set both to mix images in"),
         ({"position_embedding": "time"}, {}, "time is for clips"),
-        ({}, {"image_share": 0.5}, "data.image_share is for clips"),
+        ({}, {"image_share": 0.5}, "data.image_share is 0.5, but is not read without model.sample_frames"),
         ({}, {"prepare": "moving_digits"}, "makes clips; set model.sample_frames"),
         ({"sample_frames": 4}, {"images": str(tmp_path), "image_share": 0.5}, "there are no latents"),
     ):

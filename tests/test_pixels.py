@@ -114,7 +114,7 @@ def test_images_that_do_not_fit_are_refused(workshop, recipe):
         ({"data": {"kind": "images"}}, "nothing encodes them: set data.vae"),
         ({"data": images(workshop, normalization="channel")}, "set data.normalization vae"),
         ({"data": images(workshop, prepare="digits")}, "set data.prepare null"),
-        ({"data": {"crop": "random"}}, "data.crop is for images"),
+        ({"data": {"crop": "random"}}, "data.crop is 'random', but is not read without data.kind images"),
     ):
         path = str(recipe(**overrides))
         with pytest.raises(ConfigError, match=message):

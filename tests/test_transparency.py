@@ -182,5 +182,5 @@ def test_training_from_images_sees_the_background(tmp_path, recipe):
     assert corner(background=None) == [0, 0, 0]
     for changes in ({"kind": "latents", "background": "black"}, {**data, "background": "whit"}):
         path = str(recipe(data={"normalization": "vae", **changes}, model=model))
-        with pytest.raises(ConfigError, match=r"data\.background is for images|found the colour 'whit'"):
+        with pytest.raises(ConfigError, match=r"without data\.kind images|found the colour 'whit'"):
             parse_arguments(["--config", path], Path(path))

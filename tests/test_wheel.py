@@ -14,8 +14,7 @@ from PIL import Image
 
 from iwin_dit import IwinDiTPipeline, __version__
 from iwin_dit.commands import COMMANDS
-from iwin_dit.config.parse import parse_arguments
-from iwin_dit.config.recipes import RECIPES, find_recipe
+from iwin_dit.config.parse import RECIPES, find_recipe, parse_arguments
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.errors import ConfigError

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch.utils.data import DataLoader, Dataset
 
+from iwin_dit.config.bounds import may_change
 from iwin_dit.config.classifier import Recipe
 from iwin_dit.config.parse import is_of_earlier_version
 from iwin_dit.config.rules import local_batch
-from iwin_dit.config.schema import MAY_CHANGE, Config, TrainConfig
+from iwin_dit.config.schema import Config, TrainConfig
 from iwin_dit.data.examples import StepSampler, whole
 from iwin_dit.layers import kernels
 from iwin_dit.layers.blindness import of_earlier_version
@@ -259,7 +260,7 @@ def build_run(config: Recipe, identity: dict[str, Any]) -> RunDirectory:
         defaults["model"]["mixer"]["convolution_on"] = "input"
     if getattr(config.data, "kind", "images") == "images":  # earlier versions dropped the transparency
         defaults["data"]["background"] = None
-    run = RunDirectory(config.output_dir, config.to_dict(), MAY_CHANGE, identity, defaults)
+    run = RunDirectory(config.output_dir, config.to_dict(), may_change(type(config)), identity, defaults)
     if config.optimizer.schedule != "constant" and (run.path / "config.yaml").exists():
         before, now = flatten(read_config(run.path)).get("train.max_steps"), config.train.max_steps
         if before != now:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from importlib import import_module
 
 from iwin_dit import __version__
-from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.errors import ConfigError, did_you_mean, run_script
 
 COMMANDS = {
     "train": "train a diffusion transformer, of images or of clips",
@@ -42,8 +41,7 @@ def run() -> int | None:
         print(f"iwin-dit {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        hint = did_you_mean(name, COMMANDS, f"expected one of {', '.join(COMMANDS)}")
         raise ConfigError(f"iwin-dit has no command {name}; {hint}")
     sys.argv = [f"iwin-dit {name}", *rest]  # what --help calls it
     result: int | None = import_module(f"{__name__}.{name.replace('-', '_')}").main()

@@ -7,9 +7,10 @@ library.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from operator import attrgetter
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import ConfigError
@@ -19,20 +20,36 @@ MAX_BLOCKS = 1_000
 MAX_OPTION = 1_000_000
 
 
-class Rule(NamedTuple):
-    """What each number of a key has to be, and how an error says it: ``Annotated[int, ABOVE_ZERO]``."""
+T = TypeVar("T")
+FREE = "free"
+Free = Annotated[T, FREE]  # of a key that a resumed run may set anew, without being another run
 
-    fits: Callable[[float], bool]
+
+class Rule(NamedTuple):
+    """What the numbers of a key have to be, and how an error says it: ``Annotated[int, ABOVE_ZERO]``."""
+
+    fits: Callable[[Sequence[float]], bool]
     words: str
+
+
+def each(fits: Callable[[float], bool], words: str) -> Rule:
+    """The same of every number."""
+    return Rule(lambda numbers: all(map(fits, numbers)), words)
 
 
 def at_most(most: float) -> Rule:
     """No more than so many, and no less than minus so many."""
-    return Rule(lambda number: abs(number) <= most, f"at most {most:,}")
+    return each(lambda number: abs(number) <= most, f"at most {most:,}")
 
 
-ABOVE_ZERO = Rule(lambda number: number > 0, "a number above 0")
-ZERO_OR_MORE = Rule(lambda number: number >= 0, "0 or more")
+def ascending(low: float, high: float) -> Rule:
+    """Two numbers, the lower one first."""
+    return Rule(lambda n: low <= n[0] <= n[1] <= high, f"{low:g} <= low <= high <= {high:g}")
+
+
+ABOVE_ZERO = each(lambda number: number > 0, "a number above 0")
+ZERO_OR_MORE = each(lambda number: number >= 0, "0 or more")
+BELOW_ONE = each(lambda number: 0 <= number < 1, "a number in [0, 1)")
 OF_ANY = at_most(1e30)  # more is infinite in float32 soon
 OF_SPECS = {  # of the rooms below, by the key
     "window_size": (at_most(limits.SIDE),),
@@ -43,26 +60,39 @@ OF_SPECS = {  # of the rooms below, by the key
 
 Count = Annotated[int, ABOVE_ZERO, at_most(10**9)]
 CountFromZero = Annotated[int, ZERO_OR_MORE, at_most(10**9)]  # 0 for none, or never
-Share = Annotated[float, Rule(lambda number: 0 <= number < 1, "a number in [0, 1)")]
+Images = Annotated[int, ABOVE_ZERO, at_most(10**7)]  # of a batch
+Share = Annotated[float, BELOW_ONE]
 Seed = Annotated[int, at_most(2**63 - 1)]
 
 
-def check_ranges(section: Any, prefix: str = "") -> None:
-    """Every number of a recipe is in the range that stands beside its key.
+def keys_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a recipe, those of sections with dots, and their annotations."""
+    hints = get_type_hints(kind, include_extras=True)
+    for name in (f.name for f in fields(kind)):
+        if is_dataclass(hints[name]):
+            yield from keys_of(hints[name], f"{prefix}{name}.")
+        else:
+            yield prefix + name, getattr(hints[name], "__metadata__", OF_SPECS.get(name, ()))
+
+
+def may_change(kind: type) -> frozenset[str]:
+    """The keys that a resumed run may set anew; ``train.max_steps`` only under a constant learning rate."""
+    return frozenset(key for key, found in keys_of(kind) if FREE in found)
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Every number of a recipe, or of a section, is in the range that stands beside its key.
 
     Raises:
         ConfigError: naming the key.
     """
-    hints = get_type_hints(type(section), include_extras=True)
-    for name in (f.name for f in fields(section)):
-        value = getattr(section, name)
-        if is_dataclass(value):
-            check_ranges(value, f"{prefix}{name}.")
-            continue
-        for rule in (*getattr(hints[name], "__metadata__", OF_SPECS.get(name, ())), OF_ANY):
-            if not all(map(rule.fits, numbers(value))):
+    for key, rules in keys_of(type(config)):
+        value = attrgetter(key)(config)
+        found = list(numbers(value))
+        for rule in (*rules, OF_ANY):
+            if isinstance(rule, Rule) and value is not None and not rule.fits(found):
                 shown = list(value) if isinstance(value, tuple) else value
-                raise ConfigError(f"{prefix}{name} is {shown}, expected {rule.words}")
+                raise ConfigError(f"{prefix}{key} is {shown}, expected {rule.words}")
 
 
 def numbers(value: Any) -> Iterator[int | float]:

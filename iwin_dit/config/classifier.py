@@ -10,47 +10,53 @@ from typing import Annotated, Any, Literal
 
 from iwin_dit.config.bounds import (
     ABOVE_ZERO,
+    BELOW_ONE,
     ZERO_OR_MORE,
+    Free,
     Rule,
     Seed,
     Share,
+    ascending,
     at_most,
     check_options,
     check_rand_augment,
-    check_ranges,
+    each,
 )
-from iwin_dit.config.rules import check_ema, check_optimizer, check_train
-from iwin_dit.config.schema import Config, EmaConfig, OptimizerConfig, TrainConfig, lists
+from iwin_dit.config.rules import check_common
+from iwin_dit.config.schema import (
+    Config,
+    EmaConfig,
+    OptimizerConfig,
+    Size,
+    SourceConfig,
+    TrainConfig,
+    lists,
+    sides,
+)
 from iwin_dit.runtime import limits
-from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIDEO_MODELS = ("iwin_tiny_video", "iwin_small_video")  # a test compares them with the models' own table
+ALPHA = each(lambda alpha: alpha == 0 or alpha >= 1e-3, "0 or at least 0.001")
+DIVISORS = each(lambda std: std >= 1e-6, "numbers above 0, which colours are divided by")
+VIEWS = Rule(
+    lambda n: n[0] >= 1 and n[1] in (1, 3),
+    "the number of clips of a video, 1 or more, and of crops, 1 or 3; such as [4, 3]",
+)
 
 
 @dataclass(frozen=True)
-class ClassifierDataConfig:
+class ClassifierDataConfig(SourceConfig):
     """Images or clips to train on, and others to be judged by.
 
     Args:
-        path: a folder of class folders, .tar or .parquet files, or hf:NAME, as for extract_latents.py; of
-            clips, a folder of class folders with video files and folders of frames.
-        labels: for a flat folder of images, a CSV with the columns file and label.
-        held_out: as ``path``, of the same classes; what accuracy is measured on.
-        held_out_labels: as ``labels``.
-        follow_links: links in a folder of images, or clips, may lead out of it.
-        split: of Hugging Face data; by default train.
-        held_out_split: of the held-out images, if they are Hugging Face data; by default train.
-        image_column: of Hugging Face data with several columns of images.
-        label_column: of Hugging Face data with several columns of labels, or none of class labels.
-        allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
-        background: what shows through transparent pixels: white, black or R,G,B; null drops the transparency,
-            as earlier versions did.
         prepare: make both first where they are missing: ``digits`` are scikit-learn's handwritten digits,
             ``moving_digits`` clips of them.
+        held_out: as ``path``, of the same classes; what accuracy is measured on.
+        held_out_labels: as ``labels``.
+        held_out_split: of the held-out images, if they are Hugging Face data; by default train.
         frames: of a clip, which makes the data videos; without, they are images.
-        frame_stride: of clips: take every n-th frame of a video.
         views: of a held-out video, whose class probabilities are averaged: clips that are spread evenly over
             it, and crops of each along the longer side, 1 (the centre) or 3 (both ends too).
         image_size: height and width, or one side.
@@ -59,31 +65,21 @@ class ClassifierDataConfig:
         std: of each colour, divided by.
     """
 
-    path: str = "data/digits/train"
-    labels: str | None = None
-    held_out: str = "data/digits/test"
-    held_out_labels: str | None = None
-    follow_links: bool = False
-    split: str | None = None
-    held_out_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    allow_odd_classes: bool = False
-    background: str | None = "white"
-    prepare: Literal["digits", "moving_digits"] | None = None
+    path: Free[str] = "data/digits/train"
+    held_out: Free[str] = "data/digits/test"
+    held_out_labels: Free[str | None] = None
+    held_out_split: Free[str | None] = None
     frames: Annotated[int | None, ABOVE_ZERO, at_most(4_096)] = None
-    frame_stride: Annotated[int, ABOVE_ZERO, at_most(1_000_000)] = 1
-    views: Annotated[tuple[int, int], at_most(1_000)] = (1, 1)
-    image_size: Annotated[int | list[int], ABOVE_ZERO, at_most(8_192)] = 224
-    crop_share: Annotated[float, Rule(lambda share: 0.1 <= share <= 1, "a number from 0.1 to 1")] = 0.875
+    views: Annotated[tuple[int, int], VIEWS, at_most(1_000)] = (1, 1)
+    image_size: Annotated[Size, at_most(8_192)] = 224
+    crop_share: Annotated[float, each(lambda share: 0.1 <= share <= 1, "a number from 0.1 to 1")] = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: Annotated[tuple[float, float, float], DIVISORS] = IMAGENET_STD
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width."""
-        size = self.image_size
-        return (size[0], size[1]) if isinstance(size, list) else (size, size)
+        return sides(self.image_size)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,14 +104,14 @@ class AugmentConfig:
         label_smoothing: share of the target that is spread over all classes.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: Annotated[tuple[float, float], ABOVE_ZERO, ascending(0, 1)] = (0.08, 1.0)
+    ratio: Annotated[tuple[float, float], ascending(0.01, 100)] = (3 / 4, 4 / 3)
     random_flip: bool = True
     color_jitter: Annotated[float, ZERO_OR_MORE, at_most(10)] = 0.4
     rand_augment: str = "rand-m9-mstd0.5-inc1-mmax9"
     random_erasing: Share = 0.25
-    mixup: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 0.8
-    cutmix: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 1.0
+    mixup: Annotated[float, ALPHA, at_most(1e6)] = 0.8
+    cutmix: Annotated[float, ALPHA, at_most(1e6)] = 1.0
     label_smoothing: Share = 0.1
 
 
@@ -138,7 +134,7 @@ class ClassifierModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     num_classes: Annotated[int, ABOVE_ZERO, at_most(limits.LABELS)] = 1000
     drop_path: Share = 0.0
-    init_from: str | None = None
+    init_from: Free[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ class ClassifierOptimizerConfig(OptimizerConfig):
 
     learning_rate: Annotated[float, ABOVE_ZERO] = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.999)
     weight_decay: Annotated[float, ZERO_OR_MORE] = 0.05
     max_grad_norm: Annotated[float | None, ABOVE_ZERO] = 5.0
     layer_decay: Annotated[float, ABOVE_ZERO, at_most(1)] = 1.0
@@ -175,7 +171,7 @@ class ClassifierConfig:
         train: the run.
     """
 
-    output_dir: str = "runs/classifier"
+    output_dir: Free[str] = "runs/classifier"
     seed: Seed = 0
     data: ClassifierDataConfig = field(default_factory=ClassifierDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -197,16 +193,18 @@ class ClassifierConfig:
 Recipe = Config | ClassifierConfig  # what a run is trained by
 
 
+READ_WITH = (
+    ("data.frame_stride data.views", "data.frames"),
+    ("data.labels data.held_out_labels", "data.frames null"),  # clips have class folders
+)
+
+
 def check(config: ClassifierConfig) -> None:
     """All rules. Raises ConfigError."""
-    check_ranges(config)
     check_options(config.model.options, "model.options")
     check_rand_augment(config.augment.rand_augment)
-    check_optimizer(config.optimizer)
-    check_ema(config.ema)
-    check_train(config.train, config.ema)
+    check_common(config, READ_WITH)
     _check_clips(config)
-    _check_pixels(config.data, config.augment)
     if config.train.sharding != "none":
         raise ConfigError(
             f"train.sharding {config.train.sharding} is for train_dit.py; a classifier fits on one device: "
@@ -226,53 +224,20 @@ def check(config: ClassifierConfig) -> None:
             )
 
 
-def _check_pixels(data: ClassifierDataConfig, augment: AugmentConfig) -> None:
-    """Sizes, colours and crops."""
-    background(data.background)
-    if isinstance(data.image_size, list) and len(data.image_size) != 2:
-        raise ConfigError(f"data.image_size is {data.image_size}, expected a side or [height, width]")
-    if min(data.std) < 1e-6:
-        raise ConfigError(
-            f"data.std is {list(data.std)}, expected numbers above 0, which colours are divided by"
-        )
-    if not 0 < augment.scale[0] <= augment.scale[1] <= 1:
-        raise ConfigError(f"augment.scale is {list(augment.scale)}, expected 0 < low <= high <= 1")
-    if not 0.01 <= augment.ratio[0] <= augment.ratio[1] <= 100:
-        raise ConfigError(f"augment.ratio is {list(augment.ratio)}, expected 0.01 <= low <= high <= 100")
-    for key in ("mixup", "cutmix"):
-        if 0 < getattr(augment, key) < 1e-3:
-            raise ConfigError(f"augment.{key} is {getattr(augment, key)}, expected 0 or at least 0.001")
-
-
 def _check_clips(config: ClassifierConfig) -> None:
-    """Keys that only clips have, and what clips do not have."""
+    """The network and the digits have to be of images, or of clips, as the data are."""
     data, name = config.data, config.model.name
-    if data.frames is None:
-        for key, default in (("frame_stride", 1), ("views", (1, 1))):
-            if getattr(data, key) != default:
-                raise ConfigError(f"data.{key} is for clips; set data.frames, or remove it")
-        if data.prepare == "moving_digits":
-            raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
-        if name in VIDEO_MODELS:
-            raise ConfigError(
-                f"model.name {name} takes clips, the data are images; set data.frames, such as 32, or take a "
-                "model of images"
-            )
-        return
-    for key in ("labels", "held_out_labels"):
-        if getattr(data, key) is not None:
-            raise ConfigError(
-                f"data.{key} is for images; clips (data.frames {data.frames}) have class folders: remove it"
-            )
-    if data.prepare == "digits":
-        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")
-    if data.views[0] < 1 or data.views[1] not in (1, 3):
+    if data.frames is None and name in VIDEO_MODELS:
         raise ConfigError(
-            f"data.views is {list(data.views)}, expected the number of clips of a video, 1 or more, and of "
-            "crops, 1 or 3; such as [4, 3]"
+            f"model.name {name} takes clips, the data are images; set data.frames, such as 32, or take a "
+            "model of images"
         )
-    if name not in VIDEO_MODELS:
+    if data.frames is not None and name not in VIDEO_MODELS:
         raise ConfigError(
             f"model.name {name} does not take clips (data.frames {data.frames}); expected one of "
             f"{', '.join(VIDEO_MODELS)}"
         )
+    if data.prepare == "moving_digits" and data.frames is None:
+        raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
+    if data.prepare == "digits" and data.frames is not None:
+        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")

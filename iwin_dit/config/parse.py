@@ -5,36 +5,26 @@ Imports no torch, so that ``--help`` and an error in a config answer at once.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any
 
 from iwin_dit.config import classifier, rules
 from iwin_dit.config.bounds import check_ranges
-from iwin_dit.config.recipes import find_recipe
 from iwin_dit.config.schema import Config, SampleConfig
-from iwin_dit.config.types import build, check_keys, is_section, types_of
+from iwin_dit.config.types import build, check_keys, types_of
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import strict_yaml
-from iwin_dit.runtime.errors import ConfigError, expand_home
+from iwin_dit.runtime.errors import ConfigError, did_you_mean, expand_home
 
-T = TypeVar("T")  # Config, or ClassifierConfig
 # A recipe of another program, such as those of examples/, has a method ``check``.
 CHECKS: dict[type, Callable[[Any], None]] = {
     Config: rules.check,
     classifier.ClassifierConfig: classifier.check,
 }
 load_yaml = strict_yaml.load
-
-
-@overload
-def parse_arguments(arguments: Sequence[str], default: str | Path) -> tuple[Config, bool]: ...
-
-
-@overload
-def parse_arguments(arguments: Sequence[str], default: str | Path, kind: type[T]) -> tuple[T, bool]: ...
+RECIPES = Path(__file__).parents[1] / "configs"  # in a checkout a link to the folder beside the package
 
 
 def parse_arguments(
@@ -56,9 +46,7 @@ def parse_arguments(
     if "help" in names:
         _parser(kind).print_help()
         raise SystemExit(0)
-    if "config" not in names:
-        given.insert(0, ("config", str(default)))
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {} if "config" in names else _read(str(default), kind)
     for name, value in given:
         if name == "config":
             _merge(content, _read(value, kind), kind)
@@ -67,14 +55,6 @@ def parse_arguments(
     config = build(expand_home(content), kind)
     CHECKS[kind](config) if kind in CHECKS else config.check()
     return config, "dry-run" in names
-
-
-@overload
-def load_config(path: Path) -> Config: ...
-
-
-@overload
-def load_config(path: Path, kind: type[T]) -> T: ...
 
 
 def load_config(path: Path, kind: type[Any] = Config) -> Any:
@@ -125,6 +105,26 @@ def _read(name: str, kind: type) -> dict[str, Any]:
     return content
 
 
+def find_recipe(name: str | Path, folder: str = "") -> Path:
+    """The file of ``--config``: a path, or a recipe of the package such as ``quickstart``, ``compare/iwin``.
+
+    Args:
+        folder: of the package's recipes, where a name is looked for, too.
+
+    Raises:
+        ConfigError: for a name without an ending that is neither; with the nearest name.
+    """
+    path = Path(name)
+    if path.suffix or path.is_file() or "\0" in str(name):
+        return path
+    for place in (RECIPES, RECIPES / folder):
+        if (found := place / f"{name}.yaml").is_file():
+            return found
+    known = [str(found.relative_to(RECIPES).with_suffix("")) for found in sorted(RECIPES.rglob("*.yaml"))]
+    hint = did_you_mean(str(name), known, "give a path", cutoff=0.4)
+    raise ConfigError(f"--config {name} is neither a file nor a recipe that comes with iwin-dit; {hint}")
+
+
 def _options(arguments: list[str], kind: type) -> Iterator[tuple[str, str]]:
     """Name and value of each argument; those of flags are empty."""
     known = [*_keys(kind), "config"]
@@ -136,7 +136,9 @@ def _options(arguments: list[str], kind: type) -> Iterator[tuple[str, str]]:
         elif argument == "--dry-run":
             yield "dry-run", ""
         elif not argument.startswith("--") or name not in known:
-            _unknown(argument, [f"--{key}" for key in (*known, "help", "dry-run")])
+            options = [f"--{key}" for key in (*known, "help", "dry-run")]
+            hint = did_you_mean(argument.partition("=")[0], options, "see --help")
+            raise ConfigError(f"unrecognized arguments: {argument}; {hint}")
         else:
             if not equals:
                 value = next(remaining, "--")
@@ -145,17 +147,11 @@ def _options(arguments: list[str], kind: type) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _unknown(argument: str, known: list[str]) -> NoReturn:
-    near = difflib.get_close_matches(argument.partition("=")[0], known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see --help"
-    raise ConfigError(f"unrecognized arguments: {argument}; {hint}")
-
-
-def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
     """All keys with dots, sections among them."""
     for name, hint in types_of(kind).items():
         yield prefix + name
-        if is_section(hint):
+        if is_dataclass(hint):
             yield from _keys(hint, f"{prefix}{name}.")
 
 
@@ -176,11 +172,11 @@ def _override(key: str, text: str, kind: type) -> dict[str, Any]:
     return content
 
 
-def _merge(content: dict[str, Any], more: dict[str, Any], kind: type) -> None:
+def _merge(content: dict[str, Any], more: dict[str, Any], kind: Any) -> None:
     """Sets keys; of sections, the keys in them."""
     check_keys(more, kind)
     for key, value in more.items():
-        if is_section(hint := types_of(kind)[key]):
+        if is_dataclass(hint := types_of(kind)[key]):
             _merge(content.setdefault(key, {}), value, hint)
         else:
             content[key] = value

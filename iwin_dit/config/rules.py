@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields
+from operator import attrgetter
+from typing import Any
 
 from iwin_dit.config.bounds import MAX_TOKENS, check_ranges
 from iwin_dit.config.metrics import chosen_metrics, looks_at_clips
-from iwin_dit.config.schema import (
-    Config,
-    DataConfig,
-    EmaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from iwin_dit.config.schema import Config, DataConfig, ModelConfig, TrainConfig, lists
+from iwin_dit.config.types import show
 from iwin_dit.diffusion.specs import FLOW, NUM_TRAIN_TIMESTEPS, OBJECTIVES, SAMPLERS, ObjectiveConfig
 from iwin_dit.layers.blindness import blind_spots
 from iwin_dit.layers.specs import BlockSpec, shape_of
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
+# Keys that are read under a condition alone, another key or its value; without it they keep their defaults.
+COMMON = (
+    ("optimizer.min_learning_rate", "optimizer.schedule cosine"),
+    ("train.max_skipped_steps", "train.on_nonfinite skip"),
+    ("ema.snapshot_every_steps", "ema.power_stds"),
+)
+READ_WITH = (
+    ("objective.logit_mean objective.logit_std", "objective.time_sampling logit_normal"),
+    ("data.labels data.split data.image_column data.label_column data.follow_links", "data.kind images"),
+    ("data.allow_odd_classes data.crop data.background data.max_bad_images", "data.kind images"),
+    ("data.frame_stride data.images data.image_share", "model.sample_frames"),
+    ("data.frame_stride", "data.kind images"),  # the clips of latents were taken by extract_latents.py
+)
+
 
 def check(config: Config) -> None:
     """All rules. Raises ConfigError."""
-    check_ranges(config)
+    taken_by = {
+        f.name: " or ".join(name for name, kind in OBJECTIVES.items() if f.name in kind.fields)
+        for f in fields(ObjectiveConfig)[1:]
+    }
+    of_objectives = [(f"objective.{key}", f"objective.name {names}") for key, names in taken_by.items()]
+    check_common(config, [*of_objectives, *READ_WITH])
     _check_shape(config.model)
     _check_block(config.model)
     _check_sampling(config)
-    _check_data(config.data)
-    _check_clips(config)
-    _check_objective(config.objective)
-    check_optimizer(config.optimizer)
-    check_ema(config.ema)
-    check_train(config.train, config.ema)
+    _check_data(config.data, config.model)
     asked = config.evaluation
     names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
     draws_clips, of_clips = config.model.sample_frames is not None, looks_at_clips(asked.extractor)
@@ -51,41 +62,32 @@ def check(config: Config) -> None:
         )
 
 
-def _check_objective(objective: ObjectiveConfig) -> None:
-    given = [f.name for f in fields(objective)[1:] if getattr(objective, f.name) != f.default]
-    if unread := [key for key in given if key not in objective.kind.fields]:
-        others = " or ".join(name for name, kind in OBJECTIVES.items() if unread[0] in kind.fields)
-        raise ConfigError(
-            f"objective.{unread[0]} has no meaning for {objective.name}; remove it, or take {others}"
-        )
-    of_density = [key for key in given if key.startswith("logit_")]
-    if objective.time_sampling == "uniform" and of_density:
-        raise ConfigError(
-            f"objective.{of_density[0]} has no meaning for time_sampling uniform; remove it, or take "
-            "logit_normal"
-        )
+def check_common(config: Any, read_with: Iterable[tuple[str, str]]) -> None:
+    """The rules that all trainers have.
 
-
-def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """The rules of ``optimizer`` that all trainers have."""
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError(
-            f"optimizer.betas is {list(optimizer.betas)}, expected two numbers in [0, 1), such as [0.9, 0.95]"
-        )
-    if optimizer.min_learning_rate and optimizer.schedule == "constant":
-        raise ConfigError(
-            f"optimizer.min_learning_rate is {optimizer.min_learning_rate}, to which a constant learning "
-            "rate never comes down; remove it, or set optimizer.schedule cosine"
-        )
+    Args:
+        read_with: this trainer's keys that are not read everywhere, and their conditions, as in COMMON.
+    """
+    check_ranges(config)
+    for keys, condition in (*COMMON, *read_with):
+        name, _, wanted = condition.partition(" ")
+        found = attrgetter(name)(config)
+        if (show(found).strip("'") in wanted.split(" or ")) if wanted else found:
+            continue
+        for key in keys.split():
+            value, default = (attrgetter(key)(recipe) for recipe in (config, type(config)()))
+            if value != default:
+                found = show(lists(value))
+                raise ConfigError(
+                    f"{key} is {found}, but is not read without {condition}; set that, or remove it"
+                )
+    background(config.data.background)
+    optimizer, ema, train = config.optimizer, config.ema, config.train
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise ConfigError(
             f"optimizer.min_learning_rate {optimizer.min_learning_rate} is above optimizer.learning_rate "
             f"{optimizer.learning_rate}, from which the cosine comes down; lower it"
         )
-
-
-def check_train(train: TrainConfig, ema: EmaConfig) -> None:
-    """The rules of ``train`` that all trainers have."""
     if train.micro_batch == "auto" and train.sharding != "none":
         raise ConfigError(
             "train.micro_batch auto tries sizes on each process by itself, which a model that is split over "
@@ -96,19 +98,11 @@ def check_train(train: TrainConfig, ema: EmaConfig) -> None:
             "ema.on_cpu and train.sharding fsdp2 exclude each other: split over the processes, the averages "
             "are small; set ema.on_cpu false"
         )
-    if train.spike_factor is not None and train.spike_factor <= 1:
-        raise ConfigError(f"train.spike_factor is {train.spike_factor}, expected above 1, such as 3")
     if train.spike_factor is not None and train.save_every_steps % train.log_every_steps:
         raise ConfigError(
             f"train.save_every_steps {train.save_every_steps} is no multiple of train.log_every_steps "
             f"{train.log_every_steps}, whose losses train.spike_factor looks at: it would go back to "
             "a checkpoint whose loss nothing has looked at; take one"
-        )
-    most = train.max_skipped_steps
-    if train.on_nonfinite == "stop" and most != TrainConfig().max_skipped_steps:
-        raise ConfigError(
-            f"train.max_skipped_steps is {most}, but train.on_nonfinite stop skips none; set skip, or remove "
-            "max_skipped_steps"
         )
     if train.health_every_steps % train.log_every_steps:
         raise ConfigError(
@@ -117,87 +111,32 @@ def check_train(train: TrainConfig, ema: EmaConfig) -> None:
         )
 
 
-OF_IMAGES = (
-    *((key, None) for key in ("labels", "split", "image_column", "label_column")),
-    *(
-        ("follow_links", False),
-        ("allow_odd_classes", False),
-        ("crop", "center"),
-        ("background", "white"),
-        ("max_bad_images", 0),
-    ),
-)
-
-
-def _check_data(data: DataConfig) -> None:
-    background(data.background)
-    if data.kind == "latents":
-        for key, default in OF_IMAGES:
-            if getattr(data, key) != default:
-                raise ConfigError(f"data.{key} is for images; set data.kind images, or remove it")
-        return
-    if data.vae is None:
+def _check_data(data: DataConfig, model: ModelConfig) -> None:
+    """Images need an autoencoder and its scaling; clips have other positions and other digits."""
+    if data.kind == "images" and data.vae is None:
         raise ConfigError(
             "data.kind is images, but nothing encodes them: set data.vae, such as sd-vae-ft-ema"
         )
-    if data.normalization != "vae":
+    if data.kind == "images" and data.normalization != "vae":
         raise ConfigError(
             "data.kind is images, which have no index with means: set data.normalization vae, the scaling "
             f"that the autoencoder declares (found {data.normalization})"
         )
-    if data.prepare is not None:
+    if data.kind == "images" and data.prepare is not None:
         raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
-
-
-def _check_clips(config: Config) -> None:
-    """Keys that only clips have, and what clips do not have."""
-    data, model = config.data, config.model
-    if model.sample_frames is None:
-        for key, default in (("frame_stride", 1), ("images", None), ("image_share", 0.0)):
-            if getattr(data, key) != default:
-                raise ConfigError(f"data.{key} is for clips; set model.sample_frames, or remove it")
-        if model.position_embedding == "time":
-            raise ConfigError("model.position_embedding time is for clips; set model.sample_frames, or none")
-        if data.prepare == "moving_digits":
-            raise ConfigError(
-                "data.prepare moving_digits makes clips; set model.sample_frames, or take digits"
-            )
-        return
-    if "rope" in model.position_embedding:
+    if data.prepare == "moving_digits" and model.sample_frames is None:
+        raise ConfigError("data.prepare moving_digits makes clips; set model.sample_frames, or take digits")
+    if model.position_embedding == "time" and model.sample_frames is None:
+        raise ConfigError("model.position_embedding time is for clips; set model.sample_frames, or none")
+    if "rope" in model.position_embedding and model.sample_frames is not None:
         raise ConfigError(
             f"model.position_embedding {model.position_embedding} turns by row and column, which clips have "
             "not alone; take none, time or sincos"
-        )
-    if data.frame_stride != 1 and data.kind == "latents":
-        raise ConfigError(
-            f"data.frame_stride is {data.frame_stride}, but the clips of latents were taken by "
-            "extract_latents.py --frame-stride; remove it, or set data.kind images"
         )
     if (data.images is None) != (data.image_share == 0):
         raise ConfigError(
             f"data.images is {data.images} and data.image_share {data.image_share:g}: set both to mix images "
             "in, such as a share of 0.2, or neither"
-        )
-
-
-MAX_POWER_STD = 12**-0.5  # of a flat average
-
-
-def check_ema(ema: EmaConfig) -> None:
-    """The averages: ranges, and no number twice."""
-    if not ema.decays:
-        raise ConfigError("ema.decays is empty; the first is what sampling uses, such as [0.9999]")
-    for key, low, high in (("decays", 0.0, 1.0), ("power_stds", 0.0, MAX_POWER_STD)):
-        values = getattr(ema, key)
-        for value in values:
-            if not (low <= value < high) or (key == "power_stds" and value == 0):
-                raise ConfigError(f"ema.{key} holds {value}, expected numbers in [{low:g}, {high:.3g})")
-        if len(set(values)) < len(values):
-            raise ConfigError(f"ema.{key} {values} holds a number twice; remove one")
-    if ema.snapshot_every_steps and not ema.power_stds:
-        raise ConfigError(
-            "ema.snapshot_every_steps keeps power-function averages, but ema.power_stds is empty; "
-            "set it to [0.05, 0.1], or snapshot_every_steps to 0"
         )
 
 
@@ -250,9 +189,6 @@ def _check_sampling(config: Config) -> None:
             f"sample.num_inference_steps is {sample.num_inference_steps}, but {config.objective.name} has "
             f"{NUM_TRAIN_TIMESTEPS} times; take at most so many"
         )
-    low, high = sample.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"sample.guidance_interval is [{low}, {high}], expected 0 <= low <= high <= 1")
 
 
 def _check_shape(model: ModelConfig) -> None:
@@ -273,8 +209,6 @@ def _check_shape(model: ModelConfig) -> None:
             shape_of(model.size)
         except ValueError as error:
             raise ConfigError(f"model.size: {error}") from None
-    if isinstance(model.sample_size, list) and len(model.sample_size) != 2:
-        raise ConfigError(f"model.sample_size is {model.sample_size}, expected a side or [height, width]")
     patch = model.shape[3]
     for length in model.latent_size[-2:]:
         if length % patch:

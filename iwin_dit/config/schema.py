@@ -10,68 +10,79 @@ from typing import Annotated, Any, Literal, cast
 
 from iwin_dit.config.bounds import (
     ABOVE_ZERO,
+    BELOW_ONE,
+    FREE,
     MAX_BLOCKS,
     ZERO_OR_MORE,
     Count,
     CountFromZero,
+    Free,
+    Images,
+    Rule,
     Seed,
     Share,
+    ascending,
     at_most,
+    each,
 )
 from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, ObjectiveConfig
 from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import MixerSpec, MlpName, NormName, shape_of
 from iwin_dit.runtime import limits
 
-# What a resumed run may set anew without being another run; max_steps only under a constant learning rate.
-MAY_CHANGE = frozenset(
-    (
-        "output_dir",
-        *("data.path", "data.images", "data.follow_links", "data.allow_odd_classes", "data.held_out"),
-        "data.max_bad_images",
-        *("data.held_out_labels", "data.held_out_split"),
-        *("model.allow_blind", "model.init_from"),
-        *("train.max_steps", "train.micro_batch", "train.sharding", "train.gradient_checkpointing"),
-        *("train.compile", "train.attention_backend", "train.kernels", "train.num_workers"),
-        *("train.worker_timeout_seconds", "train.on_nonfinite", "train.max_skipped_steps"),
-        *("train.spike_factor", "train.health_every_steps", "train.trackers", "train.keep_checkpoints"),
-        *("train.log_every_steps", "train.sample_every_steps", "train.evaluate_every_steps"),
-        "train.save_every_steps",
-        *("train.save_every_minutes", "train.compare_weights_every_steps"),
-        *("ema.on_cpu", "ema.snapshot_every_steps"),
-        *("sample.sampler", "sample.num_inference_steps", "sample.guidance_scale"),
-        *("sample.guidance_interval", "sample.guidance_channels", "sample.num_per_class"),
-        *("evaluation.reference", "evaluation.metrics", "evaluation.extractor"),
-        *("evaluation.inception_weights", "evaluation.num_images", "evaluation.batch_images"),
-        "evaluation.seed",
-    )
-)
+Size = Annotated[int | tuple[int, int], ABOVE_ZERO]  # a side, or height and width
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The latents to train on, or the images; with ``model.sample_frames`` the clips.
+class SourceConfig:
+    """Where images or clips come from, whatever is trained on them.
 
     Args:
-        kind: ``latents`` are read from shards; ``images``, or videos, are encoded by the autoencoder in every
-            step.
-        path: folder of latent shards with their index.json; or of images, as ``extract_latents.py --images``.
-        vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
-            hub id.
+        path: a folder of class folders, .tar or .parquet files, or hf:NAME, as for extract_latents.py; of
+            clips, a folder of class folders with video files and folders of frames.
         labels: for a flat folder of images, a CSV with the columns file and label.
-        follow_links: links in the folder of images, or clips, may lead out of it.
+        follow_links: links in a folder of images, or clips, may lead out of it.
         split: of Hugging Face data; by default train.
         image_column: of Hugging Face data with several columns of images.
         label_column: of Hugging Face data with several columns of labels, or none of class labels.
         allow_odd_classes: take classes without images, a single class, or folders that are named as splits.
-        background: of images: what shows through transparent pixels: white, black or R,G,B; null drops
-            the transparency, as earlier versions did.
+        background: of images: what shows through transparent pixels: white, black or R,G,B; null drops the
+            transparency, as earlier versions did.
+        prepare: make the data first where they are missing: ``digits`` are scikit-learn's handwritten digits,
+            ``moving_digits`` clips of them.
+        frame_stride: of videos: take every n-th frame.
+    """
+
+    path: Free[str]
+    labels: str | None = None
+    follow_links: Free[bool] = False
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    allow_odd_classes: Free[bool] = False
+    background: str | None = "white"
+    prepare: Literal["digits", "moving_digits"] | None = None
+    frame_stride: Annotated[int, ABOVE_ZERO, at_most(1_000_000)] = 1
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """The latents to train on, or the images; with ``model.sample_frames`` the clips.
+
+    Args:
+        path: folder of latent shards with their index.json; or of images, as ``extract_latents.py --images``.
+        kind: ``latents`` are read from shards; ``images``, or videos, are encoded by the autoencoder in every
+            step.
+        vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
+            hub id.
         max_bad_images: of images: leave out up to so many that cannot be decoded, each named; the next one
             takes its place.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
-        prepare: make the folder first where it is missing: ``digits`` are scikit-learn's handwritten digits,
-            which ``moving_digits`` move.
-        frame_stride: of videos: take every n-th frame.
         images: folder of latents of images, of the same classes and autoencoder as the clips, which are mixed
             in as clips of one frame.
         image_share: share of the steps that train on them.
@@ -80,21 +91,12 @@ class DataConfig:
             the autoencoder declares, as DiT does; images have no index and need it.
     """
 
+    path: Free[str] = "data/digits"
     kind: Literal["latents", "images"] = "latents"
-    path: str = "data/digits"
     vae: str | None = None
-    labels: str | None = None
-    follow_links: bool = False
-    split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    allow_odd_classes: bool = False
-    background: str | None = "white"
-    max_bad_images: CountFromZero = 0
+    max_bad_images: Free[CountFromZero] = 0
     crop: Literal["center", "random"] = "center"
-    prepare: Literal["digits", "moving_digits"] | None = None
-    frame_stride: Annotated[int, ABOVE_ZERO, at_most(1_000_000)] = 1
-    images: str | None = None
+    images: Free[str | None] = None
     image_share: Share = 0.0
     random_flip: bool = True
     normalization: Literal["channel", "vae"] = "channel"
@@ -138,7 +140,7 @@ class ModelConfig:
     width: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
     heads: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
     patch_size: Annotated[int | None, ABOVE_ZERO, at_most(limits.PATCH)] = None
-    sample_size: Annotated[int | list[int], ABOVE_ZERO, at_most(limits.SIDE)] = 16
+    sample_size: Annotated[Size, at_most(limits.SIDE)] = 16
     sample_frames: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
     in_channels: Annotated[int, ABOVE_ZERO, at_most(limits.SIDE)] = 32
     num_classes: Annotated[int, ABOVE_ZERO, at_most(limits.LABELS)] = 1000
@@ -153,8 +155,8 @@ class ModelConfig:
     open_gates: bool = True
     post_norm: bool = False
     label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
-    allow_blind: bool = False
-    init_from: str | None = None
+    allow_blind: Free[bool] = False
+    init_from: Free[str | None] = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -167,9 +169,8 @@ class ModelConfig:
     @property
     def latent_size(self) -> tuple[int, ...]:
         """Height and width of the latent; of clips, frames first."""
-        size = self.sample_size
-        sides = (size[0], size[1]) if isinstance(size, list) else (size, size)
-        return sides if self.sample_frames is None else (self.sample_frames, *sides)
+        size = sides(self.sample_size)
+        return size if self.sample_frames is None else (self.sample_frames, *size)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -205,10 +206,17 @@ class OptimizerConfig:
     warmup_steps: CountFromZero = 0
     schedule: Literal["constant", "cosine"] = "constant"
     min_learning_rate: Annotated[float, ZERO_OR_MORE] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.95)
     eps: Annotated[float, ABOVE_ZERO] = 1e-8
     weight_decay: Annotated[float, ZERO_OR_MORE] = 0.0
     max_grad_norm: Annotated[float | None, ABOVE_ZERO] = 1.0
+
+
+SOME = Rule(lambda numbers: len(numbers) > 0, "at least one, which sampling uses")
+ONCE = Rule(lambda numbers: len({*numbers}) == len(numbers), "no number twice")
+BELOW_FLAT = each(
+    lambda std: 0 < std < 12**-0.5, f"numbers above 0 and below {12**-0.5:.3g}, a flat average's"
+)
 
 
 @dataclass(frozen=True)
@@ -223,10 +231,10 @@ class EmaConfig:
         on_cpu: hold the averages in the CPU's memory; each step then copies the weights there.
     """
 
-    decays: list[float] = field(default_factory=lambda: [0.9999])
-    power_stds: list[float] = field(default_factory=list)
-    snapshot_every_steps: CountFromZero = 0
-    on_cpu: bool = False
+    decays: Annotated[list[float], BELOW_ONE, SOME, ONCE] = field(default_factory=lambda: [0.9999])
+    power_stds: Annotated[list[float], BELOW_FLAT, ONCE] = field(default_factory=list)
+    snapshot_every_steps: Free[CountFromZero] = 0
+    on_cpu: Free[bool] = False
 
     @property
     def averages(self) -> int:
@@ -272,29 +280,29 @@ class TrainConfig:
         trackers: where the log and the samples go too; wandb stays offline unless WANDB_MODE says otherwise.
     """
 
-    max_steps: Count = 400_000
-    batch_images: Annotated[int, ABOVE_ZERO, at_most(10**7)] = 256
-    micro_batch: Annotated[int | Literal["auto"] | None, ABOVE_ZERO, at_most(10**7)] = None
+    max_steps: Free[Count] = 400_000
+    batch_images: Images = 256
+    micro_batch: Annotated[int | Literal["auto"] | None, ABOVE_ZERO, at_most(10**7), FREE] = None
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
-    sharding: Literal["none", "fsdp2"] = "none"
-    gradient_checkpointing: Annotated[int, ZERO_OR_MORE, at_most(MAX_BLOCKS)] = 0
-    compile: bool = False
-    attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
-    kernels: Literal["auto", "triton", "torch"] = "auto"
-    num_workers: Annotated[int, ZERO_OR_MORE, at_most(1_024)] = 4
-    worker_timeout_seconds: Annotated[int, ABOVE_ZERO, at_most(10**6)] = 600
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped_steps: Count = 10
-    spike_factor: float | None = None
-    log_every_steps: Count = 100
-    health_every_steps: CountFromZero = 0
-    sample_every_steps: CountFromZero = 5_000
-    evaluate_every_steps: CountFromZero = 0
-    save_every_steps: Count = 5_000
-    save_every_minutes: Annotated[float, ZERO_OR_MORE] = 0.0
-    compare_weights_every_steps: CountFromZero = 1_000
-    keep_checkpoints: Count = 2
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    sharding: Free[Literal["none", "fsdp2"]] = "none"
+    gradient_checkpointing: Annotated[int, ZERO_OR_MORE, at_most(MAX_BLOCKS), FREE] = 0
+    compile: Free[bool] = False
+    attention_backend: Free[Literal["auto", "flash", "efficient", "cudnn", "math"]] = "auto"
+    kernels: Free[Literal["auto", "triton", "torch"]] = "auto"
+    num_workers: Annotated[int, ZERO_OR_MORE, at_most(1_024), FREE] = 4
+    worker_timeout_seconds: Annotated[int, ABOVE_ZERO, at_most(10**6), FREE] = 600
+    on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
+    max_skipped_steps: Free[Count] = 10
+    spike_factor: Annotated[float | None, each(lambda n: n > 1, "above 1, such as 3"), FREE] = None
+    log_every_steps: Free[Count] = 100
+    health_every_steps: Free[CountFromZero] = 0
+    sample_every_steps: Free[CountFromZero] = 5_000
+    evaluate_every_steps: Free[CountFromZero] = 0
+    save_every_steps: Free[Count] = 5_000
+    save_every_minutes: Annotated[float, ZERO_OR_MORE, FREE] = 0.0
+    compare_weights_every_steps: Free[CountFromZero] = 1_000
+    keep_checkpoints: Free[Count] = 2
+    trackers: Free[list[Literal["tensorboard", "wandb"]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -311,12 +319,12 @@ class SampleConfig:
         num_per_class: images per class in a grid, for the first ten classes.
     """
 
-    sampler: str | None = None
-    num_inference_steps: Annotated[int, ABOVE_ZERO, at_most(100_000)] = NUM_INFERENCE_STEPS
-    guidance_scale: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = GUIDANCE_SCALE
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_channels: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
-    num_per_class: Annotated[int, ABOVE_ZERO, at_most(1_000)] = 4
+    sampler: Free[str | None] = None
+    num_inference_steps: Annotated[int, ABOVE_ZERO, at_most(100_000), FREE] = NUM_INFERENCE_STEPS
+    guidance_scale: Annotated[float, ZERO_OR_MORE, at_most(1e6), FREE] = GUIDANCE_SCALE
+    guidance_interval: Annotated[tuple[float, float], ascending(0, 1), FREE] = (0.0, 1.0)
+    guidance_channels: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE), FREE] = None
+    num_per_class: Annotated[int, ABOVE_ZERO, at_most(1_000), FREE] = 4
 
 
 @dataclass(frozen=True)
@@ -335,13 +343,13 @@ class EvaluationConfig:
         seed: of the samples.
     """
 
-    reference: str | None = None
-    metrics: list[str] = field(default_factory=list)
-    extractor: str = "inception"
-    inception_weights: str | None = None
-    num_images: Count = 10_000
-    batch_images: Annotated[int, ABOVE_ZERO, at_most(10**7)] = 64
-    seed: Seed = 0
+    reference: Free[str | None] = None
+    metrics: Free[list[str]] = field(default_factory=list)
+    extractor: Free[str] = "inception"
+    inception_weights: Free[str | None] = None
+    num_images: Free[Count] = 10_000
+    batch_images: Free[Images] = 64
+    seed: Free[Seed] = 0
 
 
 @dataclass(frozen=True)
@@ -361,7 +369,7 @@ class Config:
         evaluation: figures while it trains.
     """
 
-    output_dir: str = "runs/quickstart"
+    output_dir: Free[str] = "runs/quickstart"
     seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -5,7 +5,6 @@ Imports no torch, so that ``--help`` and an error in a config answer at once.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import reprlib
@@ -13,7 +12,7 @@ import types
 from dataclasses import InitVar, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 MAX_INT = 2**63 - 1
@@ -33,20 +32,12 @@ def build(content: dict[str, Any], kind: type[T], prefix: str = "") -> T:
     section: type = kind
     hints, values = types_of(section), {}
     for key, value in content.items():
-        values[key] = _section(value, hints[key], f"{prefix}{key}")
+        read = build(value, hints[key], f"{prefix}{key}.") if is_dataclass(hints[key]) else None
+        values[key] = convert(value, hints[key], f"{prefix}{key}") if read is None else read
     try:
         return kind(**values)
     except ValueError as error:  # a spec that contradicts itself says so when it is made
         raise ConfigError(f"{prefix.partition('.')[0]}: {error}") from None
-
-
-def _section(value: Any, hint: Any, key: str) -> Any:
-    return build(value, hint, f"{key}.") if is_section(hint) else convert(value, hint, key)
-
-
-def is_section(hint: Any) -> bool:
-    """Whether the type of a key is that of a section, which has keys of its own."""
-    return is_dataclass(hint)
 
 
 @functools.cache
@@ -56,7 +47,7 @@ def types_of(kind: type) -> dict[str, Any]:
     return {name: hint.type if isinstance(hint, InitVar) else hint for name, hint in hints.items()}
 
 
-def check_keys(content: dict[str, Any], kind: type, where: str = "", prefix: str = "") -> None:
+def check_keys(content: dict[str, Any], kind: Any, where: str = "", prefix: str = "") -> None:
     """Every key is a field of the config, at its level.
 
     Raises:
@@ -65,19 +56,14 @@ def check_keys(content: dict[str, Any], kind: type, where: str = "", prefix: str
     for key, value in content.items():
         hint = types_of(kind).get(key) if isinstance(key, str) else None
         if hint is None:
-            name = str(key)[:MAX_NAME]
-            raise ConfigError(f"{where}{prefix}{name} is not a key; {_did_you_mean(prefix, name, kind)}")
-        if is_section(hint):
+            name, known = str(key)[:MAX_NAME], types_of(kind)
+            near = did_you_mean(name, known, f"expected one of {', '.join(known)}", prefix)
+            raise ConfigError(f"{where}{prefix}{name} is not a key; {near}")
+        if is_dataclass(hint):
             if not isinstance(value, dict):
                 some = ", ".join(f.name for f in fields(hint)[:3])
                 raise ConfigError(f"{where}{prefix}{key} is {show(value)}, expected keys such as {some}")
             check_keys(value, hint, where, f"{prefix}{key}.")
-
-
-def _did_you_mean(prefix: str, name: str, kind: type) -> str:
-    known = list(types_of(kind))
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}"
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:

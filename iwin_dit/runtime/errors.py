@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import faulthandler
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, over a limit
@@ -88,6 +89,14 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + more
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], otherwise: str, prefix: str = "", cutoff: float = 0.6
+) -> str:
+    """What a mistyped name was perhaps meant to be, of those ``known``; shown with the ``prefix``."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
 def reason(error: BaseException) -> str:
