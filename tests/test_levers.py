@@ -13,14 +13,14 @@ from conftest import assert_equal, read_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwin_dit.build import budget, generator
+from iwin_dit.build import budget, generator, trainer
 from iwin_dit.build.budget import Budget
 from iwin_dit.build.describe import describe_run
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import ConfigError
-from iwin_dit.training import checkpoints, loop, memory, reports, spikes
+from iwin_dit.training import checkpoints, loop, reports, spikes
 from iwin_dit.training.posthoc import power_decay, power_gamma, reconstruct
 
 SHORT = {"max_steps": 12, "save_every_steps": 6, "log_every_steps": 4}
@@ -142,9 +142,9 @@ def test_the_micro_batch_that_fits_is_found(recipe, train_here, tmp_path, monkey
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with pytest.raises(ConfigError, match="not even one image fits"):
-        memory.largest_that_fits(never, 6)
+        trainer.largest_that_fits(never, 6)
     with pytest.raises(RuntimeError, match="another"):
-        memory.largest_that_fits(lambda images: (_ for _ in ()).throw(RuntimeError("another")), 6)
+        trainer.largest_that_fits(lambda images: (_ for _ in ()).throw(RuntimeError("another")), 6)
 
 
 @pytest.mark.parametrize("checkpointing", [0, 1, 2])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from iwin_dit.build import trainer
 from iwin_dit.runtime.errors import NonFiniteError, WorkerError
-from iwin_dit.runtime.workers import worker_errors
-from iwin_dit.training import loop, memory, reports
+from iwin_dit.runtime.processes import worker_errors
+from iwin_dit.training import loop, reports
 from iwin_dit.training.health import watch_blocks, weight_rms
 from iwin_dit.training.reports import Alarm, Meter, Report, Reports, due
 from iwin_dit.training.spikes import is_spike
@@ -217,7 +218,7 @@ def test_the_largest_divisor_that_fits_is_tried_first(most, fits):
 
     divisors = [images for images in range(most, 0, -1) if most % images == 0]
     expected = next(images for images in divisors if images <= fits)
-    assert memory.largest_that_fits(attempt, most) == expected
+    assert trainer.largest_that_fits(attempt, most) == expected
     assert tried == divisors[: divisors.index(expected) + 1]
 
 

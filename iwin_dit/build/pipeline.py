@@ -1,9 +1,11 @@
-"""Where a recipe and a model become a pipeline, and the previews that it draws while it trains."""
+"""Where a model, trained or imported, becomes a pipeline, and what it draws while it trains."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,23 +13,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iwin_dit.build.data import load_autoencoder
+from iwin_dit.build.data import load_autoencoder, read_statistics
 from iwin_dit.build.network import build_model, build_objective
 from iwin_dit.config.schema import Config
+from iwin_dit.data.codec import latent_channels
 from iwin_dit.data.examples import Data
+from iwin_dit.data.sources import IMAGENET_NAMES
 from iwin_dit.data.video import write_gif
+from iwin_dit.diffusion.sampling import published_scheduler
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.pipelines.base import ClassConditionalPipeline
+from iwin_dit.pipelines.base import ClassConditionalPipeline, export_pipeline
 from iwin_dit.pipelines.image import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import (
     FPS,
-    Sample,
     draw_animation,
     draw_grid,
     is_out_of_memory,
     sample_classes,
 )
 from iwin_dit.pipelines.video import IwinDiTVideoPipeline
+from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.attention import any_attention
@@ -59,13 +64,9 @@ def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2D
 
 def sampling_options(config: Config) -> dict[str, Any]:
     """The pipeline's arguments that the config fixes."""
-    sample = config.sample
-    return dict(
-        num_inference_steps=sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale,
-        guidance_interval=sample.guidance_interval,
-        guidance_channels=sample.guidance_channels,
-    )
+    options = asdict(config.sample)
+    del options["sampler"], options["num_per_class"]
+    return options
 
 
 BATCH = 40  # images of a preview that are drawn together, or as many as memory has room for
@@ -81,7 +82,11 @@ def draw_preview(
     written once ``stop`` is true.
     """
     try:
-        samples, names = _draw(config, dataset, run.accelerator.device, ema, stop)
+        pipeline = pipeline_of(config, dataset, run.accelerator.device, ema)
+        labels = range(min(10, config.model.num_classes))
+        number, options = config.sample.num_per_class, sampling_options(config)
+        drawn = sample_classes(pipeline, labels, number, config.seed, BATCH, **options)
+        samples = list(itertools.takewhile(lambda sample: not stop, drawn))
     except Exception as error:  # training goes on, and says itself where it diverges or does not fit
         if not (isinstance(error, DataError) or is_out_of_memory(error)):
             raise
@@ -89,22 +94,10 @@ def draw_preview(
         return
     if stop:
         return
-    grid = draw_grid(samples, names)
-    show(run, "samples", grid, step)
+    show(run, "samples", draw_grid(samples, pipeline.id2label), step)
     if config.model.sample_frames:
         path = run.files.samples / f"step-{step:08d}.gif"
-        write_gif(draw_animation(samples, names), path, FPS)
-
-
-def _draw(
-    config: Config, dataset: Data, device: torch.device, ema: dict[str, Tensor], stop: StopRequest
-) -> tuple[list[Sample], dict[int, str]]:
-    """Samples of the first ten classes until ``stop`` is true, and the names of all."""
-    pipeline = pipeline_of(config, dataset, device, ema)
-    labels = range(min(10, config.model.num_classes))
-    number, options = config.sample.num_per_class, sampling_options(config)
-    drawn = sample_classes(pipeline, labels, number, config.seed, BATCH, **options)
-    return list(itertools.takewhile(lambda sample: not stop, drawn)), pipeline.id2label
+        write_gif(draw_animation(samples, pipeline.id2label), path, FPS)
 
 
 def pipeline_of(
@@ -123,3 +116,35 @@ def show(run: Run, name: str, picture: Image.Image, step: int) -> None:
     for tracker in run.accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)
+
+
+def import_pipeline(
+    model: IwinDiTTransformer2DModel, vae: str, statistics: Path | None, folder: Path, source: Path
+) -> None:
+    """Writes the pipeline of an imported model; a model of 1,000 classes gets ImageNet's names.
+
+    Args:
+        vae: the autoencoder of its latents: a preset, a folder, a hub id or an original file.
+        statistics: mean and standard deviation of the latents that it was trained on, as LightningDiT's
+            ``latents_stats.pt``. Default: those that the autoencoder's own config says.
+        source: the official file, whose hash the recipe keeps.
+
+    Raises:
+        DataError: where the autoencoder or the statistics are not there, or of other latents.
+    """
+    autoencoder = load_autoencoder(vae)
+    channels, found = model.config.in_channels, latent_channels(autoencoder)
+    if found != channels:
+        raise DataError(f"--vae {vae} has {found} latent channels, the model has {channels}; take its own")
+    mean, std = (None, None) if statistics is None else read_statistics(statistics, channels)
+    names = IMAGENET_NAMES if model.config.num_classes == len(IMAGENET_NAMES) else ()
+    pipeline = IwinDiTPipeline(
+        transformer=model,
+        vae=autoencoder,
+        scheduler=published_scheduler(model.config.prediction_type),
+        id2label=dict(enumerate(names)),
+        latents_mean=mean,
+        latents_std=std,
+    )
+    recipe: dict[str, Any] = {"imported_from": source.name, **files.fingerprint(source), "vae": vae}
+    export_pipeline(pipeline, folder, recipe)

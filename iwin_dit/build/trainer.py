@@ -7,11 +7,15 @@ import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    find_executable_batch_size,
+)
 from torch.utils.data import DataLoader, Dataset
 
 from iwin_dit.config.bounds import may_change
@@ -33,7 +37,6 @@ from iwin_dit.training import loop
 from iwin_dit.training.attention import attention_backend
 from iwin_dit.training.curve import draw_loss_curve
 from iwin_dit.training.ema import decay_rules, make_ema
-from iwin_dit.training.memory import largest_that_fits
 from iwin_dit.training.optimizer import build_optimizer
 from iwin_dit.training.replicas import check_data
 from iwin_dit.training.sharding import blocks_of, shard
@@ -41,27 +44,16 @@ from iwin_dit.training.state import Run, State, full_ema
 from iwin_dit.training.task import Task
 
 
-class Data(Protocol):
-    """What a task trains on, as the trunk knows it."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes the data the same to a run that is resumed."""
-
-
-Opened = TypeVar("Opened", bound=Data)
-Trained = TypeVar("Trained", bound=Recipe)
-
-
 def train(
-    config: Trained,
-    open_data: Callable[[Trained, Accelerator], Opened],
-    build_task: Callable[[Trained, Accelerator, Opened], Task],
+    config: Recipe,
+    open_data: Callable[[Any, Accelerator], Any],
+    build_task: Callable[[Any, Accelerator, Any], Task],
 ) -> int:
     """Trains by a recipe, from the newest checkpoint on.
 
     Args:
-        open_data: opens the data, which are made first where the recipe says how.
+        open_data: opens the data, which are made first where the recipe says how; their ``identity`` is what
+            makes them the same to a run that is resumed.
         build_task: builds what is trained on them, once the run directory is locked.
 
     Returns:
@@ -241,6 +233,30 @@ def _largest_micro_batch(run: Run, task: Task, local: int, together: int) -> int
     if options.compile and fitting != own:
         torch.compiler.reset()
     return fitting
+
+
+def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
+    """The largest divisor of ``most`` for which ``attempt(images)`` does not run out of memory.
+
+    Raises:
+        ConfigError: where not even one image fits.
+    """
+    divisors = [images for images in range(most, 0, -1) if most % images == 0]
+    tried = iter([*divisors[1:], 0])
+
+    def run(images: int) -> int:
+        attempt(images)
+        return images
+
+    try:
+        return find_executable_batch_size(run, most, reduce_batch_size_fn=lambda: next(tried))()
+    except RuntimeError as error:
+        if "No executable batch size found" not in str(error):
+            raise
+        raise ConfigError(
+            "not even one image fits into memory; set train.gradient_checkpointing 1, ema.on_cpu true or "
+            "train.sharding fsdp2, or take a smaller model"
+        ) from None
 
 
 def build_run(config: Recipe, identity: dict[str, Any]) -> RunDirectory:

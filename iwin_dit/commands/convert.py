@@ -127,7 +127,7 @@ def main() -> None:
         save(model, arguments.folder)
         print(told)
         return
-    from iwin_dit.build.imports import import_pipeline
+    from iwin_dit.build.pipeline import import_pipeline
 
     import_pipeline(model, arguments.vae, arguments.latents_stats, arguments.folder, arguments.file)
     print(f"{told}; try: python sample.py --checkpoint {arguments.folder} --class 0")

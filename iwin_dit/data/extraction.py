@@ -34,9 +34,9 @@ from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.errors import DataError, DiskError, listed
 from iwin_dit.runtime.lock import hold
+from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
-from iwin_dit.runtime.workers import worker_errors
 
 LOCAL_VAE = "vae"  # a VAE from a local folder or file is taken along, beside the latents
 ENTRIES = ".entries"  # what an extraction keeps beside its shards: its settings, and an entry for each shard

@@ -50,7 +50,7 @@ class PngFolder:
             files.fsync(temporary)
         for path, temporary in written.items():
             os.replace(temporary, path)
-        files.fsync_directory(self.folder)
+        files.fsync(self.folder)
 
     def finish(self) -> None:
         pass
@@ -93,7 +93,7 @@ class NpzFile:
                 start += len(part)
         files.fsync(temporary)
         os.replace(temporary, self.path)
-        files.fsync_directory(self.path.parent)
+        files.fsync(self.path.parent)
 
 
 Export = PngFolder | NpzFile  # ``has`` and ``write`` are called for the same chunks in each run

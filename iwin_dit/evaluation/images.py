@@ -27,8 +27,8 @@ from iwin_dit.data.packed_sources import read_file
 from iwin_dit.data.sources import open_source
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError
+from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.runtime.progress import progress, say
-from iwin_dit.runtime.workers import worker_errors
 
 READ_SECONDS = 600  # a batch that takes longer to read is an error
 

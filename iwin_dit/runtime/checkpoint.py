@@ -73,7 +73,6 @@ def save_checkpoint(
     final = root / f"step-{step:08d}"
     if not (final / MANIFEST).is_file():
         _remove_leftovers(root)  # first of all: they may be what fills the disk
-        _check_values(final, tensors)
         _write(final, step, tensors, state)
     prune(root, keep)
     return final
@@ -82,6 +81,11 @@ def save_checkpoint(
 def _write(
     final: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
 ) -> None:
+    if empty := [f"{name}/{key}" for name, group in tensors.items() for key in group if group[key].is_meta]:
+        raise CheckpointError(
+            f"{final} cannot be saved: there are no values, only the meta device, at {listed(empty)}; "
+            "load the weights first"
+        )
     needed, free = tensors_bytes(tensors) + ROOM, files.free_bytes(final.parent)
     figures = f"it needs {files.in_units(needed)}, {files.in_units(free)} were free"
     advice = "make room on this disk and run the same command again"
@@ -133,15 +137,6 @@ def _json(value: dict[str, Any]) -> bytes:
     if len(data) > limits.JSON_BYTES:
         raise ValueError(f"the JSON of a checkpoint has {len(data)} bytes, readers take {limits.JSON_BYTES}")
     return data
-
-
-def _check_values(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    empty = [f"{name}/{key}" for name, group in tensors.items() for key in group if group[key].is_meta]
-    if empty:
-        raise CheckpointError(
-            f"{final} cannot be saved: there are no values, only the meta device, at {listed(empty)}; "
-            "load the weights first"
-        )
 
 
 def prune(root: Path, keep: int | None) -> None:
@@ -209,28 +204,21 @@ def newest(root: Path) -> Path | None:
     Raises:
         CheckpointError: where the newest is damaged, naming the next good one. Nothing is skipped silently.
     """
-    candidates = step_directories(root)[::-1]
-    if not candidates:
-        return None
-    try:
-        verify(candidates[0])
-    except CheckpointError as error:
-        good = next((older for older in candidates[1:] if _is_good(older)), None)
-        advice = (
-            f"to go on from {good.name}, remove or rename {candidates[0]}"
-            if good
-            else "no older one is intact"
-        )
-        raise CheckpointError(f"{error}; {advice}") from error
-    return candidates[0]
-
-
-def _is_good(directory: Path) -> bool:
-    try:
-        verify(directory)
-    except CheckpointError:
-        return False
-    return True
+    first, damage = None, None
+    for directory in step_directories(root)[::-1]:
+        try:
+            verify(directory)
+        except CheckpointError as error:
+            first, damage = first or directory, damage or error
+            continue
+        if damage is None:
+            return directory
+        raise CheckpointError(
+            f"{damage}; to go on from {directory.name}, remove or rename {first}"
+        ) from damage
+    if damage is not None:
+        raise CheckpointError(f"{damage}; no older one is intact") from damage
+    return None
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -277,25 +265,19 @@ def read_tensors(
             raise CheckpointError(
                 f"{path} does not fit the model at {listed(wrong)}; was it made by another config?"
             )
-        _check_dtypes(path, tensors, like, any_precision)
+        dtypes = {key: (tensor.dtype, like[key].dtype) for key, tensor in tensors.items()}
+        other = [
+            key
+            for key, (found, wanted) in dtypes.items()
+            if found != wanted and not (any_precision and {found, wanted} <= FLOATS)
+        ]
+        if other:
+            found, wanted = (str(dtype).removeprefix("torch.") for dtype in dtypes[other[0]])
+            raise CheckpointError(
+                f"{path} is {found} at {listed(other)}, training needs {wanted}; "
+                "a half-precision export can be sampled but not trained"
+            )
     not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise CheckpointError(f"{path} has values that are not finite at {listed(not_finite)}")
     return tensors
-
-
-def _check_dtypes(
-    path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], any_precision: bool
-) -> None:
-    other = [
-        key
-        for key, tensor in tensors.items()
-        if tensor.dtype != like[key].dtype
-        and not (any_precision and {tensor.dtype, like[key].dtype} <= FLOATS)
-    ]
-    if other:
-        found, wanted = (str(group[other[0]].dtype).removeprefix("torch.") for group in (tensors, like))
-        raise CheckpointError(
-            f"{path} is {found} at {listed(other)}, training needs {wanted}; "
-            "a half-precision export can be sampled but not trained"
-        )

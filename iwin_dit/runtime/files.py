@@ -111,15 +111,15 @@ def replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     write(temporary, data)
     os.replace(temporary, path)
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Makes a finished temporary directory visible under its final name; its files follow the umask."""
     follow_umask(temporary)
-    fsync_directory(temporary)
+    fsync(temporary)
     os.rename(temporary, final)
-    fsync_directory(final.parent)
+    fsync(final.parent)
 
 
 def forget(path: Path) -> None:
@@ -168,12 +168,7 @@ def in_units(count: float) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Brings a file that another writer has closed to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def fsync_directory(path: Path) -> None:
+    """Brings to the disk a file that another writer has closed, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

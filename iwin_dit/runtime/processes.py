@@ -1,15 +1,17 @@
-"""Several processes at one task: how long they wait for each other, and what one does for all."""
+"""Several processes at one task: how they wait, what one does for all, and what the death of one means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from iwin_dit.runtime.errors import UserError
+from iwin_dit.runtime.errors import UserError, WorkerError, reason
 
 T = TypeVar("T")
 
@@ -56,3 +58,36 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
 def shared(accelerator: Accelerator, value: Any) -> Any:
     """The main process's value, on every process."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+@contextlib.contextmanager
+def worker_errors(
+    fewer: str = "lower train.num_workers", longer: str = ", or raise train.worker_timeout_seconds"
+) -> Iterator[None]:
+    """A process that reads data and dies or hangs becomes an error of its own; it may show up anywhere.
+
+    Args:
+        fewer: the advice for a process that was killed.
+        longer: how to wait longer for a slow disk, if there is a way.
+
+    Raises:
+        WorkerError: naming the process.
+    """
+    killed = f"it was killed, often for memory: {fewer}"
+    try:
+        yield
+    except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:  # while it sent a batch
+        with contextlib.suppress(RuntimeError):
+            time.sleep(1)  # PyTorch's own error of a worker's death may come a moment later
+        raise WorkerError(
+            f"a DataLoader worker is gone; {killed}; run the same command again to go on"
+        ) from error
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker (pid" in text:
+            advice = killed
+        elif "DataLoader timed out" in text:
+            advice = f"the disk hangs, or is too slow: look at it{longer}"
+        else:
+            raise
+        raise WorkerError(f"{reason(error)}; {advice}; run the same command again to go on") from error

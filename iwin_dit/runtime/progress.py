@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar, overload
+from typing import Any
 
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 
 class _Patient:
@@ -31,14 +29,6 @@ class _Patient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@overload
-def progress(iterable: None = None, **options: Any) -> tqdm[Any]: ...
-
-
-@overload
-def progress(iterable: Iterable[T], **options: Any) -> tqdm[T]: ...
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:

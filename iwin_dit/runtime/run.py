@@ -114,7 +114,11 @@ class RunDirectory:
         files.replace(self.path / "config.yaml", text.encode())
         files.replace(self.path / "data.json", files.to_json(self.data))
         if self.log_path.exists():
-            self._keep_damaged_lines()
+            damaged = [line for line, found in self._log_lines() if found is None and line.endswith(b"\n")]
+            if damaged:
+                with open(self.path / DAMAGED, "ab") as file:
+                    file.writelines(damaged)
+                say(f"damaged lines of {self.log_path} are left out, and kept in {DAMAGED}: {len(damaged)}")
             kept = [record for record in self.read_log() if record["step"] <= step]
             files.replace(self.log_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         for snapshot in step_directories(self.snapshots):
@@ -128,18 +132,11 @@ class RunDirectory:
 
     def read_log(self) -> list[dict[str, Any]]:
         """The records of ``log.jsonl``; a line that is damaged, or that a kill cut short, is left out."""
-        records = [_record(line) for line in self._log_lines()]
-        return [record for record in records if record is not None]
+        return [record for _, record in self._log_lines() if record is not None]
 
-    def _log_lines(self) -> list[bytes]:
-        return files.read_bytes(self.log_path).splitlines(keepends=True) if self.log_path.exists() else []
-
-    def _keep_damaged_lines(self) -> None:
-        damaged = [line for line in self._log_lines() if line.endswith(b"\n") and _record(line) is None]
-        if damaged:
-            with open(self.path / DAMAGED, "ab") as file:
-                file.writelines(damaged)
-            say(f"damaged lines of {self.log_path} are left out, and kept in {DAMAGED}: {len(damaged)}")
+    def _log_lines(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+        lines = files.read_bytes(self.log_path).splitlines(keepends=True) if self.log_path.exists() else []
+        return [(line, _record(line)) for line in lines]
 
 
 def number_of(run: Path) -> int:

@@ -78,25 +78,18 @@ def replacement(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 files.fsync(path)
         if os.path.lexists(folder):
-            own = folder.is_dir() and _names(folder) <= _names(new)
-            before = work / "before" if own else _unused(folder.with_name(f"{folder.name}.before"))
+            old, made = ({path.relative_to(root) for path in root.rglob("*")} for root in (folder, new))
+            before = work / "before"
+            if not (folder.is_dir() and old <= made):
+                names = (folder.with_name(f"{folder.name}.before{number or ''}") for number in range(1000))
+                before = next(name for name in names if not os.path.lexists(name))
+                say(f"the folder that was there holds other files too and is kept as {before}")
             os.rename(folder, before)
         files.publish(new, folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(folder)) from error
     finally:  # after an error, too: a full disk should not stay full
         remove(work)
-
-
-def _names(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*")}
-
-
-def _unused(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}{number or ''}") for number in range(1000))
-    free = next(name for name in names if not os.path.lexists(name))
-    say(f"the folder that was there holds other files too and is kept as {free}")
-    return free
 
 
 def is_ours(folder: Path) -> bool:

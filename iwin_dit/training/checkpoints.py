@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from iwin_dit.runtime.errors import UserError, storage_error
-from iwin_dit.runtime.workers import worker_errors
+from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.training.replicas import check_weights
 from iwin_dit.training.reports import Alarm, Meter, Report, Reports, due
 from iwin_dit.training.state import Progress, Run, save

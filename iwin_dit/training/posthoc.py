@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,8 +142,7 @@ def _check_reach(stds: Sequence[float], steps: Sequence[int], std: float, step: 
     if error <= TOLERANCE:
         return
     widths = np.geomspace(1e-3, power_std(0.0) * (1 - 1e-9), 200)
-    good = [misfit(stds, steps, width, step) <= TOLERANCE for width in widths]
-    reached = [f"{width:.3f}" for width, is_good in zip(widths, good, strict=True) if is_good]
+    reached = [f"{width:.3f}" for width in widths if misfit(stds, steps, width, step) <= TOLERANCE]
     between = f"widths from {reached[0]} to {reached[-1]}" if reached else "no other widths"
     stored = ", ".join(f"{value:g}" for value in sorted(set(stds)))
     raise ConfigError(
@@ -178,7 +177,14 @@ def reconstruct(root: Path, std: float, step: int | None = None) -> dict[str, Te
     _check_reach(stds, steps, std, step)
     total: dict[str, Tensor] = {}
     for average, coefficient in zip(found, coefficients.tolist(), strict=True):
-        _add(total, _read(average, total), coefficient)  # no name for the file, lest it outlive the next read
+        tensors = checkpoint.read_tensors(
+            average.directory, average.name, like=total or None, any_precision=True
+        )
+        for name, tensor in tensors.items():
+            if name not in total:
+                total[name] = torch.zeros(tensor.shape, dtype=torch.float64)
+            total[name].add_(tensor, alpha=coefficient)
+        del tensors, tensor  # before the next file is read
     return {name: value.float() for name, value in total.items()}
 
 
@@ -204,16 +210,3 @@ def _averages(root: Path) -> list[_Average]:
             "ema.power_stds (such as [0.05, 0.1]) and ema.snapshot_every_steps in its config"
         )
     return found
-
-
-def _read(average: _Average, total: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One file, with the names and shapes of the ``total`` so far, where there is any."""
-    return checkpoint.read_tensors(average.directory, average.name, like=total or None, any_precision=True)
-
-
-def _add(total: dict[str, Tensor], tensors: Mapping[str, Tensor], coefficient: float) -> None:
-    """``total += coefficient tensors``, in float64, beginning with zeros."""
-    for name, tensor in tensors.items():
-        if name not in total:
-            total[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-        total[name].add_(tensor, alpha=coefficient)

@@ -7,9 +7,8 @@ from statistics import median
 
 from iwin_dit.runtime.errors import NonFiniteError
 from iwin_dit.runtime.progress import say
-from iwin_dit.training.log import logged
 from iwin_dit.training.reports import CAUSES
-from iwin_dit.training.state import Progress, Run, resume
+from iwin_dit.training.state import Progress, Run, logged, resume
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
 

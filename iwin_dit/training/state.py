@@ -1,8 +1,8 @@
-"""What a checkpoint holds beside the step, and its way to disk and back on any number of processes."""
+"""The state and the log of a run, and their way to disk and back on any number of processes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -140,3 +140,23 @@ def gather(accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> di
 def full_ema(state: State) -> dict[str, Tensor]:
     """The average that sampling uses, as whole tensors; all processes together."""
     return {name: full(tensor) for name, tensor in state.emas["ema"].state_dict().items()}
+
+
+def write_log(run: Run, record: dict[str, Any]) -> None:
+    """A line of log.jsonl, and the same numbers for the trackers."""
+    numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+
+    def write() -> None:
+        run.files.log(record)
+        run.accelerator.log(numbers, step=record["step"])
+
+    together(run.accelerator, write)
+
+
+def logged(run: Run, key: str) -> list[Any]:
+    """What the lines of the log that have this key say so far, on every process."""
+
+    def read() -> list[Any]:
+        return [record[key] for record in run.files.read_log() if key in record]
+
+    return shared(run.accelerator, together(run.accelerator, read))

@@ -32,9 +32,9 @@ from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
 from iwin_dit.runtime.errors import WorkerError
 from iwin_dit.runtime.lock import hold
+from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.runtime.run import RunDirectory
 from iwin_dit.runtime.signals import ASKING, AT_ONCE, StopRequest
-from iwin_dit.runtime.workers import worker_errors
 from iwin_dit.training import checkpoints, loop, reports
 
 SHORT = {"max_steps": 12, "save_every_steps": 5, "log_every_steps": 4}
