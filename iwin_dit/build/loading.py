@@ -283,19 +283,12 @@ def _data_of(run: Path, config: Config) -> Data:
     """
     # the run may have moved since, and names the order of its classes
     dataset = build_dataset(replace(config, data=replace(config.data, prepare=None), output_dir=str(run)))
-    path = run / "data.json"
-    try:
-        now = json.loads(files.to_json(dataset.identity))
-        before = files.read_json(path, limits.INDEX_BYTES) if path.exists() else now
-        changed = [key for key in changed_data(before, now) if key != TIMES]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} does not say what {run} was trained on: {error!r}") from error
+    changed = changed_data(run, json.loads(files.to_json(dataset.identity)))
+    changed.pop(TIMES, None)
     if changed:
-        key = changed[0]
         raise CheckpointError(
             f"{run} was trained on other data than {config.data.path} is now "
-            f"({key}: {before[key]!r:.200} -> {now[key]!r:.200}); "
-            "restore it, or sample an exported pipeline"
+            f"({next(iter(changed.values()))}); restore it, or sample an exported pipeline"
         )
     return dataset
 

@@ -59,25 +59,20 @@ def chosen_metrics(
         ConfigError: where there is no such extractor, or it has no such metric.
     """
     name, colon, source = extractor.partition(":")
-    if name not in EXTRACTORS or not _takes(EXTRACTORS[name], bool(colon), bool(source)):
+    kind = EXTRACTORS.get(name)
+    if kind is None or (not (source and kind.source) if colon else kind.needs_source):
         raise ConfigError(f"{prefix}extractor is {extractor}, expected {_expected()}")
     if name != "inception" and inception_weights is not None:
         raise ConfigError(
             f"{prefix}inception-weights is of no use with {prefix}extractor {name}; leave one of them out"
         )
-    allowed = EXTRACTORS[name].metrics
     for metric in metrics or ():
-        if metric not in allowed:
+        if metric not in kind.metrics:
             known = any(metric in other.metrics for other in EXTRACTORS.values())
-            what = (
-                f"{metric} is not of {prefix}extractor {name}" if known else f"{prefix}metrics has {metric!r}"
-            )
-            raise ConfigError(f"{what}; take some of {', '.join(allowed)}")
-    return list(metrics or allowed[:1])
-
-
-def _takes(kind: ExtractorKind, colon: bool, source: bool) -> bool:
-    return (source and kind.source is not None) if colon else not kind.needs_source
+            what = f"{metric} is not of {prefix}extractor {name}"
+            what = what if known else f"{prefix}metrics has {metric!r}"
+            raise ConfigError(f"{what}; take some of {', '.join(kind.metrics)}")
+    return list(metrics or kind.metrics[:1])
 
 
 def _expected() -> str:

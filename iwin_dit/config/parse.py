@@ -44,7 +44,15 @@ def parse_arguments(
     given = list(_options(list(map(str, arguments)), kind))
     names = [name for name, _ in given]
     if "help" in names:
-        _parser(kind).print_help()
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(
+            description="Trains on the recipe of --config. Without arguments: the quickstart.",
+        )
+        parser.add_argument("--config", help="a recipe, or the name of one that comes along: quickstart")
+        parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
+        parser.add_class_arguments(kind, None)
+        parser.print_help()
         raise SystemExit(0)
     content: dict[str, Any] = {} if "config" in names else _read(str(default), kind)
     for name, value in given:
@@ -180,16 +188,3 @@ def _merge(content: dict[str, Any], more: dict[str, Any], kind: Any) -> None:
             _merge(content.setdefault(key, {}), value, hint)
         else:
             content[key] = value
-
-
-def _parser(kind: type) -> Any:
-    """For ``--help``, which takes the explanations from docstrings."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        description="Trains on the recipe of --config. Without arguments: the quickstart.",
-    )
-    parser.add_argument("--config", help="your recipe, or the name of one that comes along, as quickstart")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
-    parser.add_class_arguments(kind, None)
-    return parser

@@ -142,13 +142,9 @@ def _is_plain(value: Any, depth: int) -> bool:
         return all(isinstance(k, str) and _is_text(k) and _is_plain(v, depth - 1) for k, v in value.items())
     if isinstance(value, list):
         return all(_is_plain(item, depth - 1) for item in value)
-    if isinstance(value, (int, float)):
-        return abs(value) <= MAX_INT
-    return (
-        value is None
-        or isinstance(value, bool)
-        or (isinstance(value, str) and (_is_text(value) or not value))
-    )
+    if isinstance(value, str):
+        return _is_text(value) or not value
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= MAX_INT)
 
 
 def _is_text(value: str) -> bool:

@@ -163,7 +163,6 @@ def verify(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
-        OSError: where the storage does not deliver, though asked several times.
     """
     path = directory / MANIFEST
     try:
@@ -226,7 +225,6 @@ def read_state(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: where it is missing, too large, or is not of the step in the checkpoint's name.
-        OSError: where the storage does not deliver, though asked several times.
     """
     path = directory / "state.json"
     try:
@@ -250,7 +248,6 @@ def read_tensors(
     Raises:
         CheckpointError: listing names that are missing or unexpected, other shapes or dtypes, or values that
             are not finite; or where it is no safetensors file.
-        OSError: where the storage does not deliver, though asked several times.
     """
     path = directory / f"{name}.safetensors"
     try:

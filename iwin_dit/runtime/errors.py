@@ -120,14 +120,10 @@ def reason(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, KeyError) and error.args:
         return f"{error.args[0]!r} is missing"
-    return _whole_sentences(" ".join(str(error).split())) or type(error).__name__
-
-
-def _whole_sentences(text: str) -> str:
-    """The first sentences of a long text: half a sentence would mislead."""
+    text = " ".join(str(error).split()) or type(error).__name__
     if len(text) <= MOST:
         return text
-    end = max(text.rfind(mark, 0, MOST) for mark in (". ", "! ", "? ", "; "))
+    end = max(text.rfind(mark, 0, MOST) for mark in (". ", "! ", "? ", "; "))  # half a sentence would mislead
     return text[:end] if end > 0 else f"{text[:MOST]} ..."
 
 

@@ -49,12 +49,7 @@ def cannot_read(name: str, error: OSError) -> UserError:
 
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file, with :func:`retry`."""
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            return file.read()
-
-    return retry(read)
+    return retry(Path(path).read_bytes)
 
 
 def umask() -> int:

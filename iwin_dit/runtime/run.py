@@ -87,21 +87,16 @@ class RunDirectory:
                 )
 
     def _check_data(self) -> None:
-        before = read_data(self.path)
-        if before is None:
-            return
-        changed = changed_data(before, self.data)
-        if changed == [TIMES]:
+        changed = changed_data(self.path, self.data)
+        if [*changed] == [TIMES]:
             say(
                 f"the files of the data were written or copied since {self.path} was begun; their names, "
                 "labels and sizes are the same, so it goes on"
             )
         elif changed:
-            key = changed[0]
             raise ConfigError(
-                f"{self.path} was begun on other data "
-                f"({key}: {before.get(key)!r:.200} -> {self.data[key]!r:.200}); "
-                "restore it, or take another output_dir"
+                f"{self.path} was begun on other data ({next(iter(changed.values()))}); restore it, or take "
+                "another output_dir"
             )
 
     def begin(self, step: int) -> None:
@@ -152,17 +147,20 @@ def has_begun(folder: str | Path) -> bool:
     return bool(step_directories(Path(folder) / "checkpoints"))
 
 
-def changed_data(before: Any, now: dict[str, Any]) -> list[str]:
-    """Keys of an identity of data that differ from those that a run was begun on.
+def changed_data(run: Path, now: dict[str, Any]) -> dict[str, str]:
+    """In what an identity of data differs from that which a run was begun on, by the key, before and now.
 
     What an older version did not write down is not compared.
 
     Raises:
-        ValueError: where ``before`` is no identity.
+        ConfigError: as :func:`read_data`.
     """
-    if not isinstance(before, dict):
-        raise ValueError(f"it holds a {type(before).__name__}, expected keys and values")
-    return [key for key in now if key in before and before[key] != now[key]]
+    before = read_data(run) or {}
+    return {
+        key: f"{key}: {before[key]!r:.200} -> {now[key]!r:.200}"
+        for key in now
+        if key in before and before[key] != now[key]
+    }
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -170,7 +168,6 @@ def read_config(run: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: where it is missing or damaged, or is not keys and values.
-        OSError: where the storage does not deliver, though asked several times.
     """
     path = run / "config.yaml"
     try:
@@ -187,7 +184,6 @@ def read_data(run: Path) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: where the file that says it is damaged.
-        OSError: where the storage does not deliver, though asked several times.
     """
     path = run / "data.json"
     if not path.exists():

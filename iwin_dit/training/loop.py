@@ -26,7 +26,7 @@ from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.checkpoints import Checkpoints
 from iwin_dit.training.ema import decay_rules, update_ema
 from iwin_dit.training.health import watch_blocks, weight_rms
-from iwin_dit.training.optimizer import learning_rate, set_learning_rate, step_if_finite
+from iwin_dit.training.optimizer import learning_rate, step_if_finite
 from iwin_dit.training.replicas import check_weights
 from iwin_dit.training.reports import Meter, Reports, due
 from iwin_dit.training.sharding import full
@@ -76,7 +76,8 @@ def train(run: Run, task: Task, loader: Callable[[int], DataLoader], micro_batch
         goes_on = not due(at.step, options.evaluate_every_steps) or evaluate(run, task, at, stop, checkpoints)
         while goes_on and at.step < options.max_steps:
             rate = learning_rate(at.step, config.optimizer, options.max_steps)
-            set_learning_rate(state.optimizer, rate)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
 
             examined = due(at.step + 1, options.health_every_steps)
             mean = torch.zeros((), device=accelerator.device)

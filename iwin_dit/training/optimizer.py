@@ -42,12 +42,6 @@ def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Gives each group this rate, times its own ``lr_scale``."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """All parameters; weight decay acts on matrices and kernels, not on biases, norms or UNDECAYED."""
     matrices: list[nn.Parameter] = []

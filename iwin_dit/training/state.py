@@ -65,23 +65,17 @@ class Progress(NamedTuple):
 def save(run: Run, at: Progress) -> None:
     """A checkpoint, written by the main process while the others wait; its failure is everybody's."""
     tensors, keep = gather(run.accelerator, run.state.groups()), run.config.train.keep_checkpoints
-    extra = {"data_offset": at.data_offset}
-
-    def write() -> None:
-        checkpoint.save_checkpoint(run.files.checkpoints, at.step, tensors, extra, keep)
-
-    together(run.accelerator, write)
+    written = at.step, tensors, {"data_offset": at.data_offset}, keep
+    together(run.accelerator, lambda: checkpoint.save_checkpoint(run.files.checkpoints, *written))
 
 
 def save_snapshot(run: Run, step: int) -> None:
     """The power-function averages of this step, kept for post-hoc reconstruction."""
     powers = {name: ema.state_dict() for name, ema in run.state.emas.items() if name.startswith("ema_std_")}
     tensors = gather(run.accelerator, powers)
-
-    def write() -> None:
-        checkpoint.save_checkpoint(run.files.snapshots, step, tensors, {}, keep=None)
-
-    together(run.accelerator, write)
+    together(
+        run.accelerator, lambda: checkpoint.save_checkpoint(run.files.snapshots, step, tensors, {}, keep=None)
+    )
 
 
 def resume(run: Run) -> Progress:
@@ -155,8 +149,5 @@ def write_log(run: Run, record: dict[str, Any]) -> None:
 
 def logged(run: Run, key: str) -> list[Any]:
     """What the lines of the log that have this key say so far, on every process."""
-
-    def read() -> list[Any]:
-        return [record[key] for record in run.files.read_log() if key in record]
-
-    return shared(run.accelerator, together(run.accelerator, read))
+    records = together(run.accelerator, lambda: run.files.read_log())
+    return [record[key] for record in shared(run.accelerator, records) if key in record]
