@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,15 @@ def _write(
         written["state.json"] = files.write(temporary / "state.json", _json({"step": step, **state}))
         manifest = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "files": written}
         files.write(temporary / MANIFEST, _json(manifest))
-        _read_back(temporary, final)
+        for path in temporary.iterdir():
+            files.forget(path)
+        try:
+            verify(temporary)
+        except CheckpointError as error:  # the storage gives something else than what was written
+            raise StorageError(
+                f"{final} was written, but reads back as something else: {error}; the checkpoint before it "
+                "is untouched; look at this disk and at this machine's memory, and run the same command again"
+            ) from error
         if final.exists():  # without a manifest: what a deletion by hand has left
             files.set_aside(final)
         files.publish(temporary, final)
@@ -119,19 +127,6 @@ def _write(
         ) from error
 
 
-def _read_back(temporary: Path, final: Path) -> None:
-    """Compares what the storage now gives with what was written, which the hashes of the manifest are of."""
-    for path in temporary.iterdir():
-        files.forget(path)
-    try:
-        verify(temporary)
-    except CheckpointError as error:
-        raise StorageError(
-            f"{final} was written, but reads back as something else: {error}; the checkpoint before it is "
-            "untouched; look at this disk and at this machine's memory, and run the same command again"
-        ) from error
-
-
 def _json(value: dict[str, Any]) -> bytes:
     data = files.to_json(value)
     if len(data) > limits.JSON_BYTES:
@@ -142,20 +137,24 @@ def _json(value: dict[str, Any]) -> bytes:
 def prune(root: Path, keep: int | None) -> None:
     """Removes the oldest checkpoints, each at once; a failure is a warning, and the next save tries again."""
     for old in step_directories(root)[:-keep] if keep is not None else []:
-        try:
+        with _warned(f"the old checkpoint {old}"):
             files.remove_tree(files.set_aside(old))  # hidden first: a kill leaves no visible half
-        except OSError as error:
-            warnings.warn(f"could not remove the old checkpoint {old}: {error}", stacklevel=2)
 
 
 def _remove_leftovers(root: Path) -> None:
     """What a process that was killed left of saving and pruning."""
     for path in list(root.iterdir()) if root.is_dir() else []:
         if path.name.startswith((".tmp-step-", ".old-step-")):
-            try:
+            with _warned(f"{path}, which a killed run left"):
                 files.remove_tree(path)
-            except OSError as error:
-                warnings.warn(f"could not remove {path}, which a killed run left: {error}", stacklevel=2)
+
+
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"could not remove {what}: {error}", stacklevel=4)
 
 
 def verify(directory: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,10 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
     blocks = blocks_of(model)
     values: dict[int, Tensor] = {}
 
-    def hook(i: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def measure(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            values[i] = output.detach().float().square().mean().sqrt()
+    def measure(i: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        values[i] = output.detach().float().square().mean().sqrt()
 
-        return measure
-
-    handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(partial(measure, i)) for i, block in enumerate(blocks)]
     try:
         yield found
         found["activation_rms"] = torch.stack([values[i] for i in range(len(blocks))])
