@@ -87,7 +87,8 @@ def load_pipeline(
     elif path.exists():
         pipeline = _from_folder(path)
     elif source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
-        pipeline = _from_hub(source)
+        check_index(_fetch(source, "model_index.json"))  # before the weights of what is not ours are fetched
+        pipeline = _from_folder(_fetch(source, "*.json", "*.safetensors"))
     else:
         raise CheckpointError(
             f"{source} does not exist; expected a run, a pipeline folder, or a hub id such as user/model"
@@ -190,24 +191,15 @@ def _from_folder(folder: Path) -> ClassConditionalPipeline:
     kind = check_pipeline_folder(folder)
     try:
         pipeline = kind.from_pretrained(folder, use_safetensors=True)
-        _check_numbers(pipeline)
+        # settings of diffusers' classes that nobody checks before they are used
+        times = [float(t) for steps in (1, 2) for t in set_timesteps(pipeline.scheduler, steps, "cpu")]
+        scaling = [value for values in vae_statistics(pipeline.vae) for value in values]
+        for name, numbers in (("its scheduler's timesteps", times), ("its autoencoder's scaling", scaling)):
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{name} are not finite numbers: {numbers!r:.100}")
     except Exception as error:  # whatever a stranger's values lead diffusers to
         raise CheckpointError(f"{folder} is a damaged pipeline: {reason(error)}") from error
     return pipeline
-
-
-def _check_numbers(pipeline: ClassConditionalPipeline) -> None:
-    """Settings of diffusers' classes that nobody checks before they are used."""
-    times = [float(t) for steps in (1, 2) for t in set_timesteps(pipeline.scheduler, steps, "cpu")]
-    scaling = [value for values in vae_statistics(pipeline.vae) for value in values]
-    for name, numbers in (("its scheduler's timesteps", times), ("its autoencoder's scaling", scaling)):
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{name} are not finite numbers: {numbers!r:.100}")
-
-
-def _from_hub(name: str) -> ClassConditionalPipeline:
-    check_index(_fetch(name, "model_index.json"))  # before the weights of what is not ours are fetched
-    return _from_folder(_fetch(name, "*.json", "*.safetensors"))
 
 
 def _fetch(name: str, *patterns: str) -> Path:

@@ -14,40 +14,31 @@ from iwin_dit.diffusion.objective import Objective
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.runtime.seeds import derive_seed
 
+# keys of a recipe's model that the network has under other names, or not at all
+OF_RECIPES = ("size", "depth", "width", "heads", "label_dropout", "allow_blind", "init_from")
+
 
 def build_model(config: Config) -> IwinDiTTransformer2DModel:
     """The network, its weights drawn from the config's seed; the global random state is left as it was."""
     depth, width, heads, patch_size = config.model.shape
     kind = IwinDiTTransformer2DModel if config.model.sample_frames is None else IwinDiTTransformer3DModel
+    options = {key: value for key, value in asdict(config.model).items() if key not in OF_RECIPES} | dict(
+        patch_size=patch_size,
+        out_channels=config.model.in_channels * config.objective.kind.outputs,
+        num_layers=depth,
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        class_dropout_prob=config.model.label_dropout,
+        mixer=asdict(config.model.resolved_mixer),
+        prediction_type=config.objective.kind.prediction_type,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        return kind(
-            sample_size=config.model.sample_size,
-            sample_frames=config.model.sample_frames,
-            patch_size=patch_size,
-            in_channels=config.model.in_channels,
-            out_channels=config.model.in_channels * config.objective.kind.outputs,
-            num_layers=depth,
-            num_attention_heads=heads,
-            attention_head_dim=width // heads,
-            num_classes=config.model.num_classes,
-            class_dropout_prob=config.model.label_dropout,
-            mixer=asdict(config.model.resolved_mixer),
-            position_embedding=config.model.position_embedding,
-            norm=config.model.norm,
-            mlp=config.model.mlp,
-            mlp_ratio=config.model.mlp_ratio,
-            qk_norm=config.model.qk_norm,
-            modulation_shift=config.model.modulation_shift,
-            open_gates=config.model.open_gates,
-            post_norm=config.model.post_norm,
-            label_embedding_std=config.model.label_embedding_std,
-            prediction_type=config.objective.kind.prediction_type,
-        )
+        return kind(**options)
 
 
 def begin_with(
-    model: nn.Module, tensors: Mapping[str, Tensor], redrawn: tuple[str, ...], may_lack: str = "-"
+    model: nn.Module, tensors: Mapping[str, Tensor], redrawn: tuple[str, ...], may_lack: str = ""
 ) -> list[str]:
     """Copies stored weights into a network; where some names do not fit it, returns them and copies none.
 
@@ -62,7 +53,8 @@ def begin_with(
         for name, tensor in tensors.items()
         if not (name.startswith(redrawn) and name in own and own[name].shape != tensor.shape)
     }
-    odd = [n for n in own if n not in fitting and not n.startswith(redrawn) and may_lack not in n]
+    lacking = (name for name in own if name not in fitting and not name.startswith(redrawn))
+    odd = [name for name in lacking if not (may_lack and may_lack in name)]
     odd += [name for name in fitting if name not in own or own[name].shape != fitting[name].shape]
     if not odd:
         model.load_state_dict(fitting, strict=False)

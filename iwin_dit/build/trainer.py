@@ -241,15 +241,14 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
     Raises:
         ConfigError: where not even one image fits.
     """
-    divisors = [images for images in range(most, 0, -1) if most % images == 0]
-    tried = iter([*divisors[1:], 0])
+    divisors = (images for images in range(most, 0, -1) if most % images == 0)
 
     def run(images: int) -> int:
         attempt(images)
         return images
 
     try:
-        return find_executable_batch_size(run, most, reduce_batch_size_fn=lambda: next(tried))()
+        return find_executable_batch_size(run, next(divisors), lambda: next(divisors, 0))()
     except RuntimeError as error:
         if "No executable batch size found" not in str(error):
             raise

@@ -148,14 +148,10 @@ def _check_block(model: ModelConfig) -> None:
         model.mixer.window(model.grid)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    _check_blindness(model)
     if "sincos" in model.position_embedding and width % 4:
         raise ConfigError(f"sin-cos positions need a model.width that 4 divides, found {width}")
     if "rope" in model.position_embedding and width // heads % 4:
         raise ConfigError(f"rotary positions need heads of a width that 4 divides, found {width} / {heads}")
-
-
-def _check_blindness(model: ModelConfig) -> None:
     mixer, positions = model.resolved_mixer, model.position_embedding
     spots = blind_spots(mixer, model.grid, positions, model.shape[0])
     if not spots or model.allow_blind:
