@@ -194,7 +194,7 @@ def test_pairs_stay_in_one_micro_batch(write, classify_here, monkeypatch):
         (("--data.held_out", "nowhere"), "nowhere does not exist"),
         (("--data.crop_share", "0"), "data.crop_share is 0.0, expected a number from 0.1 to 1"),
         (("--optimizer.min_learning_rate", "1"), "is above optimizer.learning_rate 0.003"),
-        (("--train.gradient_checkpointing", "2"), "computes all of its blocks twice, or none"),
+        (("--train.gradient_checkpointing", "2"), "gradient_checkpointing is 2, expected 1 or 0"),
         (("--model.init_from", "nowhere"), "model.init_from nowhere is neither"),
         (("--augment.rand_augment", "rand-m10"), "may reach magnitude 10, where Pillow refuses"),
         (("--augment.rand_augmentation", "none"), "did you mean"),

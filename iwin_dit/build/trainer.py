@@ -266,39 +266,32 @@ def build_run(config: Recipe, identity: dict[str, Any]) -> RunDirectory:
 
     Raises:
         ConfigError: as :class:`RunDirectory`; and where a run that was begun would follow another curve of
-            learning rates.
+            learning rates, or ``auto`` would make another network of it than version 0.1 did.
     """
-    if isinstance(config, Config) and (Path(config.output_dir) / "config.yaml").exists():
-        _check_earlier_version(config)
-    defaults = type(config)().to_dict()
+    folder, defaults = Path(config.output_dir), type(config)().to_dict()
+    has_begun = (folder / "config.yaml").exists()
     if isinstance(config, Config):  # version 0.1 knew other values
         defaults["model"]["mixer"]["convolution_on"] = "input"
+        grid = config.model.grid
+        specs = of_earlier_version(config.model.mixer, grid), config.model.resolved_mixer
+        then, now = ((spec.convolution, spec.window(grid)) for spec in specs)
+        if has_begun and then != now and is_of_earlier_version(read_config(folder)):
+            raise ConfigError(
+                f"{folder} was begun by version 0.1, where model.mixer came to (convolution, window) {then}, "
+                f"and now to {now}: it can be sampled, but not trained further; take another output_dir"
+            )
     if getattr(config.data, "kind", "images") == "images":  # earlier versions dropped the transparency
         defaults["data"]["background"] = None
     run = RunDirectory(config.output_dir, config.to_dict(), may_change(type(config)), identity, defaults)
-    if config.optimizer.schedule != "constant" and (run.path / "config.yaml").exists():
-        before, now = flatten(read_config(run.path)).get("train.max_steps"), config.train.max_steps
-        if before != now:
+    if config.optimizer.schedule != "constant" and has_begun:
+        before, steps = flatten(read_config(run.path)).get("train.max_steps"), config.train.max_steps
+        if before != steps:
             raise ConfigError(
-                f"{run.path} was begun with train.max_steps {before}, found {now}: the learning rate of "
+                f"{run.path} was begun with train.max_steps {before}, found {steps}: the learning rate of "
                 f"optimizer.schedule {config.optimizer.schedule} depends on it; set {before}, or begin "
                 f"another run with these weights: another output_dir, and model.init_from {run.path}"
             )
     return run
-
-
-def _check_earlier_version(config: Config) -> None:
-    """Refuses to go on with a run of version 0.1 whose network ``auto`` would make another one now."""
-    grid = config.model.grid
-    then, now = (
-        (spec.convolution, spec.window(grid))
-        for spec in (of_earlier_version(config.model.mixer, grid), config.model.resolved_mixer)
-    )
-    if then != now and is_of_earlier_version(read_config(Path(config.output_dir))):
-        raise ConfigError(
-            f"{config.output_dir} was begun by version 0.1, where model.mixer came to (convolution, window) "
-            f"{then}, and now to {now}: it can be sampled, but not trained further; take another output_dir"
-        )
 
 
 def start_trackers(config: Recipe, accelerator: Accelerator, run: RunDirectory | None) -> None:

@@ -206,15 +206,9 @@ def check(config: ClassifierConfig) -> None:
     check_common(config, READ_WITH)
     _check_clips(config)
     if config.train.sharding != "none":
-        raise ConfigError(
-            f"train.sharding {config.train.sharding} is for train_dit.py; a classifier fits on one device: "
-            "set none"
-        )
-    if config.train.gradient_checkpointing > 1:
-        raise ConfigError(
-            f"train.gradient_checkpointing is {config.train.gradient_checkpointing}, but a classifier "
-            "computes all of its blocks twice, or none, as timm's models do: set 1 or 0"
-        )
+        raise ConfigError("train.sharding fsdp2 is for train_dit.py; for a classifier, set none")
+    if (every := config.train.gradient_checkpointing) > 1:  # timm's models know all of their blocks, or none
+        raise ConfigError(f"train.gradient_checkpointing is {every}, expected 1 or 0 for a classifier")
     for key in ("batch_images", "micro_batch"):
         images = getattr(config.train, key)
         if config.mixes and isinstance(images, int) and images % 2:
@@ -228,15 +222,10 @@ def _check_clips(config: ClassifierConfig) -> None:
     """The network and the digits have to be of images, or of clips, as the data are."""
     data, name = config.data, config.model.name
     if data.frames is None and name in VIDEO_MODELS:
-        raise ConfigError(
-            f"model.name {name} takes clips, the data are images; set data.frames, such as 32, or take a "
-            "model of images"
-        )
+        raise ConfigError(f"model.name {name} takes clips, the data are images; set data.frames, such as 32")
     if data.frames is not None and name not in VIDEO_MODELS:
-        raise ConfigError(
-            f"model.name {name} does not take clips (data.frames {data.frames}); expected one of "
-            f"{', '.join(VIDEO_MODELS)}"
-        )
+        known = ", ".join(VIDEO_MODELS)
+        raise ConfigError(f"model.name {name} takes images, data.frames makes clips; expected one of {known}")
     if data.prepare == "moving_digits" and data.frames is None:
         raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
     if data.prepare == "digits" and data.frames is not None:

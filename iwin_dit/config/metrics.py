@@ -61,7 +61,11 @@ def chosen_metrics(
     name, colon, source = extractor.partition(":")
     kind = EXTRACTORS.get(name)
     if kind is None or (not (source and kind.source) if colon else kind.needs_source):
-        raise ConfigError(f"{prefix}extractor is {extractor}, expected {_expected()}")
+        forms: list[str] = []
+        for name, kind in EXTRACTORS.items():
+            forms += [name] * (not kind.needs_source) + [f"{name}:{kind.source}"] * (kind.source is not None)
+        expected = f"{', '.join(forms[:-1])} or {forms[-1]}"
+        raise ConfigError(f"{prefix}extractor is {extractor}, expected {expected}")
     if name != "inception" and inception_weights is not None:
         raise ConfigError(
             f"{prefix}inception-weights is of no use with {prefix}extractor {name}; leave one of them out"
@@ -73,14 +77,6 @@ def chosen_metrics(
             what = what if known else f"{prefix}metrics has {metric!r}"
             raise ConfigError(f"{what}; take some of {', '.join(kind.metrics)}")
     return list(metrics or kind.metrics[:1])
-
-
-def _expected() -> str:
-    forms = []
-    for name, kind in EXTRACTORS.items():
-        forms += [] if kind.needs_source else [name]
-        forms += [f"{name}:{kind.source}"] if kind.source else []
-    return f"{', '.join(forms[:-1])} or {forms[-1]}"
 
 
 def name_figures(figures: Mapping[str, float], extractor: str) -> dict[str, float]:

@@ -83,61 +83,40 @@ def check_common(config: Any, read_with: Iterable[tuple[str, str]]) -> None:
                 )
     background(config.data.background)
     optimizer, ema, train = config.optimizer, config.ema, config.train
-    if optimizer.min_learning_rate > optimizer.learning_rate:
+    low, high = optimizer.min_learning_rate, optimizer.learning_rate
+    if low > high:
         raise ConfigError(
-            f"optimizer.min_learning_rate {optimizer.min_learning_rate} is above optimizer.learning_rate "
-            f"{optimizer.learning_rate}, from which the cosine comes down; lower it"
+            f"optimizer.min_learning_rate {low} is above optimizer.learning_rate {high}; lower it"
         )
     if train.micro_batch == "auto" and train.sharding != "none":
-        raise ConfigError(
-            "train.micro_batch auto tries sizes on each process by itself, which a model that is split over "
-            "the processes cannot; give a number"
-        )
+        raise ConfigError("train.micro_batch auto cannot try sizes with train.sharding fsdp2; give a number")
     if ema.on_cpu and train.sharding != "none":
-        raise ConfigError(
-            "ema.on_cpu and train.sharding fsdp2 exclude each other: split over the processes, the averages "
-            "are small; set ema.on_cpu false"
-        )
-    if train.spike_factor is not None and train.save_every_steps % train.log_every_steps:
-        raise ConfigError(
-            f"train.save_every_steps {train.save_every_steps} is no multiple of train.log_every_steps "
-            f"{train.log_every_steps}, whose losses train.spike_factor looks at: it would go back to "
-            "a checkpoint whose loss nothing has looked at; take one"
-        )
-    if train.health_every_steps % train.log_every_steps:
-        raise ConfigError(
-            f"train.health_every_steps {train.health_every_steps} is no multiple of "
-            f"train.log_every_steps {train.log_every_steps}, in whose lines it is written; take one"
-        )
+        raise ConfigError("ema.on_cpu and train.sharding fsdp2 exclude each other; set ema.on_cpu false")
+    for key in ("health_every_steps", *(() if train.spike_factor is None else ("save_every_steps",))):
+        if (steps := getattr(train, key)) % train.log_every_steps:  # whose lines say it, or look at the loss
+            raise ConfigError(
+                f"train.{key} {steps} is no multiple of train.log_every_steps {train.log_every_steps}"
+            )
 
 
 def _check_data(data: DataConfig, model: ModelConfig) -> None:
     """Images need an autoencoder and its scaling; clips have other positions and other digits."""
     if data.kind == "images" and data.vae is None:
-        raise ConfigError(
-            "data.kind is images, but nothing encodes them: set data.vae, such as sd-vae-ft-ema"
-        )
+        raise ConfigError("data.kind is images, but nothing encodes them: set data.vae, as sd-vae-ft-ema")
     if data.kind == "images" and data.normalization != "vae":
-        raise ConfigError(
-            "data.kind is images, which have no index with means: set data.normalization vae, the scaling "
-            f"that the autoencoder declares (found {data.normalization})"
-        )
+        raise ConfigError(f"data.normalization {data.normalization} is for latents; for images, set vae")
     if data.kind == "images" and data.prepare is not None:
         raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
     if data.prepare == "moving_digits" and model.sample_frames is None:
         raise ConfigError("data.prepare moving_digits makes clips; set model.sample_frames, or take digits")
+    positions = f"model.position_embedding {model.position_embedding}"
     if model.position_embedding == "time" and model.sample_frames is None:
-        raise ConfigError("model.position_embedding time is for clips; set model.sample_frames, or none")
+        raise ConfigError(f"{positions} is for clips; set model.sample_frames, or none")
     if "rope" in model.position_embedding and model.sample_frames is not None:
-        raise ConfigError(
-            f"model.position_embedding {model.position_embedding} turns by row and column, which clips have "
-            "not alone; take none, time or sincos"
-        )
+        raise ConfigError(f"{positions} turns by row and column alone; for clips, take none, time or sincos")
     if (data.images is None) != (data.image_share == 0):
-        raise ConfigError(
-            f"data.images is {data.images} and data.image_share {data.image_share:g}: set both to mix images "
-            "in, such as a share of 0.2, or neither"
-        )
+        found = f"data.images is {data.images} and data.image_share {data.image_share:g}"
+        raise ConfigError(f"{found}: set both to mix images in, such as a share of 0.2, or neither")
 
 
 def _check_block(model: ModelConfig) -> None:

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,44 +168,25 @@ def reconstruct(root: Path, std: float, step: int | None = None) -> dict[str, Te
         CheckpointError: where there are no snapshots, one is damaged, or they are not of the same model.
         ConfigError: a ValueError, for a ``std`` or ``step`` that cannot be reconstructed, or only roughly.
     """
-    found = _averages(root)
-    steps = [average.step for average in found]
-    step = max(steps) if step is None else step
-    stds = [average.std for average in found]
-    coefficients = combination(stds, steps, std, step)
-    _check_reach(stds, steps, std, step)
-    total: dict[str, Tensor] = {}
-    for average, coefficient in zip(found, coefficients.tolist(), strict=True):
-        tensors = checkpoint.read_tensors(
-            average.directory, average.name, like=total or None, any_precision=True
-        )
-        for name, tensor in tensors.items():
-            if name not in total:
-                total[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-            total[name].add_(tensor, alpha=coefficient)
-        del tensors, tensor  # before the next file is read
-    return {name: value.float() for name, value in total.items()}
-
-
-class _Average(NamedTuple):
-    """A stored average: ``directory / f"{name}.safetensors"``."""
-
-    directory: Path
-    name: str
-    std: float
-    step: int
-
-
-def _averages(root: Path) -> list[_Average]:
-    """All power-function averages below ``root``, verified, oldest first."""
-    found = []
+    found = []  # the stored averages, oldest first
     for directory in checkpoint.step_directories(root):
         names = filter(None, map(AVERAGE.fullmatch, sorted(checkpoint.verify(directory)["files"])))
-        step = checkpoint.step_of(directory)
-        found += [_Average(directory, match[1], float(match[2]), step) for match in names]
+        found += [(directory, match[1], float(match[2])) for match in names]
     if not found:
         raise CheckpointError(
             f"found no snapshots of power-function averages below {root}; to reconstruct others, a run needs "
             "ema.power_stds (such as [0.05, 0.1]) and ema.snapshot_every_steps in its config"
         )
-    return found
+    steps, stds = [checkpoint.step_of(directory) for directory, _, _ in found], [std for _, _, std in found]
+    step = max(steps) if step is None else step
+    coefficients = combination(stds, steps, std, step)
+    _check_reach(stds, steps, std, step)
+    total: dict[str, Tensor] = {}
+    for (directory, name, _), coefficient in zip(found, coefficients.tolist(), strict=True):
+        tensors = checkpoint.read_tensors(directory, name, like=total or None, any_precision=True)
+        for key, tensor in tensors.items():
+            if key not in total:
+                total[key] = torch.zeros(tensor.shape, dtype=torch.float64)
+            total[key].add_(tensor, alpha=coefficient)
+        del tensors, tensor  # before the next file is read
+    return {name: value.float() for name, value in total.items()}
