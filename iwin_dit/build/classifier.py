@@ -48,7 +48,17 @@ class Classifier:
 
     def __init__(self, config: ClassifierConfig, accelerator: Accelerator, data: LabelledData):
         self.config, self.held_out = config, data.held_out
-        self.model = build_trained(config)
+        # a run that goes on has its own weights, and does not need those that it began with any more
+        model: Any = build_classifier(config, begins=not has_begun(config.output_dir))
+        if config.train.gradient_checkpointing:
+            try:
+                model.set_grad_checkpointing(True)
+            except AssertionError:  # so timm says it
+                raise ConfigError(
+                    f"train.gradient_checkpointing is {config.train.gradient_checkpointing}, but model.name "
+                    f"{config.model.name} does not support it; set 0"
+                ) from None
+        self.model: nn.Module = model
         self.examples = build_examples(config, data.train)
         self.flops_per_image = 6 * multiply_adds(without_content(config), config)
         self.in_pairs = config.mixes
@@ -132,26 +142,6 @@ class Classifier:
         accuracy = f", top-1 {found[-1]['top1']} %, top-5 {found[-1]['top5']} %" if found else ""
         kind = "weights" if is_of_clips else "for timm"
         return f"{accuracy}; curves in {run.files.path}/loss.png, {kind} in {exported}"
-
-
-def build_trained(config: ClassifierConfig) -> nn.Module:
-    """The network as it is trained: with its first weights, with gradient checkpointing where asked for.
-
-    A run that goes on has its own weights, and does not need those that it began with any more.
-
-    Raises:
-        ConfigError: where the network cannot do that.
-    """
-    model: Any = build_classifier(config, begins=not has_begun(config.output_dir))
-    if config.train.gradient_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except AssertionError:  # so timm says it
-            raise ConfigError(
-                f"train.gradient_checkpointing is {config.train.gradient_checkpointing}, but model.name "
-                f"{config.model.name} does not support it; set 0"
-            ) from None
-    return model
 
 
 def parameter_groups(model: nn.Module, config: ClassifierConfig) -> Groups:

@@ -97,17 +97,6 @@ def begin_classifier(model: nn.Module, source: str) -> None:
     Raises:
         CheckpointError: where they are not there, or not of this network.
     """
-    tensors = _stored_weights(model, source)
-    if isinstance(model, IwinTransformer3D):
-        tensors = inflate(tensors, model.state_dict())
-    if odd := begin_with(model, tensors, redrawn=head_names(model), may_lack=".convolution."):
-        raise CheckpointError(
-            f"{source} holds the weights of another network than {type(model).__name__} of model.options: "
-            f"{listed(odd)} are missing, unknown or of another shape"
-        )
-
-
-def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
     path = Path(source)
     if (path / "config.yaml").is_file():
         _, stored = read_run(source)
@@ -115,14 +104,22 @@ def _stored_weights(model: nn.Module, source: str) -> dict[str, Tensor]:
             heads, wanted = _heads(stored), _heads(model)
             if heads != wanted:  # which shapes do not tell
                 raise CheckpointError(f"{source} has {heads} heads, the model {wanted}; set its num_heads")
-        return stored.state_dict()
-    if not path.is_file():
+        tensors = stored.state_dict()
+    elif path.is_file():
+        try:
+            tensors = unwrap(find_tensors(load_official(path), others={}))  # our own names, too
+        except (DataError, ValueError) as error:
+            raise CheckpointError(f"model.init_from {path}: {error}") from None
+        tensors = checkpoint_filter_fn(tensors, model) if isinstance(model, IwinTransformer) else tensors
+    else:
         raise CheckpointError(f"model.init_from {source} is neither a classifier's run nor a file")
-    try:
-        tensors = unwrap(find_tensors(load_official(path), others={}))  # our own names, too
-    except (DataError, ValueError) as error:
-        raise CheckpointError(f"model.init_from {path}: {error}") from None
-    return checkpoint_filter_fn(tensors, model) if isinstance(model, IwinTransformer) else tensors
+    if isinstance(model, IwinTransformer3D):
+        tensors = inflate(tensors, model.state_dict())
+    if odd := begin_with(model, tensors, redrawn=head_names(model), may_lack=".convolution."):
+        raise CheckpointError(
+            f"{source} holds the weights of another network than {type(model).__name__} of model.options: "
+            f"{listed(odd)} are missing, unknown or of another shape"
+        )
 
 
 def _heads(model: IwinTransformer) -> list[int]:
