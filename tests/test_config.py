@@ -434,7 +434,7 @@ def test_triton_needs_a_device(recipe, refused_here, monkeypatch, tmp_path):
     assert trainer._runs_triton(torch.device("cuda"))
     monkeypatch.setattr(trainer.kernels, "INSTALLED", device.type == "cpu")
     error = refused_here("train_dit.py", "--config", config)
-    assert f"train.kernels triton needs the triton package and a CUDA device, found {device.type}" in error
+    assert f"train.kernels triton needs triton and a CUDA device, found {device.type}" in error
     monkeypatch.setattr(trainer.kernels, "INSTALLED", False)
     assert not trainer._runs_triton(torch.device("cuda"))
     assert not (tmp_path / "run").exists()

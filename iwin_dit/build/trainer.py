@@ -121,10 +121,8 @@ def build_accelerator(config: Recipe) -> Accelerator:
     if config.train.precision == "bf16" and not _computes_bf16(accelerator.device):
         raise ConfigError(f"{accelerator.device} does not compute in bf16; set train.precision fp32")
     if config.train.kernels == "triton" and not _runs_triton(accelerator.device):
-        raise ConfigError(
-            f"train.kernels triton needs the triton package and a CUDA device, found {accelerator.device}; "
-            "set auto"
-        )
+        found = accelerator.device
+        raise ConfigError(f"train.kernels triton needs triton and a CUDA device, found {found}; set auto")
     torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
@@ -66,13 +66,11 @@ Seed = Annotated[int, at_most(2**63 - 1)]
 
 
 def keys_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys of a recipe, those of sections with dots, and their annotations."""
-    hints = get_type_hints(kind, include_extras=True)
-    for name in (f.name for f in fields(kind)):
-        if is_dataclass(hints[name]):
-            yield from keys_of(hints[name], f"{prefix}{name}.")
-        else:
-            yield prefix + name, getattr(hints[name], "__metadata__", OF_SPECS.get(name, ()))
+    """All keys of a recipe, sections and with dots those in them, and what is said beside their types."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        yield prefix + name, getattr(hint, "__metadata__", OF_SPECS.get(name, ()))
+        if is_dataclass(hint):
+            yield from keys_of(hint, f"{prefix}{name}.")
 
 
 def may_change(kind: type) -> frozenset[str]:

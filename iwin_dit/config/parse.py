@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.config import classifier, rules
-from iwin_dit.config.bounds import check_ranges
+from iwin_dit.config.bounds import check_ranges, keys_of
 from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.config.types import build, check_keys, types_of
 from iwin_dit.layers.blindness import of_earlier_version
@@ -135,7 +135,7 @@ def find_recipe(name: str | Path, folder: str = "") -> Path:
 
 def _options(arguments: list[str], kind: type) -> Iterator[tuple[str, str]]:
     """Name and value of each argument; those of flags are empty."""
-    known = [*_keys(kind), "config"]
+    known = [*(key for key, _ in keys_of(kind)), "config"]
     remaining = iter(arguments)
     for argument in remaining:
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -153,14 +153,6 @@ def _options(arguments: list[str], kind: type) -> Iterator[tuple[str, str]]:
                 if value.startswith("--"):
                     raise ConfigError(f"{argument} has no value after it")
             yield name, value
-
-
-def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """All keys with dots, sections among them."""
-    for name, hint in types_of(kind).items():
-        yield prefix + name
-        if is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{name}.")
 
 
 def _override(key: str, text: str, kind: type) -> dict[str, Any]:

@@ -52,8 +52,7 @@ def check(config: Config) -> None:
         raise ConfigError("evaluation.extractor i3d compares clips, which this model does not draw")
     if draws_clips and not of_clips and config.train.evaluate_every_steps:
         raise ConfigError(
-            f"evaluation.extractor {asked.extractor} compares images, this model draws clips: give i3d:FILE, "
-            "or set train.evaluate_every_steps 0"
+            f"evaluation.extractor {asked.extractor} compares images, this model draws clips: give i3d:FILE"
         )
     if config.train.evaluate_every_steps and config.evaluation.reference is None and names != ["is"]:
         raise ConfigError(
@@ -148,22 +147,18 @@ def _check_block(model: ModelConfig) -> None:
 
 def _check_sampling(config: Config) -> None:
     sample, samplers = config.sample, SAMPLERS[config.objective.kind.prediction_type]
+    objective = config.objective.name
     if sample.guidance_scale != 1 and config.model.label_dropout == 0:
         raise ConfigError(
             f"sample.guidance_scale is {sample.guidance_scale}, but model.label_dropout is 0: without label "
             "dropout there is no null label; set guidance_scale 1 or label_dropout 0.1"
         )
     if sample.sampler not in (None, *samplers):
-        raise ConfigError(
-            f"sample.sampler {sample.sampler} does not fit objective {config.objective.name}; "
-            f"expected one of {', '.join(samplers)}"
-        )
-    is_continuous = config.objective.kind.prediction_type == FLOW
-    if not is_continuous and sample.num_inference_steps > NUM_TRAIN_TIMESTEPS:
-        raise ConfigError(
-            f"sample.num_inference_steps is {sample.num_inference_steps}, but {config.objective.name} has "
-            f"{NUM_TRAIN_TIMESTEPS} times; take at most so many"
-        )
+        expected = f"expected one of {', '.join(samplers)}"
+        raise ConfigError(f"sample.sampler {sample.sampler} does not fit objective {objective}; {expected}")
+    most = math.inf if config.objective.kind.prediction_type == FLOW else NUM_TRAIN_TIMESTEPS
+    if (steps := sample.num_inference_steps) > most:
+        raise ConfigError(f"sample.num_inference_steps is {steps}, but {objective} has {most} times")
 
 
 def _check_shape(model: ModelConfig) -> None:

@@ -21,10 +21,8 @@ def colour(text: str) -> Colour:
         return NAMED[text]
     values = [int(part) for part in text.split(",")] if re.fullmatch(r"\d{1,3}(,\d{1,3}){2}", text) else []
     if not values or max(values) > 255:
-        raise ConfigError(
-            f"found the colour {text[:40]!r}; expected white, black, or three numbers from 0 to 255 such as "
-            "240,240,240"
-        )
+        expected = "white, black, or three numbers from 0 to 255 such as 240,240,240"
+        raise ConfigError(f"found the colour {text[:40]!r}; expected {expected}")
     return values[0], values[1], values[2]
 
 
