@@ -221,12 +221,12 @@ def check(config: ClassifierConfig) -> None:
 def _check_clips(config: ClassifierConfig) -> None:
     """The network and the digits have to be of images, or of clips, as the data are."""
     data, name = config.data, config.model.name
+    if data.prepare == "moving_digits" and data.frames is None:
+        raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
+    if data.prepare == "digits" and data.frames is not None:
+        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")
     if data.frames is None and name in VIDEO_MODELS:
         raise ConfigError(f"model.name {name} takes clips, the data are images; set data.frames, such as 32")
     if data.frames is not None and name not in VIDEO_MODELS:
         known = ", ".join(VIDEO_MODELS)
         raise ConfigError(f"model.name {name} takes images, data.frames makes clips; expected one of {known}")
-    if data.prepare == "moving_digits" and data.frames is None:
-        raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
-    if data.prepare == "digits" and data.frames is not None:
-        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")
