@@ -164,7 +164,11 @@ def test_mistakes_of_clips_are_one_line(workshop, latents, recipe, tmp_path, ref
         ({"sample_frames": 8}, {}, "set model.sample_frames to 4"),
         ({"sample_frames": 4, "mixer": {"window_size": [4, 4]}}, {}, "window_size [4, 4] has 2 axes"),
         ({"sample_frames": 4, "position_embedding": "rope"}, {}, "take none, time or sincos"),
-        ({"sample_frames": 4}, {"frame_stride": 2}, "--frame-stride; remove it"),
+        (
+            {"sample_frames": 4},
+            {"frame_stride": 2},
+            "frame_stride is 2, but is not read without data.kind images",
+        ),
         ({"sample_frames": 4}, {"images": images}, "set both to mix images in"),
         ({"sample_frames": 4}, {"image_share": 0.5}, "set both to mix images in"),
         ({"position_embedding": "time"}, {}, "time is for clips"),

@@ -55,7 +55,7 @@ class SourceConfig:
             transparency, as earlier versions did.
         prepare: make the data first where they are missing: ``digits`` are scikit-learn's handwritten digits,
             ``moving_digits`` clips of them.
-        frame_stride: of videos: take every n-th frame.
+        frame_stride: of videos: take every n-th frame. Latents have extract_latents.py's --frame-stride.
     """
 
     path: Free[str]
