@@ -149,5 +149,5 @@ def write_log(run: Run, record: dict[str, Any]) -> None:
 
 def logged(run: Run, key: str) -> list[Any]:
     """What the lines of the log that have this key say so far, on every process."""
-    records = together(run.accelerator, lambda: run.files.read_log())
-    return [record[key] for record in shared(run.accelerator, records) if key in record]
+    found = together(run.accelerator, lambda: [r[key] for r in run.files.read_log() if key in r])
+    return shared(run.accelerator, found)
