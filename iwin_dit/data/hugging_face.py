@@ -76,19 +76,23 @@ class HuggingFaceSource:
             self.labels = [label_of(value, place) for value, place in zip(column, places, strict=True)]
             named = getattr(features[label], "names", None)
             self.class_names = names_of(self.labels, named, self.name)
-        images_alone = data.select_columns([self._column])
-        self._images = images_alone.cast_column(self._column, _datasets(self.location).Image(decode=False))
+        encoded = type(features[self._column])(decode=False)
+        self._images = data.select_columns([self._column]).cast_column(self._column, encoded)
 
     def _load(self, split: str | None, follow_links: bool) -> Any:
         """The rows; sets what tells them from others."""
-        datasets = _datasets(self.location)
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(f"{self.location} needs a package: pip install 'iwin-dit[datasets]'") from None
         try:
             if not self._is_local:
                 data = datasets.load_dataset(self.location, split=split or "train")
                 self._version, self._modified = f"{data.info.version} {data.info.dataset_size}", 0
                 return data
             if is_saved(self.location):
-                data, paths = _saved(datasets, self.location, split)
+                data = _of_split(datasets.load_from_disk(self.location), self.location, split)
+                paths = sorted(file["filename"] for file in data.cache_files)
             else:
                 paths = _parquet_files(self.location, split or "train", follow_links)
                 for path in paths:
@@ -125,14 +129,6 @@ class HuggingFaceSource:
         return f"{self.labels[i]} {i} {self._version}", self._modified
 
 
-def _datasets(location: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{location} needs a package: pip install 'iwin-dit[datasets]'") from None
-    return datasets
-
-
 def _column(
     location: str, features: Any, found: list[str], wanted: str | None, what: str, option: str
 ) -> str:
@@ -150,19 +146,17 @@ def _column(
     )
 
 
-def _saved(datasets: Any, folder: str, split: str | None) -> tuple[Any, list[str]]:
-    """What ``save_to_disk`` wrote, and its files."""
-    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        splits = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
-        if (split or "train") not in splits:
+def _of_split(saved: Any, folder: str, split: str | None) -> Any:
+    """The rows of a split in what ``save_to_disk`` wrote, which may be the rows of one alone."""
+    if isinstance(saved, dict):
+        if (split or "train") not in saved:
             raise DataError(
-                f"{folder} has no split {split or 'train'}; found {listed(splits)}; choose by --split"
+                f"{folder} has no split {split or 'train'}; found {listed(sorted(saved))}; choose by --split"
             )
-        folder, split = os.path.join(folder, split or "train"), None
-    data = datasets.load_from_disk(folder)
-    if split is not None and str(data.split) != split:
-        raise DataError(f"{folder} is of the split {data.split}, not of {split}; leave --split out")
-    return data, sorted(glob.glob(os.path.join(glob.escape(folder), "*.arrow")))
+        return saved[split or "train"]
+    if split is not None and str(saved.split) != split:
+        raise DataError(f"{folder} is of the split {saved.split}, not of {split}; leave --split out")
+    return saved
 
 
 def _parquet_files(folder: str, split: str, follow_links: bool) -> list[str]:
