@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import ExifTags, Image, ImageOps, features
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet18_Weights
 
@@ -157,6 +157,16 @@ def test_exif_rotation_is_applied(format):
     assert decode_image(turned, "a").size == read_header(turned, "a").size == (24, 32)
     assert read_header(plain, "a").size == (32, 24)
     assert_pixels(decode_image(turned, "a"), expected)
+
+
+def test_a_picture_is_turned_though_its_exif_cannot_be_written_again():
+    """Pillow turns the pixels first; a text where a number belongs then stops it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.ImageDescription] = 6, "abc"
+    data = encoded(picture(), "PNG", exif=exif.tobytes().replace(b"\x01\x0e\x00\x02", b"\x01\x07\x00\x02"))
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert_pixels(decode_image(data, "a"), np.rot90(picture(), -1))
 
 
 def test_a_size_is_read_from_the_header_alone():

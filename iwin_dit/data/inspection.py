@@ -84,11 +84,11 @@ def verify_content(folder: Path, source: Any, location: str) -> int:
     if type(size) is not int or size < 1:
         raise DataError(f"{folder} was extracted by an earlier version, which did not write down of what")
     now = identity_of(source)
-    for key, what in (("images", "images"), ("files_sha256", "images, by name, label or size")):
-        if now[key] != made_of.get(key):
-            raise DataError(
-                f"{location} holds other {what} than {folder} was made of; restore them, or extract"
-            )
+    if any(now[key] != made_of.get(key) for key in ("images", "files_sha256")):
+        raise DataError(
+            f"{location} holds other images, by name, label or size, than {folder} was made of; "
+            "restore them, or extract"
+        )
     other, compared = [], 0
     for shard in progress(index["shards"], unit="shard", desc="contents"):
         if shard.get("content_sha256") is None:

@@ -139,9 +139,7 @@ def _index_tar(path: str) -> tuple[list[tuple[str, int, int, int]], list[str]]:
                     if label is not None:
                         labels[key] = label
             end = tar.offset
-        with open(path, "rb") as file:
-            file.seek(end)
-            is_whole = file.read(512) == bytes(512)
+        is_whole = read_file(path, 512, end) == bytes(512)
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
         # tarfile answers some headers with these: sizes of 64 bits, names of names of names
         raise DataError(f"{path} is not a whole, uncompressed tar file: {error}") from error
