@@ -28,8 +28,9 @@ from torch import Tensor
 from iwin_dit.runtime.errors import ConfigError, DataError, reason
 
 # Autoencoders that a folder or a hub repository may name; diffusers' classes have no types.
+IMAGE_VAES = (AutoencoderKL, AutoencoderDC)
 VIDEO_VAES = (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)
-VAES: dict[str, Any] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC, *VIDEO_VAES)}
+VAES: dict[str, Any] = {kind.__name__: kind for kind in IMAGE_VAES + VIDEO_VAES}
 FRAMES_AT_ONCE = 64  # through an autoencoder of images
 
 
