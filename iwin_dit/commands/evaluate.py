@@ -136,6 +136,12 @@ def main() -> None:
         rules.show({arguments.generated: evaluate(arguments)["figures"]})
         return
     key, values = values_of(arguments.sweep)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:  # found before the work
+        raise ConfigError(
+            "--sweep draws curves, which takes matplotlib: pip install 'iwin-dit[demo]'"
+        ) from None
     rows = {}
     for value in values:
         one = argparse.Namespace(**vars(arguments) | {key: value})

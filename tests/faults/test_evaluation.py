@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_41_arguments_of_drawing(sets, refused, tmp_path):
         export_pipeline(pipeline, tmp_path / name, {})
     refused("trained without a null label", *drawn, "--guidance-scale", 2, "--generated", tmp_path / "bare")
     refused("the guide's num_classes is 2, expected 3", *drawn, "--guide", tmp_path / "fewer")
+
+
+def test_41_a_sweep_without_matplotlib(sets, refused, monkeypatch):
+    """Found before the work."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    drawn = ("--generated", sets / "pipeline", "--reference", sets / "real", "--num-images", 4)
+    refused("which takes matplotlib: pip install 'iwin-dit[demo]'", *drawn, "--sweep", "steps=1,2")
 
 
 def test_41_a_cache_that_cannot_be_kept(sets, refused, evaluate, monkeypatch, tmp_path):
