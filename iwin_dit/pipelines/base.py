@@ -156,13 +156,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Steps of the call in progress."""
         return self._num_timesteps
 
-    def get_label_ids(self, labels: Any) -> list[int]:
+    def get_label_ids(self, class_labels: Any) -> list[int]:
         """Class ids of ids and names, in the order given, by the rules of :class:`ClassNames`.
 
         Raises:
             ValueError: as :meth:`ClassNames.ids`.
         """
-        return self.class_names.ids(labels, self.transformer.config.num_classes)
+        return self.class_names.ids(class_labels, self.transformer.config.num_classes)
 
     @torch.no_grad()
     def __call__(

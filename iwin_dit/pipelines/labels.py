@@ -46,18 +46,18 @@ class ClassNames:
                 if part.strip():
                     self._loose.setdefault(_plain(part), set()).add(index)
 
-    def ids(self, labels: Any, num_classes: int) -> list[int]:
+    def ids(self, class_labels: Any, num_classes: int) -> list[int]:
         """Ids, in the order given, of one label or of several, nested as they like; tensors serve, too.
 
         Raises:
             ValueError: for an id out of range, an unknown name, with the nearest ones, or one of several
                 classes, with their ids.
         """
-        if hasattr(labels, "tolist"):  # a tensor or an array
-            labels = labels.tolist()
-        if isinstance(labels, str) or not isinstance(labels, Iterable):
-            return [self._id(labels, num_classes)]
-        return [index for label in labels for index in self.ids(label, num_classes)]
+        if hasattr(class_labels, "tolist"):  # a tensor or an array
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            return [self._id(class_labels, num_classes)]
+        return [index for label in class_labels for index in self.ids(label, num_classes)]
 
     def _id(self, label: Any, num_classes: int) -> int:
         if not isinstance(label, str):
