@@ -240,8 +240,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         grid = self.grid(*hidden_states.shape[2:])
         timestep = torch.as_tensor(timestep, device=device).expand(len(hidden_states))
 
-        labels = self.label_embedding(class_labels).to(dtype)
-        condition = self.timestep_embedding(timestep, dtype) + labels  # (B, D)
+        of_class = self.label_embedding(class_labels).to(dtype)
+        condition = self.timestep_embedding(timestep, dtype) + of_class  # (B, D)
         x = self.patch_embed(hidden_states).float()  # (B, *grid, D): the residual stream stays in float32
         if self.use_sincos:
             x = x + sincos_positions(grid, x.shape[-1], device)
