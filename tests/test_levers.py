@@ -20,7 +20,7 @@ from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import ConfigError
-from iwin_dit.training import checkpoints, loop, reports, spikes
+from iwin_dit.training import checkpoints, loop, reports
 from iwin_dit.training.posthoc import power_decay, power_gamma, reconstruct
 
 SHORT = {"max_steps": 12, "save_every_steps": 6, "log_every_steps": 4}
@@ -275,7 +275,7 @@ def test_training_alone_counts_as_time(recipe, train_here, tmp_path, monkeypatch
     monkeypatch.setattr(
         reports, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
     )
-    for place, name in ((checkpoints, "save"), (loop, "save_snapshot"), (spikes.Spikes, "roll_back")):
+    for place, name in ((checkpoints, "save"), (loop, "save_snapshot"), (checkpoints.Spikes, "roll_back")):
         monkeypatch.setattr(place, name, taking(100, getattr(place, name)))
     monkeypatch.setattr(generator, "draw_preview", taking(100, lambda *_: None))
     config = recipe(
