@@ -103,7 +103,9 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
     if data.kind == "images" and data.vae is None:
         raise ConfigError("data.kind is images, but nothing encodes them: set data.vae, as sd-vae-ft-ema")
     if data.kind == "images" and data.normalization != "vae":
-        raise ConfigError(f"data.normalization {data.normalization} is for latents; for images, set vae")
+        raise ConfigError(
+            f"data.normalization {data.normalization} is for latents; set data.normalization vae"
+        )
     if data.kind == "images" and data.prepare is not None:
         raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
     if data.prepare == "moving_digits" and model.sample_frames is None:
