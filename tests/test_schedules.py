@@ -81,6 +81,7 @@ def test_saved_and_published_pipelines_keep_their_spacing(tmp_path):
         pipeline.save_pretrained(tmp_path / type(kind).__name__)
         loaded = load_pipeline(str(tmp_path / type(kind).__name__))
         assert set_timesteps(loaded.scheduler, 10, "cpu").tolist() == [*range(900, -1, -100)]
+        assert times(loaded.scheduler) == [step / 1000 for step in range(900, -1, -100)]
         choose_sampler(loaded, "ddpm" if isinstance(kind, DDIMScheduler) else "ddim")
         assert type(loaded.scheduler) is not type(kind)
         assert set_timesteps(loaded.scheduler, 10, "cpu").tolist() == [*range(900, -1, -100)]
