@@ -38,7 +38,7 @@ def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:
     peak, warmup = options.learning_rate, options.warmup_steps
     if step < warmup or options.schedule == "constant":
         return peak * min(1.0, (step + 1) / (warmup + 1))
-    low, done = options.min_learning_rate, min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    low, done = options.min_learning_rate, min(1.0, (step - warmup) / (max_steps - warmup))
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
 
 
