@@ -143,6 +143,6 @@ def test_storage_that_fails_is_told_from_data_that_are_missing(tmp_path, monkeyp
     def fails(*arguments, **options):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("io.open", fails)
+    monkeypatch.setattr("builtins.open", fails)
     with pytest.raises(StorageError, match=r"a\.png cannot be read: Input/output error"):
         read_file(str(tmp_path / "a.png"))
