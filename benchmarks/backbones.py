@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import iwin_dit.models  # registers the names
-from iwin_dit.runtime.cpu import keep_freed_memory
+from iwin_dit.runtime.processes import keep_freed_memory
 
 NAMES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 WINDOWS = {224: 7, 256: 8, 384: 12, 512: 16, 1024: 16}  # by image size

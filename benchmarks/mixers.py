@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
-from iwin_dit.runtime.cpu import keep_freed_memory
+from iwin_dit.runtime.processes import keep_freed_memory
 
 TOKENS, WIDTH, HEADS = 4096, 768, 12
 CASES = [(16, 8), (32, 16), (64, 32), (64, 16)]  # side of the grid, window

@@ -24,7 +24,7 @@ from iwin_dit.build.data import load_autoencoder
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.extraction import LOCAL_VAE, Settings, extract
 from iwin_dit.data.sources import open_source
-from iwin_dit.runtime.cpu import keep_freed_memory
+from iwin_dit.runtime.processes import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ("ellipse", "rectangle", "triangle", "line")

@@ -48,8 +48,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from iwin_dit.layers import kernels
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import progress, say
 
 COLUMNS = ("tokens", "batch", "step", "model", "ms", "x Iwin", "allowed", "share", "GiB")

@@ -33,8 +33,8 @@ from iwin_dit.data.digits import read_images
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.objective import Objective
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
 from studies.digits_report import CLASSIFIER, Distance

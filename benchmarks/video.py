@@ -29,7 +29,7 @@ from iwin_dit.layers import windows
 from iwin_dit.layers.block import Block
 from iwin_dit.layers.global_attention import FactorisedMixer, SpatialMixer, TemporalMixer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
-from iwin_dit.runtime.cpu import keep_freed_memory
+from iwin_dit.runtime.processes import keep_freed_memory
 
 TOKENS, WIDTH, HEADS = 16_384, 384, 6
 GRIDS = [(8, 16, 16), (16, 32, 32)]

@@ -144,8 +144,7 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if not all(0 <= place < arguments.side for place in arguments.token):
         raise ConfigError(f"--token is {tuple(arguments.token)}, expected 0 to {arguments.side - 1}")
-    if not files.can_write_file(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a path in a folder that is yours")
+    files.check_writable(arguments.out, "--out", is_file=True)
     return arguments
 
 

@@ -18,8 +18,8 @@ __version__ = "0.2.0"
 _HOME = {
     "IwinDiTTransformer2DModel": "iwin_dit.models.transformer",
     "IwinDiTTransformer3DModel": "iwin_dit.models.transformer",
-    "IwinDiTPipeline": "iwin_dit.pipelines.image",
-    "IwinDiTVideoPipeline": "iwin_dit.pipelines.video",
+    "IwinDiTPipeline": "iwin_dit.pipelines.media",
+    "IwinDiTVideoPipeline": "iwin_dit.pipelines.media",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -18,8 +18,8 @@ from iwin_dit.build.loading import load_pipeline
 from iwin_dit.config.schema import Config
 from iwin_dit.data.digits import IMAGE_SIZE
 from iwin_dit.runtime import files
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import say
 from studies.compare_report import ROUNDS, STEP_ROUNDS, Row, draw_plot, draw_samples, table, text
 from studies.costs import costs, draw_in_turn, train_in_turn
@@ -53,8 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         )
     check_once("--seeds", arguments.seeds)
     check_once("--configs", [path.stem for path in arguments.configs])
-    if not files.can_write_file(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
+    files.check_writable(arguments.out, "--out", is_file=True)
     return arguments
 
 

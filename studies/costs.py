@@ -18,7 +18,7 @@ from iwin_dit.build import budget
 from iwin_dit.build.network import build_model, build_objective
 from iwin_dit.config.schema import Config
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.runtime.cpu import cores
+from iwin_dit.runtime.processes import cores
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 from iwin_dit.training.optimizer import build_optimizer, parameter_groups

@@ -29,10 +29,10 @@ from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.digits import read_images
 from iwin_dit.evaluation.extractors import Classifier
 from iwin_dit.evaluation.frechet import Moments, frechet_distance
-from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.media import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import Sample, draw_grid, sample_classes
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import DataError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import read_config
 from iwin_dit.runtime.seeds import generator

@@ -25,8 +25,8 @@ from iwin_dit.data.pixels import Reader
 from iwin_dit.data.sources import ClipFolderSource
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.pipelines.sampling import Sample, sample_classes, write_grid
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import DataError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.run import read_config
 from studies.digits_report import SEED, Recogniser, percent
 

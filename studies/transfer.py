@@ -29,8 +29,8 @@ from iwin_dit.layers.specs import MixerSpec
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime import files
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, DataError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.seeds import generator
 from studies.compare import CONFIGS
@@ -93,8 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     check_once("--seeds", arguments.seeds)
     if arguments.tuning_steps < 1:
         raise ConfigError(f"--tuning-steps is {arguments.tuning_steps}, expected at least 1")
-    if not files.can_write_file(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
+    files.check_writable(arguments.out, "--out", is_file=True)
     return arguments
 
 

@@ -32,7 +32,7 @@ from iwin_dit.data.codec import encode
 from iwin_dit.data.latents import Shard, write_latents
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.media import IwinDiTPipeline
 from iwin_dit.runtime.signals import ASKING, AT_ONCE
 
 ROOT = Path(__file__).parent.parent

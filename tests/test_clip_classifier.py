@@ -179,7 +179,7 @@ def test_all_frames_are_varied_alike(clips, noise):
     varied = create_transform(
         16, is_training=True, auto_augment="rand-m9-mstd0.5-inc1-mmax9", re_prob=0.5, re_mode="pixel"
     )
-    images = LabelledClips(clips(still(noise)), ClipSpec(4), varied)
+    images = LabelledClips(clips(still(noise)), varied, spec=ClipSpec(4))
     examples = LabelledExamples(images, seed=0, mixup=0.0, cutmix=0.0)
     seen = [examples[position].image for position in range(8)]
     for position, clip in enumerate(seen):
@@ -197,7 +197,7 @@ def test_places_are_drawn_and_say_nothing_of_flips(clips):
     transform = create_transform(
         16, is_training=True, scale=(1, 1), ratio=(1, 1), color_jitter=None, mean=(0,) * 3, std=(1,) * 3
     )
-    images = LabelledClips(clips(film), ClipSpec(2), transform)
+    images = LabelledClips(clips(film), transform, spec=ClipSpec(2))
     torch.manual_seed(0)
     found = [
         tuple((255 * images[0][0][0, :, 8, [2, 13]]).round().int().flatten().tolist()) for _ in range(60)
@@ -213,7 +213,7 @@ def test_one_view_of_one_frame_is_what_an_image_would_be(tmp_path, size, shape):
     (tmp_path / "class" / "clip").mkdir(parents=True)
     Image.fromarray(pixels).save(tmp_path / "class" / "clip" / "0.png")
     plain = create_transform((3, *size), interpolation="bicubic", crop_pct=0.9)
-    view, label = HeldOutClips(ClipFolderSource(tmp_path), ClipSpec(1), plain, (1, 1))[0]
+    view, label = HeldOutClips(ClipFolderSource(tmp_path), plain, None, ClipSpec(1), (1, 1))[0]
     image, _ = LabelledImages(open_source(str(tmp_path)), plain)[0]
     assert label == 0
     assert torch.equal(view[0, :, 0], image)
@@ -223,7 +223,7 @@ def test_views_are_clips_over_the_video_and_crops_along_its_longer_side(clips, n
     frames = [noise.point(lambda value, k=k: value // 4 + 30 * k) for k in range(FRAMES)]
     turned = [frame.transpose(Image.Transpose.TRANSPOSE) for frame in frames]
     plain = create_transform(24, interpolation="bicubic", crop_pct=1.0, mean=(0,) * 3, std=(1,) * 3)
-    images = HeldOutClips(clips(frames, turned), ClipSpec(2, stride=2), plain, (2, 3))
+    images = HeldOutClips(clips(frames, turned), plain, None, ClipSpec(2, stride=2), (2, 3))
     views = (images[0][0] * 255).round().byte()
     assert views.shape == (6, 3, 2, 24, 24)
     for i, (start, left) in enumerate((s, x) for s in (0, 3) for x in (0, 8, 16)):

@@ -42,7 +42,7 @@ from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.evaluation.rules import stored_command
 from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime import scratch
-from iwin_dit.runtime.cpu import use_all_cores
+from iwin_dit.runtime.processes import use_all_cores
 from iwin_dit.runtime.seeds import generator
 
 TWO_PROCESSES = (

@@ -25,8 +25,8 @@ from iwin_dit.data.codec import encode, encode_posterior, load_vae, weights_sha2
 from iwin_dit.data.extraction import Settings, extract
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.sources import ClipFolderSource, FolderSource, open_source
-from iwin_dit.runtime.cpu import use_all_cores
 from iwin_dit.runtime.errors import DataError, DiskError
+from iwin_dit.runtime.processes import use_all_cores
 
 SIZE, COUNT, SHARD = 16, 100, 12
 TWO_PROCESSES = (

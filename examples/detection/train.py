@@ -78,8 +78,7 @@ def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
             raise ConfigError(f"{path} is no file")
         if Path(path).suffix != ".safetensors":  # timm takes other files, too, some of which can run code
             raise ConfigError(f"{path} is no .safetensors file, and no other is read here")
-    if not files.can_write_folder(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
+    files.check_writable(arguments.out, "--out")
 
 
 def build_model(arguments: argparse.Namespace, recipe: Recipe, num_classes: int):

@@ -101,8 +101,7 @@ ZERO_OR_MORE = (
 def main() -> int:
     recipe, dry_run = parse_arguments(sys.argv[1:], default=SHAPES, kind=Recipe)
     output, content = Path(recipe.output_dir), files.to_json(asdict(recipe))
-    if not files.can_write_folder(output):
-        raise ConfigError(f"output_dir {output} cannot be written; take a folder that is yours")
+    files.check_writable(output, "output_dir")
     if (output / "recipe.json").is_file() and (output / "recipe.json").read_bytes() != content:
         raise ConfigError(f"output_dir {output} holds a run of another recipe; take another folder")
 

@@ -21,10 +21,9 @@ from iwin_dit.evaluation.evaluate import extract_features, features_key, read_fe
 from iwin_dit.evaluation.extractors import Classifier
 from iwin_dit.evaluation.images import Extractor, Reading
 from iwin_dit.evaluation.metrics import compute
-from iwin_dit.evaluation.reference import on_main, open_reference
+from iwin_dit.evaluation.reference import open_reference
 from iwin_dit.runtime import scratch
-from iwin_dit.runtime.cpu import cores
-from iwin_dit.runtime.processes import together
+from iwin_dit.runtime.processes import cores, on_main, together
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.attention import any_attention
 from iwin_dit.training.state import Run, full_ema

@@ -57,8 +57,8 @@ def open_data(config: ClassifierConfig, accelerator: Accelerator) -> LabelledDat
     if data.frames is None:
         return LabelledData(LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground))
     spec = ClipSpec(data.frames, data.frame_stride)
-    judged = HeldOutClips(held_out, spec, plain, data.views, ground)
-    return LabelledData(LabelledClips(train, spec, varied, ground), judged)
+    judged = HeldOutClips(held_out, plain, ground, spec, data.views)
+    return LabelledData(LabelledClips(train, varied, ground, spec), judged)
 
 
 def open_training(config: ClassifierConfig) -> Source | ClipFolderSource:

@@ -23,7 +23,7 @@ from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.sampling import published_scheduler
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline, export_pipeline
-from iwin_dit.pipelines.image import IwinDiTPipeline
+from iwin_dit.pipelines.media import IwinDiTPipeline, IwinDiTVideoPipeline
 from iwin_dit.pipelines.sampling import (
     FPS,
     draw_animation,
@@ -31,7 +31,6 @@ from iwin_dit.pipelines.sampling import (
     is_out_of_memory,
     sample_classes,
 )
-from iwin_dit.pipelines.video import IwinDiTVideoPipeline
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import DataError
 from iwin_dit.runtime.signals import StopRequest

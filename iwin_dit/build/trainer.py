@@ -28,9 +28,8 @@ from iwin_dit.layers import kernels
 from iwin_dit.layers.blindness import of_earlier_version
 from iwin_dit.runtime import files
 from iwin_dit.runtime.checkpoint import step_directories, step_of
-from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
-from iwin_dit.runtime.processes import TRAINING_WAIT, group_timeout
+from iwin_dit.runtime.processes import TRAINING_WAIT, group_timeout, keep_freed_memory, use_all_cores
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten, read_config
 from iwin_dit.training import loop

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.runtime import files, scratch, strict_yaml
-from iwin_dit.runtime.errors import ConfigError, DataError
+from iwin_dit.runtime.errors import ConfigError, DataError, Parser
 
 GENERATORS = ("dit", "lightningdit", "flashdit")
 KINDS = (*GENERATORS, "ldm_vae", "iwin_transformer")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("kind", choices=KINDS, help="the official model")
     add("file", type=Path, help="its .pt, .pth, .ckpt or .safetensors")
@@ -110,8 +110,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.folder.exists():
         raise ConfigError(f"{arguments.folder} exists; name a new folder, or remove it")
-    if not files.can_write_folder(arguments.folder):
-        raise ConfigError(f"{arguments.folder} cannot be written; take a path in a folder that is yours")
+    files.check_writable(arguments.folder, "the folder")
     config = read_config(arguments.config, arguments.kind)
 
     from iwin_dit import convert

@@ -5,11 +5,12 @@ In a checkout, a report tells how many of the samples are recognised, and how fa
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from iwin_dit.runtime.errors import Parser
 
 CHECKOUT = Path(__file__).parents[2]
 STEPS = (
@@ -23,7 +24,7 @@ OF_REPORT = "train --output_dir runs/quickstart_50_steps --train.max_steps 50"
 
 def main() -> int:
     """Runs each step in a process of its own, as one would by hand; the exit code of the one that fails."""
-    argparse.ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
+    Parser(__doc__).parse_args()
     has_report = (CHECKOUT / "studies" / "digits_report.py").is_file()
     commands = [f"iwin_dit.commands {step}" for step in STEPS]
     if has_report:

@@ -22,7 +22,7 @@ SWEEPS: dict[str, Callable[[str], Any]] = {"guidance_scale": float, "steps": int
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     """Those of a command line (default: of the process), checked."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
     add("--reference", help="a folder or .npz of real images (clips), or stored statistics")
@@ -139,9 +139,7 @@ def main() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:  # found before the work
-        raise ConfigError(
-            "--sweep draws curves, which takes matplotlib: pip install 'iwin-dit[demo]'"
-        ) from None
+        raise ConfigError("--sweep needs matplotlib: pip install 'iwin-dit[demo]'") from None
     rows = {}
     for value in values:
         one = argparse.Namespace(**vars(arguments) | {key: value})

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import colour
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import ConfigError, Parser
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", help="class folders, a flat folder with --labels, .tar or .parquet files, or hf:NAME")
     add("--labels", help="CSV with columns file,label for a flat folder")
@@ -78,8 +78,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--frame-stride and --clips-per-video are for clips; give --frames, such as 16")
     if arguments.frames is not None and arguments.labels is not None:
         raise ConfigError("--labels is for images; videos lie in a folder per class")
-    if not files.can_write_folder(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a folder that is yours")
+    files.check_writable(arguments.out, "--out")
 
 
 def main() -> None:
@@ -90,29 +89,19 @@ def main() -> None:
     if arguments.verify:
         print(f"{inspection.verify(arguments.verify)}, every shard is what the index says")
         if arguments.images:
-            print(verify_images(arguments))
+            from iwin_dit.data.latent_index import read_index
+            from iwin_dit.data.sources import open_images
+
+            index = read_index(arguments.verify)
+            source = open_images(arguments.images, arguments, "frames" in index, index["class_names"])
+            compared = inspection.verify_content(arguments.verify, source, arguments.images)
+            told = f"contents were compared of {compared} of {len(index['shards'])} shards"
+            print(f"{arguments.images} is its origin; {told}")
     elif arguments.info:
         print(inspection.describe(arguments.info))
         inspection.contact_sheet(arguments.info, arguments.info / "contact.png")
     else:
         extract_latents(arguments)
-
-
-def verify_images(arguments: argparse.Namespace) -> str:
-    """Compares the images of ``--images`` with what the latents of ``--verify`` were made of.
-
-    Raises:
-        DataError: where they are others.
-    """
-    from iwin_dit.data.inspection import verify_content
-    from iwin_dit.data.latent_index import read_index
-    from iwin_dit.data.sources import open_images
-
-    index = read_index(arguments.verify)
-    source = open_images(arguments.images, arguments, "frames" in index, index["class_names"])
-    compared = verify_content(arguments.verify, source, arguments.images)
-    shards = len(index["shards"])
-    return f"{arguments.images} is its origin; contents were compared of {compared} of {shards} shards"
 
 
 def extract_latents(arguments: argparse.Namespace) -> None:
@@ -126,8 +115,7 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     from iwin_dit.data.folders import ignored_line
     from iwin_dit.data.sources import classes_begun, open_images
     from iwin_dit.data.video import ClipSpec
-    from iwin_dit.runtime.cpu import keep_freed_memory, use_all_cores
-    from iwin_dit.runtime.processes import group_timeout
+    from iwin_dit.runtime.processes import group_timeout, keep_freed_memory, use_all_cores
     from iwin_dit.runtime.progress import say
 
     accelerator = Accelerator(kwargs_handlers=[group_timeout()])

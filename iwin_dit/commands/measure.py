@@ -22,15 +22,21 @@ from iwin_dit.evaluation.evaluate import extract_features, features_key, read_fe
 from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.images import Extractor, Images, Reading
 from iwin_dit.evaluation.metrics import METRICS, Features, compute
-from iwin_dit.evaluation.reference import Reference, on_main, open_reference, split
+from iwin_dit.evaluation.reference import Reference, open_reference, split
 from iwin_dit.evaluation.rules import holds_images
 from iwin_dit.evaluation.statistics import identity, write_statistics
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.colours import background
-from iwin_dit.runtime.cpu import cores, keep_freed_memory, use_all_cores
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.lock import hold
-from iwin_dit.runtime.processes import group_timeout, together
+from iwin_dit.runtime.processes import (
+    cores,
+    group_timeout,
+    keep_freed_memory,
+    on_main,
+    together,
+    use_all_cores,
+)
 from iwin_dit.runtime.progress import say
 
 VERSIONS = ("torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy")
@@ -61,7 +67,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = on_main(
         accelerator, lambda: open_reference(arguments.reference, metrics, arguments.extractor, reading)
     )
-    _check_save_reference(arguments.save_reference, metrics, reference)
+    keeps = reference.images is not None and reference.statistics is None and split(metrics)[1]
+    if arguments.save_reference is not None and not keeps:
+        raise ConfigError(
+            "--save-reference keeps means and covariances of real images for fid, sfid, fd or fvd; give one "
+            "of these metrics and a --reference of images, or leave it out"
+        )
     generated = _generated(arguments, reading, accelerator)
     with accelerator.local_main_process_first():  # which may fetch the weights
         extractor = build_extractor(arguments.extractor, arguments.inception_weights).to(accelerator.device)
@@ -124,15 +135,6 @@ def _figures(
                 "out too high, and compares with figures of the same number of images alone"
             )
     return name_figures(figures, arguments.extractor.partition(":")[0])
-
-
-def _check_save_reference(path: str | None, metrics: list[str], reference: Reference) -> None:
-    is_needed = reference.images is not None and reference.statistics is None and split(metrics)[1]
-    if path is not None and not is_needed:
-        raise ConfigError(
-            "--save-reference keeps means and covariances of real images for fid, sfid, fd or fvd; give one "
-            "of these metrics and a --reference of images, or leave it out"
-        )
 
 
 def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Accelerator) -> Images:

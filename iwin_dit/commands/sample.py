@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from iwin_dit.commands.drawing import add_drawing_options, describe_scheduler, settle
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import FULL, ConfigError
+from iwin_dit.runtime.errors import FULL, ConfigError, Parser
 
 if TYPE_CHECKING:
     from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -21,7 +21,7 @@ OTHERS = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".apng", ".webm", "
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--class",
@@ -54,8 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         expected = "x.png for a grid (clips also .gif, .mp4), or a folder"
         raise ConfigError(f"--out is {arguments.out!r}, expected {expected}")
     arguments.out, arguments.is_grid = out, out.suffix.lower() in GRIDS
-    if not (files.can_write_file if arguments.is_grid else files.can_write_folder)(out):
-        raise ConfigError(f"--out {out} cannot be written; take a path in a folder that is yours")
+    files.check_writable(out, "--out", is_file=arguments.is_grid)
     return arguments
 
 

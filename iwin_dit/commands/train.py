@@ -11,7 +11,6 @@ from pathlib import Path
 from iwin_dit.config.parse import parse_arguments
 from iwin_dit.config.schema import Config
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import ConfigError
 
 QUICKSTART = "quickstart"
 
@@ -26,8 +25,7 @@ def main() -> int:
         print(describe_run(budget), flush=True)
         budget.check()
         return 0
-    if not files.can_write_folder(Path(config.output_dir)):
-        raise ConfigError(f"output_dir {config.output_dir} cannot be written; take a folder that is yours")
+    files.check_writable(Path(config.output_dir), "output_dir")
     return train(config)
 
 

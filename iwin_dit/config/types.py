@@ -156,10 +156,9 @@ def _is_text(value: str) -> bool:
 
 def words(hint: Any) -> str:
     """What a type expects, in words."""
-    return " or ".join(_words(option) for option in _options(hint))
-
-
-def _words(option: Any) -> str:
+    option, *others = _options(hint)
+    if others:
+        return " or ".join(map(words, (option, *others)))
     origin, inner = get_origin(option), get_args(option)
     if origin is Literal:
         return ("one of " if len(inner) > 1 else "") + ", ".join(map(str, inner))

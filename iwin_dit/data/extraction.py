@@ -31,10 +31,9 @@ from iwin_dit.data.sources import identity_of
 from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime import files, limits, scratch
 from iwin_dit.runtime.colours import background
-from iwin_dit.runtime.cpu import cores
 from iwin_dit.runtime.errors import DataError, DiskError, listed
 from iwin_dit.runtime.lock import hold
-from iwin_dit.runtime.processes import worker_errors
+from iwin_dit.runtime.processes import cores, worker_errors
 from iwin_dit.runtime.progress import progress, say
 from iwin_dit.runtime.seeds import generator
 

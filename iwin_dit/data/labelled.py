@@ -25,6 +25,7 @@ from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.seeds import derive_seed
 
 # Where crops lie along the longer side, from its start (0) to its end (1), by their number.
+IMAGE = ClipSpec(1)
 CROPS: dict[int, tuple[float, ...]] = {1: (0.5,), 3: (0.0, 0.5, 1.0)}
 
 
@@ -45,11 +46,19 @@ class Labelled(Dataset[tuple[Tensor, int]]):
 
     Args:
         source: of images or of videos, see :mod:`iwin_dit.data.sources`.
+        transform: from a PIL image to a tensor ``(3, H, W)``.
         background: what shows through transparent pixels; see :func:`iwin_dit.data.images.decode_image`.
+        spec: frames and stride of clips.
     """
 
-    def __init__(self, source: Any, background: Colour | None):
-        self.source, self.background = source, background
+    def __init__(
+        self,
+        source: Any,
+        transform: Callable[[Image.Image], Tensor],
+        background: Colour | None = None,
+        spec: ClipSpec = IMAGE,
+    ):
+        self.source, self.transform, self.background, self.spec = source, transform, background, spec
 
     def __len__(self) -> int:
         return len(self.source)
@@ -61,13 +70,7 @@ class Labelled(Dataset[tuple[Tensor, int]]):
 
 
 class LabelledImages(Labelled):
-    """``images[i] -> (image (3, H, W), label)``; ``transform`` makes a tensor of a PIL image."""
-
-    def __init__(
-        self, source: Any, transform: Callable[[Image.Image], Tensor], background: Colour | None = None
-    ):
-        super().__init__(source, background)
-        self.transform = transform
+    """``images[i] -> (image (3, H, W), label)``."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Raises DataError, naming the image that is broken."""
@@ -78,22 +81,9 @@ class LabelledImages(Labelled):
 class LabelledClips(Labelled):
     """``clips[i] -> (clip (3, T, H, W), label)``: from a random place of the video, and varied.
 
-    Place and variation follow from two numbers of PyTorch's global generator.
-
-    Args:
-        spec: frames and stride of a clip.
-        transform: from a PIL image to a tensor ``(3, H, W)``; it draws the same numbers for every frame.
+    Place and variation follow from two numbers of PyTorch's global generator; ``transform`` draws the same
+    numbers for every frame.
     """
-
-    def __init__(
-        self,
-        source: ClipFolderSource,
-        spec: ClipSpec,
-        transform: Callable[[Image.Image], Tensor],
-        background: Colour | None = None,
-    ):
-        super().__init__(source, background)
-        self.spec, self.transform = spec, transform
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Raises DataError, naming the video that is broken or too short."""
@@ -112,7 +102,6 @@ class HeldOutClips(Labelled):
     """``clips[i] -> (views (V, 3, T, H, W), label)``.
 
     Args:
-        spec: frames and stride of a clip.
         transform: timm's for evaluation, which scales an image, takes its centre and normalises it.
         views: clips that are spread over the video, and crops of each along the longer side, 1 or 3; the
             views of a clip stand next to each other.
@@ -121,13 +110,12 @@ class HeldOutClips(Labelled):
     def __init__(
         self,
         source: ClipFolderSource,
-        spec: ClipSpec,
         transform: Compose,
+        background: Colour | None,
+        spec: ClipSpec,
         views: tuple[int, int],
-        background: Colour | None = None,
     ):
-        super().__init__(source, background)
-        self.spec = spec
+        super().__init__(source, transform, background, spec)
         self.scale, center_crop, *rest = transform.transforms
         self.size, self.finish = center_crop.size, Compose(rest)
         self.num_clips, self.places = views[0], CROPS[views[1]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +22,7 @@ from iwin_dit.evaluation.statistics import STATISTICS, read_statistics
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import FULL, ConfigError, DataError
 from iwin_dit.runtime.lock import hold
-from iwin_dit.runtime.processes import shared, together
-
-T = TypeVar("T")
+from iwin_dit.runtime.processes import together
 
 
 @dataclass
@@ -157,11 +155,6 @@ def open_reference(
         pass  # made now: where it cannot be, that shows before images are drawn
     images = open_set(location, looks_at_clips(extractor), reading)
     return Reference(images, path if stored else None)
-
-
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """What the main process's ``action`` returns, on every process, or its error."""
-    return shared(accelerator, together(accelerator, action))
 
 
 @contextlib.contextmanager

@@ -65,11 +65,8 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     for name, path in (paths | {"sweep": picture}).items():
         if path is None or (name == "save_images" and Path(path).is_file()):  # open_export looks whose it is
             continue
-        is_folder = name == "save_images" and not path.endswith(".npz")
-        if not (files.can_write_folder if is_folder else files.can_write_file)(Path(path)):
-            raise ConfigError(
-                f"{_option(name)} {path} cannot be written; take a path in a folder that is yours"
-            )
+        is_file = name != "save_images" or path.endswith(".npz")
+        files.check_writable(Path(path), _option(name), is_file)
         if name != "save_images" and Path(path).exists() and not is_ours(Path(path)):
             raise ConfigError(
                 f"{_option(name)} would write over {path}, which was not made by evaluate_fid.py; move it "

@@ -64,8 +64,13 @@ def _read_ours(path: Path, layers: Iterable[str], extractor: Extractor) -> dict[
     if path.stat().st_size > len(STATISTICS) * limits.ARRAY_BYTES:
         raise ValueError(f"it has more than {files.in_units(len(STATISTICS) * limits.ARRAY_BYTES)}")
     with safe_open(path, "np") as file:
-        about = read_about(file)
-        made_by = about.get("extractor")
+        try:
+            about = json.loads((file.metadata() or {})["about"])
+            made_by, images = about.get("extractor"), about["images"]
+            if not isinstance(images, int):
+                raise TypeError
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError("it does not say what its numbers are of") from None
         if made_by != identity(extractor):
             raise ValueError(f"they are of the extractor {made_by}, not of {identity(extractor)}")
         names = set(file.keys())
@@ -73,24 +78,9 @@ def _read_ours(path: Path, layers: Iterable[str], extractor: Extractor) -> dict[
         if missing:
             raise ValueError(f"there is no {missing[0]}.mu in it; write them with the same --metrics")
         return {
-            layer: (int(about["images"]), *(file.get_tensor(f"{layer}.{key}") for key in ("mu", "sigma")))
+            layer: (images, *(file.get_tensor(f"{layer}.{key}") for key in ("mu", "sigma")))
             for layer in layers
         }
-
-
-def read_about(file: Any) -> dict[str, Any]:
-    """What :func:`write_statistics` wrote beside the numbers of an open file.
-
-    Raises:
-        ValueError: where another program made the file.
-    """
-    try:
-        about = json.loads((file.metadata() or {})["about"])
-        if not isinstance(about["images"], int):
-            raise TypeError
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError("it does not say what its numbers are of") from None
-    return about
 
 
 def write_statistics(path: Path, features: Features, extractor: Extractor, source: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ Legend: B batch, T frames, H, W sides of the grid, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ class TokenConv2d(nn.Conv2d):
     format: no copy, and on a CPU three times faster than the contiguous one.
     """
 
-    def forward(self, x: Tensor, *added: Tensor) -> Tensor:
-        if added:
-            assert self.bias is not None
-            return kernels.depthwise_convolution(x, self.weight, self.bias, *added)
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -35,10 +32,7 @@ class TokenConv3d(nn.Conv3d):
     an image, bit for bit.
     """
 
-    def forward(self, x: Tensor, *added: Tensor) -> Tensor:
-        if added:
-            assert self.bias is not None
-            return kernels.depthwise_convolution(x, self.weight, self.bias, *added)
+    def forward(self, x: Tensor) -> Tensor:
         length, middle = x.shape[1], self.kernel_size[0] // 2
         frames = x.flatten(0, 1).movedim(-1, 1)  # (B T, C, H, W)
         parts = []
@@ -67,9 +61,11 @@ class DepthwiseConvolution(nn.Module):
     def __init__(self, width: int, sides: tuple[int, ...]):
         super().__init__()
         self.sides = sides
-        convolution: Callable[..., nn.Module] = TokenConv2d if len(sides) == 2 else TokenConv3d
-        self.conv = convolution(width, width, sides, padding=[side // 2 for side in sides], groups=width)
+        kind: Any = TokenConv2d if len(sides) == 2 else TokenConv3d
+        self.conv = kind(width, width, sides, padding=[side // 2 for side in sides], groups=width)
 
     def forward(self, x: Tensor, *added: Tensor) -> Tensor:
         """In Triton, given what it adds (:func:`iwin_dit.layers.kernels.depthwise_convolution`)."""
-        return self.conv(x, *added)
+        if added:
+            return kernels.depthwise_convolution(x, self.conv.weight, self.conv.bias, *added)
+        return self.conv(x)

@@ -21,8 +21,7 @@ from iwin_dit.data.codec import VAES
 from iwin_dit.diffusion.specs import SAMPLERS
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
-from iwin_dit.pipelines.image import IwinDiTPipeline
-from iwin_dit.pipelines.video import IwinDiTVideoPipeline
+from iwin_dit.pipelines.media import IwinDiTPipeline, IwinDiTVideoPipeline
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import CheckpointError, listed
 

@@ -188,7 +188,10 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in the arguments as a :class:`ConfigError`, in one line."""
+    """Says a mistake in the arguments as a :class:`ConfigError`, in one line; takes options in full alone."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")

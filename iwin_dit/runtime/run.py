@@ -153,9 +153,16 @@ def changed_data(run: Path, now: dict[str, Any]) -> dict[str, str]:
     What an older version did not write down is not compared.
 
     Raises:
-        ConfigError: as :func:`read_data`.
+        ConfigError: where the file that says it is damaged.
     """
-    before = read_data(run) or {}
+    path = run / "data.json"
+    try:
+        before = files.read_object(path, limits.INDEX_BYTES) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} does not say what the run was trained on ({error}); restore the file. Without it, the "
+            "run goes on, and nothing compares its data with those that it was begun on"
+        ) from error
     return {
         key: f"{key}: {before[key]!r:.200} -> {now[key]!r:.200}"
         for key in now
@@ -177,24 +184,6 @@ def read_config(run: Path) -> dict[str, Any]:
             f"{error}; restore the file. Without it, the run goes on by the recipe that you give, which has "
             "to be that of its beginning"
         ) from None
-
-
-def read_data(run: Path) -> dict[str, Any] | None:
-    """What a run was begun on; None where it does not say.
-
-    Raises:
-        ConfigError: where the file that says it is damaged.
-    """
-    path = run / "data.json"
-    if not path.exists():
-        return None
-    try:
-        return files.read_object(path, limits.INDEX_BYTES)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} does not say what the run was trained on ({error}); restore the file. Without it, the "
-            "run goes on, and nothing compares its data with those that it was begun on"
-        ) from error
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

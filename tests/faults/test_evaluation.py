@@ -138,7 +138,7 @@ def test_41_a_sweep_without_matplotlib(sets, refused, monkeypatch):
     """Found before the work."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     drawn = ("--generated", sets / "pipeline", "--reference", sets / "real", "--num-images", 4)
-    refused("which takes matplotlib: pip install 'iwin-dit[demo]'", *drawn, "--sweep", "steps=1,2")
+    refused("--sweep needs matplotlib: pip install 'iwin-dit[demo]'", *drawn, "--sweep", "steps=1,2")
 
 
 def test_41_a_cache_that_cannot_be_kept(sets, refused, evaluate, monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ from iwin_dit.config.schema import TrainConfig
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
-from iwin_dit.runtime.errors import WorkerError
+from iwin_dit.runtime.errors import ConfigError, WorkerError
 from iwin_dit.runtime.lock import hold
 from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.runtime.run import RunDirectory
@@ -140,10 +140,18 @@ def test_files_and_folders_with_dots_in_their_names(tmp_path):
     folder, file = tmp_path / "lr0.001", tmp_path / "x.png"
     folder.mkdir()
     file.write_text("")
-    assert [files.can_write_folder(p) for p in (folder, file, tmp_path / "v1.5")] == [True, False, True]
-    assert [files.can_write_file(p) for p in (folder, file, tmp_path / "y.png")] == [False, True, True]
-    assert not files.can_write_file(file / "y.png")
-    assert not files.can_write_folder(file / "run")
+
+    def is_writable(path, is_file):
+        try:
+            files.check_writable(path, "--out", is_file)
+        except ConfigError:
+            return False
+        return True
+
+    assert [is_writable(p, False) for p in (folder, file, tmp_path / "v1.5")] == [True, False, True]
+    assert [is_writable(p, True) for p in (folder, file, tmp_path / "y.png")] == [False, True, True]
+    assert not is_writable(file / "y.png", True)
+    assert not is_writable(file / "run", False)
 
 
 # --- row 10: two runs in one directory
