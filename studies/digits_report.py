@@ -28,7 +28,7 @@ from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.codec import decode, encode
 from iwin_dit.data.digits import read_images
 from iwin_dit.evaluation.extractors import Classifier
-from iwin_dit.evaluation.frechet import Moments, frechet_distance
+from iwin_dit.evaluation.metrics import Moments, frechet_distance
 from iwin_dit.pipelines.media import IwinDiTPipeline
 from iwin_dit.pipelines.sampling import Sample, draw_grid, sample_classes
 from iwin_dit.runtime.errors import DataError, run_script

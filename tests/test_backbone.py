@@ -20,8 +20,8 @@ from iwin_dit.commands.convert import main
 from iwin_dit.convert import from_iwin_transformer
 from iwin_dit.layers.specs import BlockSpec, MixerSpec
 from iwin_dit.models.backbone import IwinTransformer, IwinTransformer3D
-from iwin_dit.models.inflation import inflate
 from iwin_dit.models.iwin_transformer import BACKBONE_SIZES, VARIANTS, WINDOWS
+from iwin_dit.models.official_names import inflate
 from iwin_dit.models.stages import IwinBlock, IwinMixer, PaddedIwinMixer
 from iwin_dit.runtime.errors import run_script
 

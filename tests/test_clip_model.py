@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iwin_dit import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
-from iwin_dit.models.inflation import inflate
+from iwin_dit.models.official_names import inflate
 
 LABELS, TIMES = torch.tensor([0, 3]), torch.tensor([100.0, 700.0])
 SIZES = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8, in_channels=4, num_classes=3)

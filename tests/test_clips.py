@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from iwin_dit.evaluation.archives import NpzClips
-from iwin_dit.evaluation.clips import FolderClips, open_set
 from iwin_dit.evaluation.evaluate import extract_features, read_features
 from iwin_dit.evaluation.i3d import I3D, InflatedInception, Mixed, Pool, Unit, pad_same
+from iwin_dit.evaluation.images import FolderClips, open_set
 from iwin_dit.evaluation.metrics import compute
 from iwin_dit.runtime.errors import CheckpointError, DataError
 

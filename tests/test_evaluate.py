@@ -34,8 +34,7 @@ from iwin_dit.data.video import write_gif
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.evaluation import evaluate as chunks
 from iwin_dit.evaluation.archives import NpzImages
-from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan
-from iwin_dit.evaluation.export import NpzFile, PngFolder
+from iwin_dit.evaluation.drawing import NpzFile, PngFolder, SampledImages, drawer, label_plan
 from iwin_dit.evaluation.extractors import Inception
 from iwin_dit.evaluation.images import FolderImages
 from iwin_dit.evaluation.metrics import Features, compute

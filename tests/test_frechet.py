@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from iwin_dit.evaluation.frechet import Moments, frechet_distance
+from iwin_dit.evaluation.metrics import Moments, frechet_distance
 
 
 def features(count, dimension, seed):

@@ -14,10 +14,9 @@ from torch_fidelity import fidelity
 
 from iwin_dit.commands import measure
 from iwin_dit.evaluation.archives import NpzImages
-from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.drawing import SampledImages, label_plan
 from iwin_dit.evaluation.extractors import Inception
-from iwin_dit.evaluation.images import FolderImages
+from iwin_dit.evaluation.images import FolderImages, open_set
 from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.evaluation.rules import holds_images
 from iwin_dit.runtime.errors import CheckpointError, DataError

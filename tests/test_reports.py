@@ -14,8 +14,7 @@ from iwin_dit.runtime.errors import NonFiniteError, WorkerError
 from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.training import loop, reports
 from iwin_dit.training.checkpoints import is_spike
-from iwin_dit.training.health import watch_blocks, weight_rms
-from iwin_dit.training.reports import Alarm, Meter, Report, Reports, due
+from iwin_dit.training.reports import Alarm, Meter, Report, Reports, due, watch_blocks, weight_rms
 
 
 def accelerator(processes=1):

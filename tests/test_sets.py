@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from iwin_dit.evaluation import archives, evaluate, every_sample
 from iwin_dit.evaluation import images as image_sets
 from iwin_dit.evaluation.archives import NpzImages
-from iwin_dit.evaluation.drawing import label_plan
+from iwin_dit.evaluation.drawing import label_plan, open_export
 from iwin_dit.evaluation.evaluate import chunk_path, extract_features, read_features
-from iwin_dit.evaluation.export import open_export
 from iwin_dit.evaluation.images import FolderImages, Reading
 from iwin_dit.evaluation.metrics import Features, compute
 from iwin_dit.evaluation.statistics import read_statistics, write_statistics

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_images import have_datasets, one_pixel, write, write_csv, write_parquet, write_tar
 
-from iwin_dit.build import data, labelled
+from iwin_dit.build import data
 from iwin_dit.config.classifier import ClassifierConfig, ClassifierDataConfig
 from iwin_dit.config.schema import Config, DataConfig
 from iwin_dit.data.hugging_face import HuggingFaceSource
@@ -273,22 +273,22 @@ def test_data_of_recipes_are_opened_by_the_same_rule(tmp_path):
         count, line = data.count_images(generator)
         assert count == 22
         assert line.endswith("that are no images: 0/notes.txt")
-        assert labelled.open_training(classifier).class_names == expected
-        assert data._source(generator).class_names == expected
+        assert data.open_training(classifier).class_names == expected
+        assert data.open_training(generator).class_names == expected
     shutil.rmtree(tmp_path / "run")
     (root / "0" / "link.png").symlink_to(write(tmp_path / "far.png", one_pixel(0)))
     for open_data in (
         lambda: data.count_images(generator),
-        lambda: labelled.open_training(classifier),
+        lambda: data.open_training(classifier),
     ):
         with pytest.raises(DataError, match=r"data\.follow_links true"):
             open_data()
     shutil.move(root / "0", tmp_path / "single" / "0")
     one = replace(classifier.data, path=str(tmp_path / "single"), follow_links=True)
     with pytest.raises(DataError, match=r"data\.allow_odd_classes true"):
-        labelled.open_training(replace(classifier, data=one))
+        data.open_training(replace(classifier, data=one))
     one = replace(one, allow_odd_classes=True)
-    assert labelled.open_training(replace(classifier, data=one)).class_names == ["0"]
+    assert data.open_training(replace(classifier, data=one)).class_names == ["0"]
 
 
 # Tar shards that strangers made

@@ -1,18 +1,22 @@
-"""What train_classifier.py trains: a classifier of images or clips."""
+"""What train_classifier.py trains, and on what: a classifier of images or clips."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save
+from timm.data import create_transform
 from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import Compose
 
 from iwin_dit.build.classifier_network import (
     build_classifier,
@@ -21,13 +25,18 @@ from iwin_dit.build.classifier_network import (
     multiply_adds,
     without_content,
 )
-from iwin_dit.build.labelled import LabelledData, build_examples
+from iwin_dit.build.data import open_training
 from iwin_dit.build.pipeline import show
 from iwin_dit.build.trainer import reading
 from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.data import digits, moving_digits
+from iwin_dit.data.labelled import HeldOutClips, Labelled, LabelledClips, LabelledExamples, LabelledImages
+from iwin_dit.data.sources import open_images
+from iwin_dit.data.video import ClipSpec
 from iwin_dit.pipelines.lettering import draw_predictions
 from iwin_dit.runtime import files, scratch
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.colours import background
+from iwin_dit.runtime.errors import ConfigError, DataError
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.run import has_begun
 from iwin_dit.runtime.signals import StopRequest
@@ -36,11 +45,92 @@ from iwin_dit.training.classification import class_scores, classification_loss
 from iwin_dit.training.optimizer import Groups
 from iwin_dit.training.state import Run
 
+PREPARE = {
+    "digits": partial(digits.write_images, seed=0),
+    "moving_digits": partial(moving_digits.write_clips, seed=0),
+}
 MAX_SHOWN = 40  # predictions in a picture
 
 
+class LabelledData(NamedTuple):
+    """The data of a classifier: to train on, varied, and to be judged by, not."""
+
+    train: Labelled
+    held_out: Labelled
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the data the same to a run that is resumed."""
+        return self.train.identity
+
+
+def open_data(config: ClassifierConfig, accelerator: Accelerator) -> LabelledData:
+    """Images or clips to train on, varied, and held-out ones, not; made first where the config says how.
+
+    Raises:
+        DataError: where they are missing, or their classes are not the model's.
+    """
+    data = config.data
+    if data.prepare and accelerator.is_main_process and not Path(data.held_out).is_dir():
+        PREPARE[data.prepare](Path(data.held_out).parent)
+    accelerator.wait_for_everyone()
+    varied, plain = _transforms(config)
+    train: Any = open_training(config)
+    # Held-out data may lack a class; their class folders are in the order of those to train on.
+    options = replace(data, labels=data.held_out_labels, split=data.held_out_split, allow_odd_classes=True)
+    held_out: Any = open_images(data.held_out, options, data.frames is not None, train.class_names)
+    _check_classes(config, train.class_names, held_out.class_names)
+    ground = background(data.background)
+    if data.frames is None:
+        return LabelledData(LabelledImages(train, varied, ground), LabelledImages(held_out, plain, ground))
+    spec = ClipSpec(data.frames, data.frame_stride)
+    judged = HeldOutClips(held_out, plain, ground, spec, data.views)
+    return LabelledData(LabelledClips(train, varied, ground, spec), judged)
+
+
+def build_examples(config: ClassifierConfig, images: Labelled) -> LabelledExamples:
+    """What training sees at each position."""
+    return LabelledExamples(images, config.seed, config.augment.mixup, config.augment.cutmix)
+
+
+def _transforms(config: ClassifierConfig) -> tuple[Compose, Compose]:
+    """timm's, of an image: for training, and for held-out ones."""
+    data, augment = config.data, config.augment
+    common: dict[str, Any] = dict(
+        input_size=(3, *data.size), interpolation="bicubic", mean=data.mean, std=data.std
+    )
+    varied = create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=0.5 if augment.random_flip else 0.0,
+        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm takes None, unlike its types
+        auto_augment=None if augment.rand_augment == "none" else augment.rand_augment,
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
+    )
+    return varied, create_transform(**common, crop_pct=data.crop_share)
+
+
+def _check_classes(config: ClassifierConfig, names: list[str], others: list[str]) -> None:
+    """Of the data to train on, and of the held-out ones."""
+    data = config.data
+    if names != others:
+        odd = sorted(set(names) ^ set(others))[:5]
+        raise DataError(
+            f"{data.path} has {len(names)} classes and {data.held_out} has {len(others)}, which are not the "
+            f"same (such as {', '.join(odd)}); give both the same class folders"
+        )
+    if len(names) != config.model.num_classes:
+        raise DataError(
+            f"{data.path} has {len(names)} classes, the config's model.num_classes is "
+            f"{config.model.num_classes}; set it to {len(names)}"
+        )
+
+
 class Classifier:
-    """The task of train_classifier.py, see :class:`~iwin_dit.training.task.Task`.
+    """The task of train_classifier.py, see :class:`~iwin_dit.training.state.Task`.
 
     Raises:
         UserError: where the weights it begins with are not to be had, or the network does not take the data.
@@ -171,10 +261,7 @@ def held_out_loader(config: ClassifierConfig, images: Dataset, accelerator: Acce
 
 
 def export_clips(config: ClassifierConfig, run: Run) -> Path:
-    """``RUN/model.safetensors``, and ``RUN/model.json`` with the arguments of ``IwinTransformer3D``.
-
-    Beside them stand the classes, in the order of the logits, and how clips are made.
-    """
+    """``RUN/model.safetensors``; ``RUN/model.json`` with the constructor's arguments, classes and clips."""
     data = config.data
     settings = {
         "arguments": {"num_classes": config.model.num_classes, **model_options(config)},

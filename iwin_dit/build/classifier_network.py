@@ -19,9 +19,8 @@ from iwin_dit.convert.official_files import find_tensors, load_official
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.data.sources import classes_begun
 from iwin_dit.models.backbone import IwinTransformer, IwinTransformer3D, checkpoint_filter_fn
-from iwin_dit.models.inflation import inflate
 from iwin_dit.models.iwin_transformer import VIDEO_MODELS
-from iwin_dit.models.official_names import unwrap
+from iwin_dit.models.official_names import inflate, unwrap
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, listed
 from iwin_dit.runtime.run import read_config
@@ -92,7 +91,7 @@ def begin_classifier(model: nn.Module, source: str) -> None:
     """Copies weights of a run or a file into a model; a head of other classes stays as it is drawn.
 
     A larger image may give the last stage convolutions that the smaller one had no use for: zeros at first.
-    A model of clips takes those of images as well, see :func:`iwin_dit.models.inflation.inflate`.
+    A model of clips takes those of images as well, see :func:`iwin_dit.models.official_names.inflate`.
 
     Raises:
         CheckpointError: where they are not there, or not of this network.

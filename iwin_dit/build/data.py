@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from iwin_dit.config.classifier import Recipe
 from iwin_dit.config.parse import load_yaml
 from iwin_dit.config.schema import Config
 from iwin_dit.convert import from_ldm_vae, load_official
@@ -121,14 +122,20 @@ def count_images(config: Config) -> tuple[int, str | None]:
     """
     path = Path(config.data.path)
     if config.data.kind == "images":
-        source = _source(config)
+        source = open_training(config)
         return len(source), ignored_line(config.data.path, "images", source.ignored)
     return len(LatentDataset(path, _published(config, path))), None
 
 
-def _source(config: Config) -> Source | ClipFolderSource:
+def open_training(config: Recipe) -> Source | ClipFolderSource:
+    """Where the images or clips to train on come from.
+
+    Raises:
+        DataError: where they are missing.
+    """
+    frames = config.model.sample_frames if isinstance(config, Config) else config.data.frames
     begun = classes_begun(Path(config.output_dir) / "data.json", "classes")
-    return open_images(config.data.path, config.data, config.model.sample_frames is not None, begun)
+    return open_images(config.data.path, config.data, frames is not None, begun)
 
 
 def _pixels(config: Config) -> PixelDataset:
@@ -139,7 +146,7 @@ def _pixels(config: Config) -> PixelDataset:
         raise DataError(f"{config.data.vae} is an autoencoder of videos: set model.sample_frames")
     height, width = (side * spatial_factor(vae) for side in config.model.latent_size[-2:])
     ground = background(config.data.background)
-    reader = Reader(_source(config), (height, width), config.data.crop, clip, background=ground)
+    reader = Reader(open_training(config), (height, width), config.data.crop, clip, background=ground)
     return PixelDataset(reader, vae, config.data.vae, config.data.max_bad_images)
 
 

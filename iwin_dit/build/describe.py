@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iwin_dit.build.budget import Budget, checkpoint_bytes, device_bytes
-from iwin_dit.build.data import count_images
+from iwin_dit.build.data import count_images, open_training
 from iwin_dit.config.classifier import ClassifierConfig, Recipe
 from iwin_dit.data.folders import ignored_line
 from iwin_dit.runtime import files, strict_yaml
@@ -40,13 +40,13 @@ def describe_run(budget: Budget) -> str:
 def describe_classifier(config: ClassifierConfig) -> str:
     """The resolved config of a classifier, and what the run takes."""
     # for this alone: a generator's start need not wait for them
-    from iwin_dit.build import classifier_network, labelled
+    from iwin_dit.build import classifier_network
 
     model = classifier_network.without_content(config)
     unit = "image" if config.data.frames is None else "clip"
 
     def count(config: ClassifierConfig) -> tuple[int, str | None]:
-        source = labelled.open_training(config)
+        source = open_training(config)
         return len(source), ignored_line(config.data.path, f"{unit}s", source.ignored)
 
     parameters = sum(p.numel() for p in model.parameters())

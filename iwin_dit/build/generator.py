@@ -64,7 +64,7 @@ def build_examples(config: Config, data: TrainingData) -> TrainingExamples | Mix
 
 
 class Generator:
-    """The task of train_dit.py, see :class:`~iwin_dit.training.task.Task`.
+    """The task of train_dit.py, see :class:`~iwin_dit.training.state.Task`.
 
     Raises:
         UserError: where the weights it begins with, its autoencoder or its evaluation are not to be had.

@@ -20,7 +20,7 @@ from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.data.codec import vae_statistics, weights_sha256
 from iwin_dit.data.examples import Data
 from iwin_dit.diffusion.sampling import make_scheduler, prediction_type, set_timesteps, with_schedule_of
-from iwin_dit.models.inflation import inflate
+from iwin_dit.models.official_names import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.trust import check_index, check_model_folder, check_pipeline_folder

@@ -34,13 +34,12 @@ from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten, read_config
 from iwin_dit.training import loop
 from iwin_dit.training.attention import attention_backend
-from iwin_dit.training.curve import draw_loss_curve
 from iwin_dit.training.ema import decay_rules, make_ema
 from iwin_dit.training.optimizer import build_optimizer
 from iwin_dit.training.replicas import check_data
+from iwin_dit.training.reports import draw_loss_curve
 from iwin_dit.training.sharding import blocks_of, shard
-from iwin_dit.training.state import Run, State, full_ema
-from iwin_dit.training.task import Task
+from iwin_dit.training.state import Run, State, Task, full_ema
 
 
 def train(
@@ -305,15 +304,14 @@ def start_trackers(config: Recipe, accelerator: Accelerator, run: RunDirectory |
     if run is not None:
         folder.mkdir(exist_ok=True)
         newest = max(map(step_of, step_directories(run.checkpoints)), default=0)
+        path = folder / "wandb-id"
+        if not path.exists():
+            files.replace(path, uuid.uuid4().hex.encode())
+        known = files.read_bytes(path).decode(errors="replace").strip()
+        if not re.fullmatch(r"[0-9a-f]{32}", known):
+            raise ConfigError(
+                f"{path} holds {known!r:.50}, not an id of wandb; remove it, and wandb begins anew"
+            )
         options["tensorboard"] = {"purge_step": newest + 1}
-        options["wandb"] = {"dir": str(folder), "id": _wandb_id(folder / "wandb-id"), "resume": "allow"}
+        options["wandb"] = {"dir": str(folder), "id": known, "resume": "allow"}
     accelerator.init_trackers("iwin-dit", values, init_kwargs=options)
-
-
-def _wandb_id(path: Path) -> str:
-    if not path.exists():
-        files.replace(path, uuid.uuid4().hex.encode())
-    found = files.read_bytes(path).decode(errors="replace").strip()
-    if not re.fullmatch(r"[0-9a-f]{32}", found):
-        raise ConfigError(f"{path} holds {found!r:.50}, not an id of wandb; remove it, and wandb begins anew")
-    return found

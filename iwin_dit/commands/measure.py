@@ -16,11 +16,9 @@ from iwin_dit.build.loading import choose_sampler, compile_models, load_guide, l
 from iwin_dit.commands.drawing import describe_scheduler, settle
 from iwin_dit.config.metrics import looks_at_clips, name_figures
 from iwin_dit.data.codec import weights_sha256
-from iwin_dit.evaluation.clips import open_set
-from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan
+from iwin_dit.evaluation.drawing import SampledImages, drawer, label_plan, open_export
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
-from iwin_dit.evaluation.export import open_export
-from iwin_dit.evaluation.images import Extractor, Images, Reading
+from iwin_dit.evaluation.images import Extractor, Images, Reading, open_set
 from iwin_dit.evaluation.metrics import METRICS, Features, compute
 from iwin_dit.evaluation.reference import Reference, open_reference, split
 from iwin_dit.evaluation.rules import holds_images

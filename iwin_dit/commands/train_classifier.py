@@ -28,6 +28,6 @@ def main() -> int:
 
 
 def train(config: ClassifierConfig) -> int:
-    from iwin_dit.build import classifier, labelled, trainer
+    from iwin_dit.build import classifier, trainer
 
-    return trainer.train(config, labelled.open_data, classifier.Classifier)
+    return trainer.train(config, classifier.open_data, classifier.Classifier)

@@ -204,7 +204,16 @@ def check(config: ClassifierConfig) -> None:
     check_options(config.model.options, "model.options")
     check_rand_augment(config.augment.rand_augment)
     check_common(config, READ_WITH)
-    _check_clips(config)
+    data, name = config.data, config.model.name
+    if data.prepare == "moving_digits" and data.frames is None:
+        raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
+    if data.prepare == "digits" and data.frames is not None:
+        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")
+    if data.frames is None and name in VIDEO_MODELS:
+        raise ConfigError(f"model.name {name} takes clips, the data are images; set data.frames, such as 32")
+    if data.frames is not None and name not in VIDEO_MODELS:
+        known = ", ".join(VIDEO_MODELS)
+        raise ConfigError(f"model.name {name} takes images, data.frames makes clips; expected one of {known}")
     if config.train.sharding != "none":
         raise ConfigError("train.sharding fsdp2 is for train_dit.py; for a classifier, set none")
     if (every := config.train.gradient_checkpointing) > 1:  # timm's models know all of their blocks, or none
@@ -216,17 +225,3 @@ def check(config: ClassifierConfig) -> None:
                 f"train.{key} is {images}, but mixup and CutMix join images two by two; take "
                 f"{images + 1}, or set augment.mixup and augment.cutmix to 0"
             )
-
-
-def _check_clips(config: ClassifierConfig) -> None:
-    """The network and the digits have to be of images, or of clips, as the data are."""
-    data, name = config.data, config.model.name
-    if data.prepare == "moving_digits" and data.frames is None:
-        raise ConfigError("data.prepare moving_digits makes clips; set data.frames 8, or take digits")
-    if data.prepare == "digits" and data.frames is not None:
-        raise ConfigError("data.prepare digits makes images; remove data.frames, or take moving_digits")
-    if data.frames is None and name in VIDEO_MODELS:
-        raise ConfigError(f"model.name {name} takes clips, the data are images; set data.frames, such as 32")
-    if data.frames is not None and name not in VIDEO_MODELS:
-        known = ", ".join(VIDEO_MODELS)
-        raise ConfigError(f"model.name {name} takes images, data.frames makes clips; expected one of {known}")

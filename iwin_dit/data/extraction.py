@@ -158,7 +158,14 @@ def extract(
         if process == 0:
             work.check_images()
             if description["vae"] == LOCAL_VAE and not (out / LOCAL_VAE).exists():
-                _take_along(vae, out)
+                try:
+                    with scratch.replacement(out / LOCAL_VAE) as new:
+                        vae.save_pretrained(new)
+                except SafetensorError as error:  # its own kind, where other writers raise OSError
+                    raise DiskError(
+                        f"{out / LOCAL_VAE} cannot be saved ({error}); make room on this disk and run the "
+                        "same command again"
+                    ) from error
         wait()
         if not is_of_videos(vae):
             vae.to(memory_format=torch.channels_last)
@@ -374,14 +381,3 @@ def _read_record(path: Path) -> dict[str, Any]:
         return files.read_object(path, limits.INDEX_BYTES)
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); remove it, or extract into another folder") from None
-
-
-def _take_along(vae: Any, out: Path) -> None:
-    try:
-        with scratch.replacement(out / LOCAL_VAE) as new:
-            vae.save_pretrained(new)
-    except SafetensorError as error:  # its own kind, where other writers raise OSError
-        raise DiskError(
-            f"{out / LOCAL_VAE} cannot be saved ({error}); make room on this disk and run the same command "
-            "again"
-        ) from error

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from iwin_dit.evaluation.export import Export
+from iwin_dit.evaluation.drawing import Export
 from iwin_dit.evaluation.images import Extractor, Images, in_order
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.runtime import files

@@ -14,9 +14,8 @@ from accelerate import Accelerator
 
 from iwin_dit.config.metrics import looks_at_clips
 from iwin_dit.evaluation.archives import array_names
-from iwin_dit.evaluation.clips import open_set
 from iwin_dit.evaluation.evaluate import extract_features, features_key, read_features
-from iwin_dit.evaluation.images import AS_THEY_ARE, Extractor, Images, Reading
+from iwin_dit.evaluation.images import AS_THEY_ARE, Extractor, Images, Reading, open_set
 from iwin_dit.evaluation.metrics import METRICS, Features, check_counts
 from iwin_dit.evaluation.statistics import STATISTICS, read_statistics
 from iwin_dit.runtime import files

@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from iwin_dit.evaluation.archives import BROKEN_NPZ, read_array
-from iwin_dit.evaluation.frechet import Moments
 from iwin_dit.evaluation.images import Extractor
-from iwin_dit.evaluation.metrics import Features
+from iwin_dit.evaluation.metrics import Features, Moments
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError, reason
 

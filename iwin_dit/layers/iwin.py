@@ -33,7 +33,9 @@ class InterleavedAttention(Attention):
         window = self.mixer_spec.window(grid)
         padded = windows.padded_grid(grid, window)
         hides_padding = padded != grid and self.mixer_spec.mask_padding
-        if self._triton_serves(x, rope) and (padded == grid or hides_padding):
+        # the kernel in Triton knows neither positions nor norms of queries
+        is_plain = rope is None and not self.has_qk_norm and (padded == grid or hides_padding)
+        if is_plain and kernels.use_attention(x, x.shape[-1] // self.heads):
             return self.proj(kernels.interleaved_attention(self.qkv(x), window, self.heads))
 
         rows = windows.partition(windows.pad(x, padded), window)  # (B G, N, C)
@@ -46,11 +48,6 @@ class InterleavedAttention(Attention):
             rope = rope.repeat(x.shape[0], 1, 1)[:, None]  # (B G, 1, N, d/2)
         rows = self.proj(self.attend(self.qkv(rows), rope, mask))
         return windows.crop(windows.reverse(rows, window, padded), grid)
-
-    def _triton_serves(self, x: Tensor, rope: Tensor | None) -> bool:
-        """Whether the kernel in Triton may take this: it knows neither positions nor norms of queries."""
-        is_plain = rope is None and not self.has_qk_norm
-        return is_plain and kernels.use_attention(x, x.shape[-1] // self.heads)
 
 
 class IwinMixer(TokenMixer):

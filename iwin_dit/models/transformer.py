@@ -29,7 +29,7 @@ from iwin_dit.layers.embeddings import (
 )
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import BlockSpec, MixerSpec, MlpName, NormName, per_axis, shape_of
-from iwin_dit.models.inflation import inflate
+from iwin_dit.models.official_names import inflate
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
 

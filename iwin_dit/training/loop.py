@@ -25,13 +25,11 @@ from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.checkpoints import Checkpoints, Spikes
 from iwin_dit.training.ema import decay_rules, update_ema
-from iwin_dit.training.health import watch_blocks, weight_rms
 from iwin_dit.training.optimizer import learning_rate, step_if_finite
 from iwin_dit.training.replicas import check_weights
-from iwin_dit.training.reports import Meter, Reports, due
+from iwin_dit.training.reports import Meter, Reports, due, watch_blocks, weight_rms
 from iwin_dit.training.sharding import full
-from iwin_dit.training.state import Progress, Run, full_ema, logged, resume, save_snapshot, write_log
-from iwin_dit.training.task import Task
+from iwin_dit.training.state import Progress, Run, Task, full_ema, logged, resume, save_snapshot, write_log
 
 
 @worker_errors()

@@ -1,4 +1,4 @@
-"""What steps report to the host, without making the device wait, and what is logged of it."""
+"""What steps report to the host, without making the device wait, and what is logged of them and of blocks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwin_dit.runtime.errors import NonFiniteError
+from iwin_dit.runtime.progress import say
+from iwin_dit.runtime.run import RunDirectory
+from iwin_dit.training.sharding import blocks_of, full
 
 # Dense bf16 matrix-multiply peak in FLOP/s, by what the driver calls the card (the vendor's data sheets).
 PEAK_FLOPS = {
@@ -206,3 +213,74 @@ def peak_flops(device: torch.device) -> float | None:
     if "MIG" in name or "Laptop" in name:
         return None
     return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+
+
+def draw_loss_curve(run: RunDirectory) -> Path | None:
+    """``loss.png`` from the log, figures of evaluations beside it; None, and a hint, without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no loss curve: it needs matplotlib, pip install 'iwin-dit[demo]'")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = run.read_log()
+    logged = [r for r in records if r.get("loss") is not None]
+    figures = [r for r in records if "evaluated" in r]
+    names = [name for name in (figures[-1] if figures else {}) if name not in ("step", "evaluated")]
+    figure, axes = plt.subplots(
+        1, 1 + len(names), figsize=(7 + 4 * len(names), 4), layout="constrained", squeeze=False
+    )
+    steps, losses = [r["step"] for r in logged], [r["loss"] for r in logged]
+    running = [fmean(losses[max(0, i - 5) : i + 6]) for i in range(len(losses))]
+    axes[0, 0].plot(steps, losses, color="0.8", label="each log line")
+    axes[0, 0].plot(steps, running, color="tab:blue", label="running mean")
+    axes[0, 0].set(xlabel="step", ylabel="loss", title=run.path.name)
+    axes[0, 0].legend(frameon=False)
+    for panel, name in zip(axes[0, 1:], names, strict=True):
+        shown = [r for r in figures if name in r]
+        panel.plot([r["step"] for r in shown], [r[name] for r in shown], marker="o", color="tab:blue")
+        panel.set(xlabel="step", title=name)
+    for panel in axes[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+    path = run.path / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+@contextmanager
+def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
+    """Fills the dictionary that it yields with ``activation_rms``, ``(blocks,)``, during forward passes.
+
+    The root mean square of each block's output on this process, of the last micro-batch. Where not
+    ``active``, nothing is measured and nothing costs.
+    """
+    found: dict[str, Tensor] = {}
+    if not active:
+        yield found
+        return
+    blocks = blocks_of(model)
+    values: dict[int, Tensor] = {}
+
+    def measure(i: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        values[i] = output.detach().float().square().mean().sqrt()
+
+    handles = [block.register_forward_hook(partial(measure, i)) for i, block in enumerate(blocks)]
+    try:
+        yield found
+        found["activation_rms"] = torch.stack([values[i] for i in range(len(blocks))])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def weight_rms(model: nn.Module) -> Tensor:
+    """The root mean square of each block's parameters: ``(blocks,)``. All processes together."""
+    rms = []
+    for block in blocks_of(model):
+        squares = [full(parameter.square().sum()) for parameter in block.parameters()]
+        rms.append((torch.stack(squares).sum() / sum(p.numel() for p in block.parameters())).sqrt())
+    return torch.stack(rms)

@@ -1,20 +1,23 @@
-"""The state and the log of a run, and their way to disk and back on any number of processes."""
+"""What a run trains, its state and its log, and their way to disk and back on any number of processes."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from iwin_dit.config.classifier import Recipe
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError
 from iwin_dit.runtime.processes import shared, together
 from iwin_dit.runtime.run import RunDirectory
-from iwin_dit.training.optimizer import named_state
+from iwin_dit.runtime.signals import StopRequest
+from iwin_dit.training.optimizer import Groups, named_state
 from iwin_dit.training.sharding import assign, full
 
 
@@ -151,3 +154,48 @@ def logged(run: Run, key: str) -> list[Any]:
     """What the lines of the log that have this key say so far, on every process."""
     found = together(run.accelerator, lambda: [r[key] for r in run.files.read_log() if key in r])
     return shared(run.accelerator, found)
+
+
+class Task(Protocol):
+    """All in which a generator and a classifier differ. B are the examples of a micro-batch."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network as it begins."""
+
+    @property
+    def examples(self) -> Dataset:
+        """What training sees at each position of its stream."""
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed two by two, so that a micro-batch holds whole pairs."""
+
+    @property
+    def flops_per_image(self) -> float:
+        """Floating-point operations of a training step on one image."""
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """``loss(model, *batch) -> (B,)``, of a micro-batch on the device.
+
+        The model is called as the network is; it averages gradients over the processes.
+        """
+
+    def parameter_groups(self) -> Groups:
+        """The parameters of the model as an optimiser takes them."""
+
+    def random_batch(self, images: int) -> Sequence[Tensor]:
+        """A micro-batch of random numbers, to try how many images fit into memory."""
+
+    def preview(self, run: Run, ema: dict[str, Tensor], step: int, stop: StopRequest) -> None:
+        """Draws what the weights of the EMA do, on the main process."""
+
+    def evaluate(self, run: Run, step: int, stop: StopRequest) -> Mapping[str, float] | None:
+        """Figures of the EMA, by all processes together; none of them where there is nothing to say yet.
+
+        None where it was stopped: then training stops at this step, and the resumed run asks again.
+        """
+
+    def finish(self, run: Run, ema: dict[str, Tensor], step: int) -> str:
+        """Writes the trained network for use elsewhere, on the main process; returns what to say."""

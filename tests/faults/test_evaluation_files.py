@@ -18,10 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from iwin_dit.commands import measure
-from iwin_dit.evaluation import export, images
+from iwin_dit.evaluation import drawing, images
 from iwin_dit.evaluation.archives import NpzImages
-from iwin_dit.evaluation.clips import open_set
-from iwin_dit.evaluation.images import FolderImages, Reading, in_order
+from iwin_dit.evaluation.images import FolderImages, Reading, in_order, open_set
 from iwin_dit.evaluation.metrics import Features
 from iwin_dit.evaluation.statistics import read_statistics
 from iwin_dit.runtime import files, limits
@@ -343,7 +342,7 @@ def test_images_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", checked)
     pixels = torch.arange(4 * 3 * 2 * 2, dtype=torch.uint8).view(4, 3, 2, 2)
     (tmp_path / "drawn").mkdir()
-    folder = export.PngFolder(tmp_path / "drawn", 4)
+    folder = drawing.PngFolder(tmp_path / "drawn", 4)
     folder.write(0, pixels)
     assert folder.has(0, 4)
     assert torch.equal(FolderImages(tmp_path / "drawn").read(0, 4), pixels)
@@ -352,7 +351,7 @@ def test_images_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
     folder.write(0, pixels)
     assert torch.equal(FolderImages(tmp_path / "drawn").read(0, 4), pixels)
     (tmp_path / "parts").mkdir()
-    packed = export.NpzFile(tmp_path / "drawn.npz", 4, tmp_path / "parts")
+    packed = drawing.NpzFile(tmp_path / "drawn.npz", 4, tmp_path / "parts")
     packed.write(0, pixels)
     packed.finish()
     assert torch.equal(NpzImages(tmp_path / "drawn.npz").read(0, 4), pixels)

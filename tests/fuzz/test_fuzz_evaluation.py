@@ -10,8 +10,7 @@ import pytest
 from mutate import NUMBERS, fuzz, mutate_bytes, mutate_json_text, mutate_safetensors
 
 from iwin_dit.evaluation.archives import NpzImages
-from iwin_dit.evaluation.frechet import Moments
-from iwin_dit.evaluation.metrics import Features
+from iwin_dit.evaluation.metrics import Features, Moments
 from iwin_dit.evaluation.rules import read_result, stored_command
 from iwin_dit.evaluation.statistics import read_statistics, write_statistics
 
