@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
-from iwin_dit.data.folders import Folder, ignored_line, list_files
-from iwin_dit.data.formats import FORMATS, image_format
+from iwin_dit.data.folders import FORMATS, Folder, ignored_line, image_format, list_files
 from iwin_dit.data.images import decode_image
 from iwin_dit.data.sources import ClipFolderSource, FolderSource, open_source
 from iwin_dit.data.video import VIDEOS, frame_names

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet18_Weights
 
-from iwin_dit.data.formats import FORMATS
+from iwin_dit.data.folders import FORMATS
 from iwin_dit.data.images import READABLE, BadImage, center_crop, decode_image, random_crop, read_header
 from iwin_dit.data.sources import (
     SYNSETS_SHA256,

@@ -21,7 +21,7 @@ from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.training import checkpoints, loop, reports
-from iwin_dit.training.posthoc import power_decay, power_gamma, reconstruct
+from iwin_dit.training.ema import power_decay, power_gamma, reconstruct
 
 SHORT = {"max_steps": 12, "save_every_steps": 6, "log_every_steps": 4}
 

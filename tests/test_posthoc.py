@@ -8,7 +8,7 @@ import torch
 
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
-from iwin_dit.training.posthoc import (
+from iwin_dit.training.ema import (
     combination,
     inner_product,
     misfit,

@@ -9,9 +9,8 @@ from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.runtime import processes
 from iwin_dit.runtime.errors import ConfigError, DiskError
 from iwin_dit.training import state
-from iwin_dit.training.ema import decay_rules, make_ema
+from iwin_dit.training.ema import decay_rules, make_ema, power_decay, power_gamma
 from iwin_dit.training.optimizer import build_optimizer, parameter_groups
-from iwin_dit.training.posthoc import power_decay, power_gamma
 
 
 def process(main=True, number=1):

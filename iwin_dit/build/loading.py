@@ -27,8 +27,7 @@ from iwin_dit.pipelines.trust import check_index, check_model_folder, check_pipe
 from iwin_dit.runtime import checkpoint, files, limits
 from iwin_dit.runtime.errors import CheckpointError, ConfigError, expand_home, listed, reason
 from iwin_dit.runtime.run import TIMES, changed_data, has_begun, number_of, read_config
-from iwin_dit.training.ema import decay_rules
-from iwin_dit.training.posthoc import reconstruct
+from iwin_dit.training.ema import decay_rules, reconstruct
 
 
 def newest_run(root: Path = Path("runs")) -> Path:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iwin_dit.data.classes import SPLITS, classes_of, label_of, names_of
-from iwin_dit.data.folders import list_files, read_file, refuse_pointer, stamped
-from iwin_dit.data.formats import Wanted
+from iwin_dit.data.folders import Wanted, list_files, read_file, refuse_pointer, stamped
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import DataError, listed, printable
 

@@ -15,8 +15,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from iwin_dit.data.folders import IS_POINTER
-from iwin_dit.data.formats import FORMATS
+from iwin_dit.data.folders import FORMATS, IS_POINTER
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.colours import Colour
 from iwin_dit.runtime.errors import DataError

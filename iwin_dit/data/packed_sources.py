@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from iwin_dit.data.classes import label_of, names_of
-from iwin_dit.data.folders import Folder, read_file, refuse_pointer, stamped
-from iwin_dit.data.formats import HEAD_BYTES, IMAGES, Wanted
+from iwin_dit.data.folders import HEAD_BYTES, IMAGES, Folder, Wanted, read_file, refuse_pointer, stamped
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import DataError, listed, printable
 

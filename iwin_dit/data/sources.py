@@ -21,8 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from iwin_dit.data.classes import IMAGENET_NAMES, check_classes, classes_of, in_order
-from iwin_dit.data.folders import Folder, read_file, stamped
-from iwin_dit.data.formats import ENDINGS, IMAGES
+from iwin_dit.data.folders import ENDINGS, IMAGES, Folder, read_file, stamped
 from iwin_dit.data.hugging_face import HuggingFaceSource, is_of_datasets
 from iwin_dit.data.packed_sources import WebDatasetSource, are_tars
 from iwin_dit.data.video import CLIPS, EXTENSIONS, FRAMES, check_numbers, frame_names

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from PIL import GifImagePlugin, Image
 
-from iwin_dit.data.folders import Folder, read_file
-from iwin_dit.data.formats import IMAGES, Wanted
+from iwin_dit.data.folders import IMAGES, Folder, Wanted, read_file
 from iwin_dit.data.images import BadImage, decode_image
 from iwin_dit.data.video_files import EXTENSIONS, VideoFile, check_memory, pyav
 from iwin_dit.runtime import files

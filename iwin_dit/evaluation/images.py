@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from iwin_dit.data.folders import ignored_line, list_files
-from iwin_dit.data.formats import IMAGES, Wanted
+from iwin_dit.data.folders import IMAGES, Wanted, ignored_line, list_files
 from iwin_dit.data.images import center_crop, decode_image, read_header
 from iwin_dit.data.packed_sources import read_file
 from iwin_dit.data.sources import is_packed, open_source

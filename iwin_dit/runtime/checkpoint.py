@@ -43,13 +43,6 @@ def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
 
 
-def tensors_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """Bytes of all tensors of all groups."""
-    return sum(
-        tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values()
-    )
-
-
 def save_checkpoint(
     root: Path,
     step: int,
@@ -86,7 +79,8 @@ def _write(
             f"{final} cannot be saved: there are no values, only the meta device, at {listed(empty)}; "
             "load the weights first"
         )
-    needed, free = tensors_bytes(tensors) + ROOM, files.free_bytes(final.parent)
+    needed = ROOM + sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    free = files.free_bytes(final.parent)
     figures = f"it needs {files.in_units(needed)}, {files.in_units(free)} were free"
     advice = "make room on this disk and run the same command again"
     if free < needed:

@@ -346,7 +346,6 @@ def test_07_too_little_room_is_found_before_anything_is_written(tmp_path, monkey
     before = content(tmp_path)
     monkeypatch.setattr(files, "free_bytes", lambda path: 3_000_000)
     groups = {"model": {"a": torch.zeros(500_000)}, "ema": {"a": torch.zeros(250_000)}}
-    assert checkpoint.tensors_bytes(groups) == 3_000_000
     with pytest.raises(
         DiskError, match=r"step-00000002 cannot be saved: it needs 3\.9 MiB, 2\.9 MiB were free;"
     ):
