@@ -7,8 +7,7 @@
   in the folder ``blobs`` beside it.
 * What is ignored is kept by name, so that it can be said.
 
-A folder is read by ``os.scandir``, which tells files from folders without a look at each.
-This imports no torch, so that a folder is listed at once.
+A folder is read by ``os.scandir``, which tells files from folders without a look at each. No torch is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Iwin module: interleaved-window attention and a depthwise convolution (arXiv 2507.18405, section 3.2).
 
-Legend: B batch, C channels, K heads, d = C / K, N tokens of a window, G windows of one
-image; T frames, H, W sides of the grid.
+Legend: B batch, C channels, K heads, d = C / K, N tokens of a window, G windows of one image;
+T frames, H, W sides of the grid.
 """
 
 from __future__ import annotations
