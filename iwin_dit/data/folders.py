@@ -7,7 +7,8 @@
   in the folder ``blobs`` beside it.
 * What is ignored is kept by name, so that it can be said.
 
-A folder is read by ``os.scandir``, which tells files from folders without a look at each. No torch is imported.
+A folder is read by ``os.scandir``, which tells files from folders without a look at each; no torch
+is imported.
 """
 
 from __future__ import annotations
