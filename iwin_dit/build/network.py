@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def build_model(config: Config) -> IwinDiTTransformer2DModel:
         attention_head_dim=width // heads,
         class_dropout_prob=config.model.label_dropout,
         mixer=asdict(config.model.resolved_mixer),
-        prediction_type=config.objective.kind.prediction_type,
+        prediction_type=config.objective.prediction_type,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -63,4 +63,6 @@ def begin_with(
 
 def build_objective(config: Config) -> Objective:
     """What the model learns to predict."""
-    return pkgutil.resolve_name(config.objective.kind.implementation)(config.objective)
+    options, (height, width) = config.objective, config.model.latent_size[-2:]
+    options = replace(options, shift=options.shift_of(config.model.in_channels, height, width))
+    return pkgutil.resolve_name(options.kind.implementation)(options)

@@ -72,9 +72,13 @@ class DDPM(Objective):
         t = self.times(u)  # (B,)
         at = Tables(*(table[t].view(-1, *[1] * (x0.ndim - 1)) for table in tables(x0.device)))
         xt = at.sqrt_alpha_bar * x0 + at.sqrt_one_minus_alpha_bar * noise
-        eps, v = model(xt, t, labels).sample.float().chunk(2, dim=1)  # (B, C, ...) each
-        mse = (eps - noise).square().flatten(1).mean(1)
-        return mse + variational_bits(at, x0, xt, eps.detach(), v, t)
+
+        def error(prediction: Tensor) -> Tensor:
+            eps, v = prediction.chunk(2, dim=1)  # (B, C, ...) each
+            mse = (eps - noise).square().flatten(1).mean(1)
+            return mse + variational_bits(at, x0, xt, eps.detach(), v, t)
+
+        return self.of_heads(model(xt, t, labels), error)
 
 
 def variational_bits(at: Tables, x0: Tensor, xt: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:

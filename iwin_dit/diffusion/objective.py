@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -42,6 +42,18 @@ class Objective(ABC):
             ``(B,)``.
         """
 
+    def of_heads(self, output: Any, error: Callable[[Tensor], Tensor]) -> Tensor:
+        """The error of the model's prediction, plus that of the head inside it by ``base_weight``: ``(B,)``.
+
+        The weight is that of deep supervision in internal guidance (arXiv 2512.24176).
+
+        Args:
+            output: of the model: ``sample``, and perhaps ``base``.
+            error: from a prediction in float32 to ``(B,)``.
+        """
+        loss, base = error(output.sample.float()), getattr(output, "base", None)
+        return loss if base is None else loss + self.config.base_weight * error(base.float())
+
     @property
     def prediction_type(self) -> str:
         """What the model predicts, in the words of diffusers' schedulers."""
@@ -53,5 +65,7 @@ class Objective(ABC):
         return tuple(SAMPLERS[self.prediction_type])
 
     def scheduler(self, sampler: str | None = None) -> Scheduler:
-        """See :func:`iwin_dit.diffusion.sampling.make_scheduler`."""
-        return make_scheduler(self.prediction_type, sampler)
+        """See :func:`iwin_dit.diffusion.sampling.make_scheduler`; the times are shifted as in training."""
+        shift = self.config.shift
+        assert shift != "auto", "what it comes to depends on the latents"
+        return make_scheduler(self.prediction_type, sampler, shift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import diffusers
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from iwin_dit.diffusion.specs import FLOW, NOISE, SAMPLERS
+from iwin_dit.diffusion.specs import DATA, FLOW, MIN_TIME, NOISE, NUM_TRAIN_TIMESTEPS, SAMPLERS
 
 DDIM_AND_DDPM = (DDIMScheduler, DDPMScheduler)
 # Settings of a noise schedule: those that every scheduler of noise prediction has, those of which steps are
@@ -27,12 +28,15 @@ OF_ONE_SCHEDULER = (
 Scheduler: TypeAlias = Any  # one of diffusers', whose common class promises no method
 
 
-def make_scheduler(prediction_type: str, sampler: str | None = None, **changes: Any) -> Scheduler:
+def make_scheduler(
+    prediction_type: str, sampler: str | None = None, shift: float = 1.0, **changes: Any
+) -> Scheduler:
     """The scheduler of a sampler, for models that predict this.
 
     Args:
         prediction_type: a key of :data:`~iwin_dit.diffusion.specs.SAMPLERS`.
         sampler: one of its names; the first where None is given.
+        shift: of the times of a flow: above 1 more of the steps are taken where there is much noise.
         changes: of the scheduler's arguments.
 
     Raises:
@@ -44,12 +48,30 @@ def make_scheduler(prediction_type: str, sampler: str | None = None, **changes: 
         raise ValueError(
             f"{prediction_type} has no sampler {sampler!r}; it has {', '.join(samplers) or 'none'}"
         )
+    if shift != 1:
+        changes[_shift_key(chosen.options)] = shift
     return getattr(diffusers, chosen.scheduler)(**{**chosen.options, **changes})
+
+
+def _shift_key(options: Mapping[str, Any]) -> str:
+    """What a scheduler of flows calls the shift."""
+    return "flow_shift" if options.get("use_flow_sigmas") else "shift"
+
+
+def with_shift(scheduler: Scheduler, shift: float) -> Scheduler:
+    """The same scheduler with another shift of its times.
+
+    Raises:
+        ValueError: where it is not one of flows.
+    """
+    if prediction_type(scheduler) != FLOW:
+        raise ValueError(f"{type(scheduler).__name__} has no shift, which flow matching alone has")
+    return type(scheduler).from_config(scheduler.config, **{_shift_key(scheduler.config): shift})
 
 
 def published_scheduler(prediction_type: str) -> Scheduler:
     """That of published models, and of pipelines that version 0.1 saved: DDPM's begins at 1000 - 1000 / N."""
-    changes = {"timestep_spacing": "leading"} if prediction_type == NOISE else {}
+    changes: dict[str, Any] = {"timestep_spacing": "leading"} if prediction_type == NOISE else {}
     return make_scheduler(prediction_type, **changes)
 
 
@@ -63,7 +85,7 @@ def prediction_type(scheduler: Scheduler) -> str:
 def check_scheduler(scheduler: Scheduler, trained_for: str | None) -> None:
     """Refuses a scheduler that takes the output for something else than the model was trained to predict."""
     expected = prediction_type(scheduler)
-    if trained_for is not None and expected != trained_for:
+    if trained_for is not None and expected != (FLOW if trained_for == DATA else trained_for):
         raise ValueError(
             f"{type(scheduler).__name__} expects {expected!r}, the model predicts {trained_for!r}: "
             "take a scheduler of the model's objective"
@@ -91,7 +113,7 @@ def with_schedule_of(scheduler: Scheduler, before: Scheduler) -> Scheduler:
     kept = {"num_train_timesteps": old["num_train_timesteps"]}
     if prediction_type(before) == FLOW:
         shift = old.get("flow_shift", old.get("shift", 1.0))
-        kept["flow_shift" if "flow_shift" in scheduler.config else "shift"] = shift
+        kept[_shift_key(scheduler.config)] = shift
     else:
         alike = isinstance(scheduler, DDIM_AND_DDPM) and isinstance(before, DDIM_AND_DDPM)
         kept |= {key: old[key] for key in (*BETAS, *(SPACING if alike else ())) if key in old}
@@ -131,6 +153,32 @@ def times(scheduler: Scheduler) -> list[float]:
     discrete = prediction_type(scheduler) != FLOW
     first = 1 if discrete and scheduler.config.get("timestep_spacing") == "trailing" else 0
     return ((model_timesteps(scheduler).double() + first) / scheduler.config.num_train_timesteps).tolist()
+
+
+def velocity(data: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    """That of a flow at ``x_t``, from the data: ``(x_t - x_0) / max(t, MIN_TIME)``.
+
+    Args:
+        data: x_0, or what a model takes for it, ``(B, C, ...)``.
+        noisy: x_t.
+        t: times in [0, 1], which broadcast.
+    """
+    return (noisy - data) / t.clamp(min=MIN_TIME)
+
+
+def of_velocity(model: Any) -> Any:
+    """A model of flows that predicts data, called in the same way, as one that predicts the velocity."""
+
+    def call(
+        latents: Tensor, timestep: Tensor, *arguments: Any, return_dict: bool = True, **options: Any
+    ) -> Any:
+        output = model(latents, timestep, *arguments, **options)
+        t = (timestep.float() / NUM_TRAIN_TIMESTEPS).view(-1, *[1] * (latents.ndim - 1))
+        for name, data in list(output.items()):
+            output[name] = velocity(data, latents, t).to(data.dtype)
+        return output if return_dict else output.to_tuple()
+
+    return call
 
 
 def step_arguments(scheduler: Scheduler, generator: object) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,26 @@ from iwin_dit.layers.specs import BlockSpec, MixerSpec, MlpName, NormName, per_a
 from iwin_dit.models.official_names import inflate
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
+
+
+@dataclass
+class DiTOutput(Transformer2DModelOutput):
+    """What the model returns beside ``sample``, its prediction.
+
+    base: the prediction of the head inside the model, ``(B, out_channels, [T,] H, W)``, where it is computed.
+    """
+
+    base: Tensor | None = None
+
+
+class Head(nn.Module):
+    """From tokens to a prediction: a norm, its modulation by the condition, and a projection."""
+
+    def __init__(self, norm: NormName, width: int, outputs: int):
+        super().__init__()
+        self.norm_out = NORMS[norm](width)
+        self.modulation_out = Modulation(width, ["shift", "scale"])
+        self.proj_out = nn.Linear(width, outputs)
 
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -62,6 +82,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
             say sooner from a larger one.
         sample_frames: frames of the latents, for :class:`IwinDiTTransformer3DModel` alone.
+        base_block: a second head predicts the same after so many blocks: it is trained beside the first one,
+            and sampling can push the prediction away from its own (internal guidance, arXiv 2512.24176).
 
     Raises:
         ValueError: where heads, patch size or window cannot be combined; the message says what would fit.
@@ -101,8 +123,13 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         label_embedding_std: float = 0.02,
         sample_frames: int | None = None,
         post_norm: bool = False,
+        base_block: int | None = None,
     ):
         super().__init__()
+        if base_block is not None and not 0 < base_block < num_layers:
+            raise ValueError(
+                f"base_block is {base_block}, expected a number of blocks from 1 to {num_layers - 1}"
+            )
         if (self.rank == 3) != (sample_frames is not None):
             raise ValueError(
                 f"sample_frames is {sample_frames}: IwinDiTTransformer3DModel needs a number of frames, "
@@ -151,6 +178,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.norm_out = NORMS[norm](width)
         self.modulation_out = Modulation(width, ["shift", "scale"])  # both, in every variant
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
+        self.base_head = None if base_block is None else Head(norm, width, patch_size**2 * self.out_channels)
         self.initialize_weights()
 
     @classmethod
@@ -193,7 +221,9 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
-        nn.init.zeros_(self.proj_out.weight)
+        for head in (self, self.base_head):
+            if head is not None:
+                nn.init.zeros_(head.proj_out.weight)
 
     @property
     def latent_size(self) -> tuple[int, ...]:
@@ -224,14 +254,16 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         class_labels: Tensor,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        with_base: bool = False,
+    ) -> DiTOutput | tuple[Tensor]:
         """Predicts velocity (flow matching) or noise (DDPM).
 
         Args:
             hidden_states: noisy latents ``(B, C, [T,] H, W)``; the patch size divides H and W.
             timestep: ``(B,)`` or a scalar, integer or float; ``1000 t`` for flow matching, with t = 1 noise.
             class_labels: ``(B,)`` integers in ``[0, num_classes]``; the last is the null label.
-            return_dict: return a ``Transformer2DModelOutput`` rather than a tuple.
+            return_dict: return a :class:`DiTOutput` rather than a tuple.
+            with_base: compute the prediction of the head inside, too, as training always does.
 
         Returns:
             the prediction ``(B, out_channels, [T,] H, W)`` in the dtype of ``hidden_states``.
@@ -249,17 +281,23 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             x = x + frame_positions(grid[0], x.shape[-1], device)
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
 
+        base, reads_base = None, self.base_head is not None and (self.training or with_base)
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for i, block in enumerate(self.blocks):
             if checkpointing and i % self.checkpoint_every == 0:
                 x = self._gradient_checkpointing_func(block, x, condition, rope)
             else:
                 x = block(x, condition, rope)
+            if reads_base and i + 1 == self.config.base_block:
+                base = self._predict(self.base_head, x, condition).to(dtype)
 
-        x = self.norm_out(x, **self.modulation_out(condition, self.rank))
-        x = self.proj_out(x)  # (B, *grid, p p out_channels)
-        sample = unpatchify(x, self.patch_size).to(dtype)  # (B, out_channels, [T,] H, W)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        sample = self._predict(self, x, condition).to(dtype)
+        return DiTOutput(sample=sample, base=base) if return_dict else (sample,)
+
+    def _predict(self, head: Any, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens ``(B, *grid, D)`` by a head to a prediction ``(B, out_channels, [T,] H, W)``."""
+        x = head.norm_out(x, **head.modulation_out(condition, self.rank))
+        return unpatchify(head.proj_out(x), self.patch_size)
 
 
 class IwinDiTTransformer3DModel(IwinDiTTransformer2DModel):

@@ -27,16 +27,17 @@ from iwin_dit.data.codec import (
     usable_dtype,
     vae_statistics,
 )
-from iwin_dit.diffusion.guidance import Guidance
+from iwin_dit.diffusion.guidance import GUIDANCE, Guidance, zero_star
 from iwin_dit.diffusion.sampling import (
     check_scheduler,
     model_timesteps,
+    of_velocity,
     set_timesteps,
     split_sigma,
     step_arguments,
     times,
 )
-from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
+from iwin_dit.diffusion.specs import DATA, GUIDANCE_SCALE, NOISE, NUM_INFERENCE_STEPS, GuidanceName
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.labels import ClassNames
 from iwin_dit.runtime import files, scratch
@@ -182,6 +183,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the signature that diffusers expects
         guide: IwinDiTTransformer2DModel | None = None,
         num_frames: int | None = None,
+        internal_guidance: float = 1.0,
+        guidance: GuidanceName = "cfg",
+        guidance_rescale: float = 0.0,
     ) -> Any:
         """Draws one image, or clip, per label.
 
@@ -204,6 +208,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 predictions are pushed instead of from those without a class: autoguidance (Karras et al.
                 2024). No null label is needed.
             num_frames: of clips, F. Default: what the model was made for.
+            internal_guidance: scale of the guidance from inside the model, which costs no further pass; 1 is
+                without. The model needs a head inside, ``base_block``.
+            guidance: how the prediction is pushed: classifier-free guidance, CFG-Zero* or adaptive projected
+                guidance, see :data:`iwin_dit.diffusion.guidance.GUIDANCE`.
+            guidance_rescale: share of the guided prediction that gets back the standard deviation of the
+                unguided one.
 
         Raises:
             ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
@@ -213,11 +223,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if not ids:
             raise ValueError("class_labels is empty, expected at least one id or name")
         self._guidance_scale = guidance_scale
-        guidance = Guidance(guidance_scale, guidance_channels, guidance_interval)
-        self._check(guidance, guide, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        if guidance not in GUIDANCE:
+            raise ValueError(f"guidance is {guidance!r}, expected one of {', '.join(GUIDANCE)}")
+        guided = Guidance(
+            guidance_scale,
+            guidance_channels,
+            guidance_interval,
+            internal_guidance,
+            guidance_rescale,
+            GUIDANCE[guidance](),
+        )
+        self._check(guided, guide, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         latents = self._initial_latents(len(ids), size, generator, latents)
         labels = torch.tensor(ids, device=self._execution_device)
         model, scheduler = self.transformer, self.scheduler
+        null_label, dtype = model.null_label, model.dtype
+        if model.config.prediction_type == DATA:
+            model, guide = of_velocity(model), None if guide is None else of_velocity(guide)
         # on the CPU: schedulers look their numbers up there, and no step waits for a GPU
         timesteps = set_timesteps(scheduler, num_inference_steps, "cpu")
         asked, when = model_timesteps(scheduler).to(self._execution_device), times(scheduler)
@@ -230,9 +252,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             for i, timestep in enumerate(timesteps):
                 if getattr(scheduler, "state_in_first_order", True):  # or Heun corrects the last one
                     begin = when[i]
-                guidance = replace(guidance, scale=self.guidance_scale)  # which a callback may set
-                noisy = scaled(latents, timestep).to(model.dtype)
-                prediction = guidance.predict(model, noisy, asked[i], labels, model.null_label, begin, guide)
+                guided = replace(guided, scale=self.guidance_scale)  # which a callback may set
+                noisy = scaled(latents, timestep).to(dtype)
+                prediction = guided.predict(model, noisy, asked[i], labels, null_label, begin, guide)
                 prediction = split_sigma(prediction.float(), latents.shape[1], scheduler)
                 latents = scheduler.step(prediction, timestep, latents, **arguments)[0]
                 if callback_on_step_end is not None:
@@ -261,6 +283,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_scale is {guidance.scale}, but the model was trained without a null label "
                 "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
+            )
+        config = self.transformer.config
+        if guidance.internal_scale != 1 and config.base_block is None:
+            raise ValueError(
+                f"internal_guidance is {guidance.internal_scale}, but the model has no head inside "
+                "(base_block): only 1 is possible"
+            )
+        if guidance.rule is zero_star and config.prediction_type == NOISE:
+            raise ValueError(
+                "guidance cfg_zero_star is for models of flows, this one predicts noise; take apg"
             )
         check_scheduler(self.scheduler, self.transformer.config.prediction_type)
         if steps < 1:
