@@ -15,13 +15,17 @@ from iwin_dit.models.transformer import DiTOutput
 SHIFT = 2.5
 
 
+def flow(**options):
+    return FlowMatching(ObjectiveConfig(**options))
+
+
 def test_the_times_of_training_are_shifted_as_diffusers_shifts_those_of_sampling():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     u = torch.tensor([0.05, 0.3, 0.5, 0.9, 1.0])
     scheduler.set_timesteps(sigmas=u.flip(0).tolist())
-    found = FlowMatching("uniform", shift=SHIFT).times(u)
+    found = flow(time_sampling="uniform", shift=SHIFT).times(u)
     torch.testing.assert_close(found, scheduler.sigmas[:-1].flip(0))
-    normal = FlowMatching(shift=SHIFT).times(u[:-1])
+    normal = flow(shift=SHIFT).times(u[:-1])
     logit = torch.log(normal / (1 - normal))
     expected = torch.special.ndtri(u[:-1]) + torch.log(torch.tensor(SHIFT))
     torch.testing.assert_close(logit, expected, msg="a shift of a normal's logits by log a")
@@ -30,7 +34,7 @@ def test_the_times_of_training_are_shifted_as_diffusers_shifts_those_of_sampling
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
 def test_each_sampler_takes_the_shift(sampler):
     """They begin at noise, and take more of their steps there; ``with_shift`` is the same as made with it."""
-    kind = FlowMatching(shift=SHIFT)
+    kind = flow(shift=SHIFT)
     plain, shifted = FlowMatching().scheduler(sampler), kind.scheduler(sampler)
     changed = with_shift(plain, SHIFT)
     for scheduler in (plain, shifted, changed):
@@ -70,7 +74,7 @@ def test_the_loss_of_data_is_that_of_the_velocity():
         seen.update(x=x, timestep=timestep)
         return DiTOutput(sample=data)
 
-    loss = FlowMatching("uniform", prediction="data").loss(model, x0, None, noise, u)
+    loss = flow(time_sampling="uniform", prediction="data").loss(model, x0, None, noise, u)
     for i, t in enumerate(u.tolist()):
         xt = (1 - t) * x0[i] + t * noise[i]
         torch.testing.assert_close(seen["x"][i], xt)

@@ -11,6 +11,7 @@ from iwin_dit import IwinDiTPipeline
 from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import GUIDANCE, AdaptiveProjection, Guidance, zero_star
+from iwin_dit.diffusion.specs import ObjectiveConfig
 from iwin_dit.models.transformer import DiTOutput
 
 SCALE = 3.5
@@ -139,7 +140,9 @@ def test_a_scale_of_one_is_the_plain_model():
 
 
 @pytest.mark.parametrize(
-    "objective", [FlowMatching(base_weight=0.7), DDPM(base_weight=0.7)], ids=["flow", "ddpm"]
+    "objective",
+    [FlowMatching(ObjectiveConfig(base_weight=0.7)), DDPM(ObjectiveConfig(base_weight=0.7))],
+    ids=["flow", "ddpm"],
 )
 def test_the_loss_of_the_head_inside_is_weighted(objective):
     """The loss is linear in the weight, and the gradient of the head inside is that of its own error."""
@@ -152,7 +155,7 @@ def test_the_loss_of_the_head_inside_is_weighted(objective):
         torch.rand(2),
     )
     total = objective.loss(model, x0, labels, noise, u)
-    plain = type(objective)(base_weight=0.0).loss(model, x0, labels, noise, u)
+    plain = type(objective)(ObjectiveConfig(base_weight=0.0)).loss(model, x0, labels, noise, u)
 
     def swapped(*arguments):
         output = model(*arguments)

@@ -19,7 +19,13 @@ from iwin_dit.config.parse import load_run, sampling_in
 from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.data.codec import vae_statistics, weights_sha256
 from iwin_dit.data.examples import Data
-from iwin_dit.diffusion.sampling import make_scheduler, prediction_type, set_timesteps, with_schedule_of
+from iwin_dit.diffusion.sampling import (
+    make_scheduler,
+    prediction_type,
+    set_timesteps,
+    with_schedule_of,
+    with_shift,
+)
 from iwin_dit.models.official_names import inflate
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -158,22 +164,26 @@ def load_guide(source: str, pipeline: ClassConditionalPipeline) -> IwinDiTTransf
     return other.transformer
 
 
-def choose_sampler(pipeline: ClassConditionalPipeline, name: str | None) -> None:
+def choose_sampler(pipeline: ClassConditionalPipeline, name: str | None, shift: float | None = None) -> None:
     """Gives the pipeline the scheduler of this name, of its model's objective; None keeps the one it has.
 
-    The noise schedule stays the pipeline's.
+    The noise schedule stays the pipeline's, but for a shift of its times that is given.
 
     Raises:
-        ConfigError: with the names of those that fit, or where one cannot take over the schedule.
+        ConfigError: with the names of those that fit, or where one cannot have the schedule or the shift.
     """
-    if name is None:
-        return
-    trained_for = pipeline.transformer.config.prediction_type or prediction_type(pipeline.scheduler)
     try:
-        scheduler = make_scheduler(trained_for, name)
-        pipeline.scheduler = with_schedule_of(scheduler, pipeline.scheduler)
+        if name is not None:
+            trained_for = pipeline.transformer.config.prediction_type or prediction_type(pipeline.scheduler)
+            scheduler = make_scheduler(trained_for, name)
+            pipeline.scheduler = with_schedule_of(scheduler, pipeline.scheduler)
     except ValueError as error:
         raise ConfigError(f"--sampler: {error}") from None
+    try:
+        if shift is not None:
+            pipeline.scheduler = with_shift(pipeline.scheduler, shift)
+    except ValueError as error:
+        raise ConfigError(f"--shift: {error}") from None
 
 
 def compile_models(*models: nn.Module | None) -> None:

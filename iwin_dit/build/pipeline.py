@@ -46,7 +46,7 @@ def build_pipeline(
     return kind(
         transformer=model,
         vae=load_autoencoder(dataset.vae_path).to(next(model.parameters()).device),
-        scheduler=build_objective(config).scheduler(config.sample.sampler),
+        scheduler=build_objective(config).scheduler(config.sample.sampler, config.sample.shift),
         id2label=dict(enumerate(dataset.class_names)),
         latents_mean=dataset.mean,
         latents_std=dataset.std,
@@ -64,7 +64,7 @@ def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2D
 def sampling_options(config: Config) -> dict[str, Any]:
     """The pipeline's arguments that the config fixes."""
     options = asdict(config.sample)
-    del options["sampler"], options["num_per_class"]
+    del options["sampler"], options["shift"], options["num_per_class"]
     return options
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from iwin_dit.config.schema import SampleConfig
+from iwin_dit.diffusion.specs import GuidanceName
 
 if TYPE_CHECKING:
     from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -17,6 +18,9 @@ FROM_RECIPE = {  # options of the command by their keys in a recipe, which are t
     "guidance_scale": "guidance_scale",
     "guidance_interval": "guidance_interval",
     "guidance_channels": "guidance_channels",
+    "internal_guidance": "internal_guidance",
+    "guidance": "guidance",
+    "guidance_rescale": "guidance_rescale",
 }
 
 
@@ -33,6 +37,10 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--guidance-interval", **low_high, help="times in which guidance acts, such as 0 1; 1 is noise")
     channels = dict(type=_channels, metavar="NUMBER|all")
     add("--guidance-channels", **channels, help="guide the first so many latent channels, or all")
+    add("--internal-guidance", type=float, help="of a head inside the model (base_block); 1 is without")
+    add("--guidance", choices=get_args(GuidanceName), help="how a prediction is pushed")
+    add("--guidance-rescale", type=float, help="share that gets back the unguided deviation")
+    add("--shift", type=float, help="of the times of flow matching: above 1 more steps where there is noise")
     add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
     add("--ema", help="the average of this decay of a run; none: the weights themselves (the first average)")
     add("--ema-std", type=float, help="average the weights anew, to this relative standard deviation")

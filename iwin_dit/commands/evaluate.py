@@ -17,7 +17,10 @@ from iwin_dit.config import metrics
 from iwin_dit.evaluation import rules
 from iwin_dit.runtime.errors import ConfigError, Parser
 
-SWEEPS: dict[str, Callable[[str], Any]] = {"guidance_scale": float, "steps": int}
+SWEEPS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("guidance_scale", "internal_guidance", "shift"), float),
+    "steps": int,
+}
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:

@@ -148,7 +148,7 @@ def _generated(arguments: argparse.Namespace, reading: Reading, accelerator: Acc
         raise ConfigError(f"{arguments.generated} draws {what}; take another --extractor, or other samples")
     if draws_clips and arguments.save_images is not None:
         raise ConfigError("--save-images is for images; sample.py writes clips to a folder")
-    choose_sampler(pipeline, arguments.sampler)
+    choose_sampler(pipeline, arguments.sampler, arguments.shift)
     guide = None if arguments.guide is None else load_guide(arguments.guide, pipeline)
     options = settle(arguments, sampling_of(arguments.generated))
     num_classes = pipeline.transformer.config.num_classes

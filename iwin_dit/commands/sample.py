@@ -73,7 +73,7 @@ def main() -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     averages = arguments.ema_std, arguments.ema
     pipeline = load_pipeline(checkpoint, device, getattr(torch, arguments.dtype), *averages)
-    choose_sampler(pipeline, arguments.sampler)
+    choose_sampler(pipeline, arguments.sampler, arguments.shift)
     is_video = pipeline.transformer.rank == 3
     if not is_video and (arguments.num_frames is not None or out.suffix.lower() in GRIDS[1:]):
         raise ConfigError(f"--num-frames, .gif and .mp4 are for clips, but {checkpoint} draws images")

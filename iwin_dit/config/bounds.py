@@ -55,7 +55,9 @@ OF_SPECS = {  # of the rooms below, by the key
     "window_size": (at_most(limits.SIDE),),
     "kernel_size": (at_most(limits.KERNEL),),
     "logit_std": (ABOVE_ZERO, at_most(1e3)),
+    "shift": (ABOVE_ZERO, at_most(1e3)),
     "cosine_weight": (ZERO_OR_MORE, at_most(1e6)),
+    "base_weight": (ZERO_OR_MORE, at_most(1e6)),
 }
 
 Count = Annotated[int, ABOVE_ZERO, at_most(10**9)]

@@ -25,6 +25,7 @@ COMMON = (
     ("ema.snapshot_every_steps", "ema.power_stds"),
 )
 READ_WITH = (
+    ("objective.base_weight sample.internal_guidance", "model.base_block"),
     ("objective.logit_mean objective.logit_std", "objective.time_sampling logit_normal"),
     ("data.labels data.split data.image_column data.label_column data.follow_links", "data.kind images"),
     ("data.allow_odd_classes data.crop data.background data.max_bad_images", "data.kind images"),
@@ -121,7 +122,9 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
 
 
 def _check_block(model: ModelConfig) -> None:
-    _, width, heads, _ = model.shape
+    depth, width, heads, _ = model.shape
+    if model.base_block is not None and model.base_block >= depth:
+        raise ConfigError(f"model.base_block {model.base_block} is not inside {depth} blocks; take fewer")
     try:
         BlockSpec(width=width, heads=heads, mixer=model.mixer, qk_norm=model.qk_norm)
         model.mixer.check_rank(model.grid)
@@ -158,7 +161,13 @@ def _check_sampling(config: Config) -> None:
     if sample.sampler not in (None, *samplers):
         expected = f"expected one of {', '.join(samplers)}"
         raise ConfigError(f"sample.sampler {sample.sampler} does not fit objective {objective}; {expected}")
-    most = math.inf if config.objective.kind.prediction_type == FLOW else NUM_TRAIN_TIMESTEPS
+    is_flow = config.objective.kind.prediction_type == FLOW
+    if not is_flow and (sample.shift is not None or sample.guidance == "cfg_zero_star"):
+        key = f"shift {sample.shift}" if sample.shift is not None else "guidance cfg_zero_star"
+        raise ConfigError(
+            f"sample.{key} is for flow matching, objective {objective} has other times; remove it"
+        )
+    most = math.inf if is_flow else NUM_TRAIN_TIMESTEPS
     if (steps := sample.num_inference_steps) > most:
         raise ConfigError(f"sample.num_inference_steps is {steps}, but {objective} has {most} times")
 

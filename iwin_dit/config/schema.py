@@ -25,7 +25,7 @@ from iwin_dit.config.bounds import (
     at_most,
     each,
 )
-from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, ObjectiveConfig
+from iwin_dit.diffusion.specs import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, GuidanceName, ObjectiveConfig
 from iwin_dit.layers.blindness import resolve
 from iwin_dit.layers.specs import MixerSpec, MlpName, NormName, shape_of
 from iwin_dit.runtime import limits
@@ -127,6 +127,8 @@ class ModelConfig:
         modulation_shift: adaLN shifts and scales; without, it only scales.
         open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
         post_norm: normalise what a branch returns (Swin V2), rather than what it reads.
+        base_block: a second head predicts the same after so many blocks, by ``objective.base_weight``: it
+            speeds learning up, and lets the network guide itself (``sample.internal_guidance``).
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
             say sooner from a larger one.
         allow_blind: build a network that cannot tell positions, or some of whose tokens never meet, which is
@@ -154,6 +156,7 @@ class ModelConfig:
     modulation_shift: bool = True
     open_gates: bool = True
     post_norm: bool = False
+    base_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
     allow_blind: Free[bool] = False
     init_from: Free[str | None] = None
@@ -316,6 +319,11 @@ class SampleConfig:
         guidance_scale: 1 is unguided.
         guidance_interval: times in which guidance acts; 1 is noise.
         guidance_channels: guide the first so many channels only. Default: all.
+        internal_guidance: scale of the guidance from the head inside, ``model.base_block``, without a further
+            pass; 1 is without.
+        guidance: cfg (classifier-free), cfg_zero_star or apg (adaptive projected guidance).
+        guidance_rescale: share of the guided prediction that gets back the deviation of the unguided one.
+        shift: of the times of flow matching. Default: ``objective.shift``.
         num_per_class: images per class in a grid, for the first ten classes.
     """
 
@@ -324,6 +332,10 @@ class SampleConfig:
     guidance_scale: Annotated[float, ZERO_OR_MORE, at_most(1e6), FREE] = GUIDANCE_SCALE
     guidance_interval: Annotated[tuple[float, float], ascending(0, 1), FREE] = (0.0, 1.0)
     guidance_channels: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE), FREE] = None
+    internal_guidance: Annotated[float, ZERO_OR_MORE, at_most(1e6), FREE] = 1.0
+    guidance: Free[GuidanceName] = "cfg"
+    guidance_rescale: Annotated[float, each(lambda n: 0 <= n <= 1, "a share from 0 to 1"), FREE] = 0.0
+    shift: Annotated[float | None, ABOVE_ZERO, at_most(1e3), FREE] = None
     num_per_class: Annotated[int, ABOVE_ZERO, at_most(1_000), FREE] = 4
 
 

@@ -21,8 +21,8 @@ from iwin_dit.diffusion.specs import NUM_TRAIN_TIMESTEPS, OBJECTIVES
 class FlowMatching(Objective):
     """``x_t = (1 - t) x_0 + t noise``; the model predicts the velocity ``noise - x_0``, or ``x_0``.
 
-    Times are uniform or logit-normal (Esser et al. 2024, section 3.1), then shifted (section 5.3.2). The loss is
-    that of the velocity, whatever is predicted: data are weighted by ``1 / t^2`` (JiT, arXiv 2511.13720).
+    Times are uniform or logit-normal (Esser et al. 2024, section 3.1), then shifted (section 5.3.2). The loss
+    is that of the velocity, whatever is predicted: data are weighted by ``1 / t^2`` (JiT, arXiv 2511.13720).
     """
 
     kind = OBJECTIVES["flow_matching"]
@@ -32,7 +32,7 @@ class FlowMatching(Objective):
         options, t = self.config, u
         if options.time_sampling == "logit_normal":
             t = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(u))
-        return t if options.shift == 1 else options.shift * t / (1 + (options.shift - 1) * t)
+        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """The mean squared error, plus the cosine term, per image: ``(B,)``."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from iwin_dit.diffusion.sampling import Scheduler, make_scheduler
-from iwin_dit.diffusion.specs import SAMPLERS, ObjectiveConfig, ObjectiveKind
+from iwin_dit.diffusion.specs import DATA, SAMPLERS, ObjectiveConfig, ObjectiveKind
 
 
 class Objective(ABC):
@@ -57,15 +57,19 @@ class Objective(ABC):
     @property
     def prediction_type(self) -> str:
         """What the model predicts, in the words of diffusers' schedulers."""
-        return self.kind.prediction_type
+        return DATA if self.config.prediction == "data" else self.kind.prediction_type
+
+    @property
+    def shift(self) -> float:
+        """That of the times. What ``auto`` comes to depends on the latents: an objective has a number."""
+        assert self.config.shift != "auto"
+        return self.config.shift
 
     @property
     def samplers(self) -> tuple[str, ...]:
         """Names of the samplers that fit."""
         return tuple(SAMPLERS[self.prediction_type])
 
-    def scheduler(self, sampler: str | None = None) -> Scheduler:
-        """See :func:`iwin_dit.diffusion.sampling.make_scheduler`; the times are shifted as in training."""
-        shift = self.config.shift
-        assert shift != "auto", "what it comes to depends on the latents"
-        return make_scheduler(self.prediction_type, sampler, shift)
+    def scheduler(self, sampler: str | None = None, shift: float | None = None) -> Scheduler:
+        """See :func:`iwin_dit.diffusion.sampling.make_scheduler`; the default shift is of training."""
+        return make_scheduler(self.prediction_type, sampler, self.shift if shift is None else shift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -64,6 +65,8 @@ def with_shift(scheduler: Scheduler, shift: float) -> Scheduler:
     Raises:
         ValueError: where it is not one of flows.
     """
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"the shift is {shift}, expected a number above 0; 1 is without")
     if prediction_type(scheduler) != FLOW:
         raise ValueError(f"{type(scheduler).__name__} has no shift, which flow matching alone has")
     return type(scheduler).from_config(scheduler.config, **{_shift_key(scheduler.config): shift})

@@ -15,7 +15,10 @@ from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
 # Options for a model that draws, with what stands in; None: what the model's own recipe says.
-RECIPES = ("sampler", "steps", "guidance_scale", "guidance_interval", "guidance_channels", "ema", "ema_std")
+RECIPES = (
+    *("sampler", "steps", "shift", "guidance", "guidance_scale", "guidance_interval", "guidance_channels"),
+    *("guidance_rescale", "internal_guidance", "ema", "ema_std"),
+)
 DRAWING = dict(num_images=50_000, plan="equal", seed=0, draw_batch=32, compile=False) | dict.fromkeys(
     (*RECIPES, "guide", "save_images", "sweep")
 )
