@@ -71,5 +71,5 @@ class Objective(ABC):
         return tuple(SAMPLERS[self.prediction_type])
 
     def scheduler(self, sampler: str | None = None, shift: float | None = None) -> Scheduler:
-        """See :func:`iwin_dit.diffusion.sampling.make_scheduler`; the default shift is of training."""
+        """What :func:`make_scheduler` makes, by default with the shift of training."""
         return make_scheduler(self.prediction_type, sampler, self.shift if shift is None else shift)

@@ -1,0 +1,74 @@
+"""Every lever of a recipe trains images and clips, resumes to the same bits, and its pipeline draws."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import assert_equal, make_vae, read_checkpoint
+
+from iwin_dit.build.loading import load_pipeline
+from iwin_dit.data.latents import Shard, write_latents
+
+LEVERS = {
+    "muon": dict(optimizer={"name": "muon", "schedule": "linear", "min_learning_rate": 1e-4}),
+    "shift": dict(objective={"shift": 2.0}, sample={"sampler": "unipc"}),
+    "data": dict(objective={"prediction": "data", "logit_mean": 0.8, "logit_std": 0.8}),
+    "internal guidance": dict(model={"base_block": 1}, sample={"internal_guidance": 1.5}),
+    "internal guidance of noise": dict(
+        objective={"name": "ddpm"}, model={"base_block": 1}, sample={"internal_guidance": 1.5}
+    ),
+    "zero star": dict(sample={"guidance": "cfg_zero_star", "guidance_rescale": 0.5, "shift": 3.0}),
+}
+CLIPS = {"sample_frames": 2, "mixer": {"window_size": "auto"}}
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory):
+    """12 clips of two frames, as random latents."""
+    root = tmp_path_factory.mktemp("clips")
+    make_vae().save_pretrained(root / "vae")
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 12, 4, 2, 8, 8, generator=generator)
+    facts = {
+        "vae": "../vae",
+        "image_size": [16, 16],
+        "class_names": ["a", "b", "c"],
+        "frames": 2,
+        "frame_stride": 1,
+    }
+    write_latents(root / "latents", [Shard(*latents, torch.arange(12) % 3)], facts)
+    return root / "latents"
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_lever_trains_resumes_and_draws(lever, rank, recipe, clips_folder, train_here, run_here, tmp_path):
+    options = {key: dict(value) for key, value in LEVERS[lever].items()}
+    if rank == 3:
+        options["model"] = options.get("model", {}) | CLIPS
+        options["data"] = {"path": str(clips_folder)}
+    options["train"] = {"max_steps": 4, "save_every_steps": 2, "keep_checkpoints": 5}
+    config = recipe(**options)
+    code, output = train_here("--config", config)
+    assert code == 0, output
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    shutil.rmtree(again / "checkpoints" / "step-00000004")
+    shutil.rmtree(again / "pipeline")
+    code, output = train_here("--config", config, "--output_dir", again)
+    assert code == 0, output
+    assert_equal(read_checkpoint(tmp_path / "run", 4), read_checkpoint(again, 4))
+    moved, start = read_checkpoint(again, 4)["model"], read_checkpoint(again, 2)["model"]
+    assert any(not torch.equal(moved[name], start[name]) for name in moved)
+
+    out = tmp_path / "samples.png"
+    run_here("sample.py", "--checkpoint", again / "pipeline", "--class", 1, "--num-images", 1, "--out", out)
+    drawn = json.loads(out.with_suffix(".json").read_text())
+    for key, value in options.get("sample", {}).items():
+        found = drawn["scheduler_settings"] if key == "shift" else drawn
+        if key != "sampler":
+            assert found[key] == value
+    settings = load_pipeline(str(again / "pipeline")).scheduler.config
+    if lever == "shift":
+        assert settings["flow_shift"] == 2.0, "sampling takes the shift of training"
