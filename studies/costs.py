@@ -61,7 +61,7 @@ def training_step(config: Config) -> Callable[[], None]:
     """Forward, backward and update on one random batch of the config's size; gradients are kept."""
     model, objective = build_model(config).train(), build_objective(config)
     options = config.optimizer
-    optimizer = build_optimizer(parameter_groups(model, options.weight_decay), options)
+    optimizer = build_optimizer(model, parameter_groups(model, options.weight_decay), options)
     rng, images = generator(0, "step"), config.train.batch_images
     shape = (images, config.model.in_channels, *model.latent_size)
     x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))

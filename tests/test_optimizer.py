@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from conftest import assert_equal, make_model, read_checkpoint
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from iwin_dit.config.schema import OptimizerConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -88,11 +89,16 @@ def test_learning_rate_warms_up_and_stays():
     assert learning_rate(0, OptimizerConfig(learning_rate=3e-4), 8) == 3e-4
 
 
-def test_a_cosine_ends_at_the_least_rate():
-    """PyTorch's own schedule, after the warm-up."""
-    options = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="cosine", min_learning_rate=0.1)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_rate_comes_down_to_the_least(schedule):
+    """PyTorch's own schedules, after the warm-up."""
+    options = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule=schedule, min_learning_rate=0.1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.1)
+    schedules = {
+        "cosine": lambda: CosineAnnealingLR(optimizer, T_max=10, eta_min=0.1),
+        "linear": lambda: LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=10),
+    }
+    theirs = schedules[schedule]()
     for step in range(3, 14):
         assert learning_rate(step, options, 13) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -133,13 +139,13 @@ def test_an_average_is_of_its_own_model():
                 update_ema(average, other, 0.9)
 
 
-@pytest.fixture(params=["adamw", "sgd", "radam", "adafactor"])
+@pytest.fixture(params=["adamw", "muon", "sgd", "radam", "adafactor"])
 def options(request, monkeypatch):
     """The options of an optimiser: ours, fused, and three that know nothing of steps that are not finite."""
     kinds = {
-        "sgd": lambda groups, options: torch.optim.SGD(groups, options.learning_rate, momentum=0.9),
-        "radam": lambda groups, options: torch.optim.RAdam(groups, options.learning_rate),
-        "adafactor": lambda groups, options: torch.optim.Adafactor(groups, options.learning_rate),
+        "sgd": lambda model, groups, options: torch.optim.SGD(groups, options.learning_rate, momentum=0.9),
+        "radam": lambda model, groups, options: torch.optim.RAdam(groups, options.learning_rate),
+        "adafactor": lambda model, groups, options: torch.optim.Adafactor(groups, options.learning_rate),
     }
     monkeypatch.setattr(optimizer, "OPTIMIZERS", optimizer.OPTIMIZERS | kinds)
     return OptimizerConfig(name=request.param, learning_rate=1e-2)
@@ -154,7 +160,7 @@ def test_a_step_that_is_not_finite_changes_nothing(options):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    taken = build_optimizer(parameter_groups(model, 0.1), options)
+    taken = build_optimizer(model, parameter_groups(model, 0.1), options)
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
     for factor in (1.0, torch.nan, 1.0):
         before = {**model.state_dict(), **named_state(taken, model)}
@@ -173,7 +179,7 @@ def test_an_optimiser_starts_as_pytorchs_own(options):
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    made, lazy = (optimizer.OPTIMIZERS[options.name](parameter_groups(m, 0.0), options) for m in models)
+    made, lazy = (optimizer.OPTIMIZERS[options.name](m, parameter_groups(m, 0.0), options) for m in models)
     optimizer.make_state(made)
     for _ in range(3):
         x = torch.randn(4, 3)
@@ -190,9 +196,10 @@ def test_a_state_that_no_checkpoint_keeps_is_refused(monkeypatch):
             super().step(closure)
             self.state[self.param_groups[0]["params"][0]]["calls"] = 1
 
-    monkeypatch.setitem(optimizer.OPTIMIZERS, "adamw", lambda groups, options: Counting(groups))
+    monkeypatch.setitem(optimizer.OPTIMIZERS, "adamw", lambda model, groups, options: Counting(groups))
+    model = torch.nn.Linear(3, 2)
     with pytest.raises(TypeError, match="adamw keeps calls as a int, expected a tensor"):
-        build_optimizer(parameter_groups(torch.nn.Linear(3, 2), 0.0), OptimizerConfig())
+        build_optimizer(model, parameter_groups(model, 0.0), OptimizerConfig())
 
 
 def test_optimiser_state_makes_the_round_trip(options):
@@ -200,7 +207,7 @@ def test_optimiser_state_makes_the_round_trip(options):
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [build_optimizer(parameter_groups(m, 0.1), options) for m in models]
+    optimizers = [build_optimizer(m, parameter_groups(m, 0.1), options) for m in models]
     x = torch.randn(4, 3)
 
     def step(i):

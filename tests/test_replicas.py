@@ -17,7 +17,7 @@ from iwin_dit.training.state import State
 
 def make_state():
     model = make_model()
-    adamw = build_optimizer(parameter_groups(model, 0.0), OptimizerConfig())
+    adamw = build_optimizer(model, parameter_groups(model, 0.0), OptimizerConfig())
     return State(model, {"ema": make_ema(model)}, adamw)
 
 

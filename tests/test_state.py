@@ -104,7 +104,7 @@ def test_values_of_the_main_process_reach_all(monkeypatch, number):
 
 def test_a_checkpoint_holds_model_averages_and_optimiser():
     model = torch.nn.Linear(2, 1)
-    optimizer = build_optimizer(parameter_groups(model, 0.1), OptimizerConfig())
+    optimizer = build_optimizer(model, parameter_groups(model, 0.1), OptimizerConfig())
     emas = {name: make_ema(model) for name in decay_rules([0.9, 0.5], [0.1])}
     groups = state.State(model, emas, optimizer).groups()
     assert list(groups) == ["model", "ema", "ema_0.5", "ema_std_0.1", "optimizer"]

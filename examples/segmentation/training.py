@@ -69,7 +69,7 @@ def run(recipe: Any, output: Path) -> str:
     model = build_model(recipe, len(images.class_names)).to(device)
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
     options = OptimizerConfig(learning_rate=recipe.learning_rate, betas=tuple(recipe.betas))
-    optimizer = build_optimizer(groups, options)
+    optimizer = build_optimizer(model, groups, options)
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in named_state(optimizer, model).items()}
     start = read_checkpoint(checkpoint, tensors) if checkpoint.is_file() else 0

@@ -23,6 +23,7 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.files import in_units
+from iwin_dit.training.muon import stacked_matrices
 
 
 class Memory(NamedTuple):
@@ -120,7 +121,15 @@ class Budget:
             blocks = -(-config.model.shape[0] // every)
             kept -= images * (blocks * (saved.block - saved.block_input) - saved.block)
         size = 4 * self.parameters // parts
-        return Memory(size, averages * size, size, 2 * size, saved.fixed + kept)
+        return Memory(size, averages * size, size, self._moments // parts, saved.fixed + kept)
+
+    @cached_property
+    def _moments(self) -> int:
+        """Bytes of the optimiser's state: two numbers of each parameter, one where Muon moves it."""
+        numbers = 2 * self.parameters
+        if self.config.optimizer.name == "muon":
+            numbers -= sum(parameter.numel() for parameter in stacked_matrices(self.model))
+        return 4 * numbers
 
     @property
     def disk_bytes(self) -> int:

@@ -181,7 +181,7 @@ def build_state(config: Recipe, accelerator: Accelerator, task: Task) -> State:
     if config.train.compile:
         for block in blocks_of(model):
             block.compile()
-    return State(model, emas, build_optimizer(task.parameter_groups(), config.optimizer))
+    return State(model, emas, build_optimizer(model, task.parameter_groups(), config.optimizer))
 
 
 def find_micro_batch(run: Run, task: Task) -> int:

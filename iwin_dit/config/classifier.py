@@ -148,7 +148,7 @@ class ClassifierOptimizerConfig(OptimizerConfig):
     """
 
     learning_rate: Annotated[float, ABOVE_ZERO] = 1e-3
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
     betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.999)
     weight_decay: Annotated[float, ZERO_OR_MORE] = 0.05
     max_grad_norm: Annotated[float | None, ABOVE_ZERO] = 5.0

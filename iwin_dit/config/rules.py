@@ -20,7 +20,7 @@ from iwin_dit.runtime.errors import ConfigError
 
 # Keys that are read under a condition alone, another key or its value; without it they keep their defaults.
 COMMON = (
-    ("optimizer.min_learning_rate", "optimizer.schedule cosine"),
+    ("optimizer.min_learning_rate", "optimizer.schedule cosine or linear"),
     ("train.max_skipped_steps", "train.on_nonfinite skip"),
     ("ema.snapshot_every_steps", "ema.power_stds"),
 )

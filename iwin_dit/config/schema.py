@@ -193,21 +193,22 @@ class OptimizerConfig:
     """The optimiser.
 
     Args:
-        name: AdamW.
+        name: ``adamw``; or ``muon``, which orthogonalises the steps of the matrices inside blocks, and leaves
+            everything else to AdamW. Its steps are as large as AdamW's.
         learning_rate: after the warm-up.
         warmup_steps: linear warm-up.
-        schedule: after it, constant, or half a cosine that ends with ``train.max_steps``.
-        min_learning_rate: at the end of the cosine, which alone has one.
+        schedule: after it, constant, or half a cosine or a line that end with ``train.max_steps``.
+        min_learning_rate: at the end of the cosine or line; a constant rate has none.
         betas: of AdamW.
         eps: of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: a step shrinks matrices and kernels by this times the learning rate.
         max_grad_norm: gradients are clipped to this norm; null for never.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: Annotated[float, ABOVE_ZERO] = 2e-4
     warmup_steps: CountFromZero = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     min_learning_rate: Annotated[float, ZERO_OR_MORE] = 0.0
     betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.95)
     eps: Annotated[float, ABOVE_ZERO] = 1e-8
@@ -250,8 +251,8 @@ class TrainConfig:
     """The run.
 
     Args:
-        max_steps: optimiser steps; a finished run goes on when this grows, unless its learning rate follows a
-            cosine, which ends here.
+        max_steps: optimiser steps; a finished run goes on when this grows, unless its learning rate comes
+            down, which ends here.
         batch_images: images of a step, over all processes.
         micro_batch: images of one forward pass on one process; gradients accumulate. ``auto`` takes the
             largest that fits into memory. Default: all at once.
@@ -374,7 +375,7 @@ class Config:
         data: the latents.
         model: the network.
         objective: what it predicts.
-        optimizer: AdamW, and its learning rate.
+        optimizer: AdamW or Muon, and the learning rate.
         ema: averages of the weights.
         train: the run.
         sample: the grids.

@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from iwin_dit.config.schema import OptimizerConfig
+from iwin_dit.training.muon import Muon, matrices_apart
 
 Groups = list[dict[str, Any]]  # of parameters; a group's ``lr_scale`` multiplies its learning rate
 
-# From groups of parameters and the options of a recipe to an optimiser, by ``optimizer.name``. Fused ones are
-# the fastest, and leave everything as it was without asking the host where a step is not finite.
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {
-    "adamw": lambda groups, options: AdamW(
+# From a model, groups of its parameters and the options of a recipe to an optimiser, by ``optimizer.name``.
+# Fused ones are the fastest, and leave everything as it was without asking the host where a step is not
+# finite.
+OPTIMIZERS: dict[str, Callable[[nn.Module, Groups, OptimizerConfig], Optimizer]] = {
+    "adamw": lambda model, groups, options: AdamW(
         groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True
+    ),
+    "muon": lambda model, groups, options: Muon(
+        matrices_apart(model, groups), lr=options.learning_rate, betas=options.betas, eps=options.eps
     ),
 }
 
@@ -28,7 +33,8 @@ UNDECAYED = frozenset(("label_embedding", "bias_table", "bias_network", "logit_s
 
 
 def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to ``min_learning_rate`` at the last step.
+    """Linear warm-up, then constant, or down to ``min_learning_rate`` at the last step, by half a cosine or
+    linearly.
 
     Args:
         options: of the recipe.
@@ -39,7 +45,8 @@ def learning_rate(step: int, options: OptimizerConfig, max_steps: int) -> float:
     if step < warmup or options.schedule == "constant":
         return peak * min(1.0, (step + 1) / (warmup + 1))
     low, done = options.min_learning_rate, min(1.0, (step - warmup) / (max_steps - warmup))
-    return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+    share = 1 - done if options.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return low + (peak - low) * share
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
@@ -52,13 +59,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def build_optimizer(groups: Groups, options: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, groups: Groups, options: OptimizerConfig) -> Optimizer:
     """The optimiser of a recipe. Its state exists from the start, so that a checkpoint's is copied into it.
 
     Raises:
         TypeError: where its state is not of tensors, which alone a checkpoint keeps.
     """
-    optimizer = OPTIMIZERS[options.name](groups, options)
+    optimizer = OPTIMIZERS[options.name](model, groups, options)
     if not optimizer.state:
         make_state(optimizer)
     for state in optimizer.state.values():

@@ -37,6 +37,13 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def split_as(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor that every process has, split as another is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Copies a whole tensor into one that may be split; all together, the main process's value counts."""
