@@ -186,7 +186,7 @@ def test_the_budget_of_the_authors_model():
     found = Budget(config).memory(num_processes=8)
     assert found.weights == found.gradients == found.ema == 4 * 712_475_552
     assert found.optimizer == 8 * 712_475_552
-    assert budget.checkpoint_bytes(Budget(config).parameters, config.ema) == 16 * 712_475_552
+    assert budget.checkpoint_bytes(Budget(config).model, config) == 16 * 712_475_552
     assert Budget(config).disk_bytes == 16 * 712_475_552 * 3 + 4 * 712_475_552
 
 

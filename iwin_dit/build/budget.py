@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build.network import build_model
+from iwin_dit.config.classifier import Recipe
 from iwin_dit.config.rules import local_batch
-from iwin_dit.config.schema import Config, EmaConfig
+from iwin_dit.config.schema import Config, OptimizerConfig
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
@@ -121,15 +122,13 @@ class Budget:
             blocks = -(-config.model.shape[0] // every)
             kept -= images * (blocks * (saved.block - saved.block_input) - saved.block)
         size = 4 * self.parameters // parts
-        return Memory(size, averages * size, size, self._moments // parts, saved.fixed + kept)
-
-    @cached_property
-    def _moments(self) -> int:
-        """Bytes of the optimiser's state: two numbers of each parameter, one where Muon moves it."""
-        numbers = 2 * self.parameters
-        if self.config.optimizer.name == "muon":
-            numbers -= sum(parameter.numel() for parameter in stacked_matrices(self.model))
-        return 4 * numbers
+        return Memory(
+            size,
+            averages * size,
+            size,
+            state_bytes(self.model, config.optimizer) // parts,
+            saved.fixed + kept,
+        )
 
     @property
     def disk_bytes(self) -> int:
@@ -137,7 +136,7 @@ class Budget:
         ema, train = self.config.ema, self.config.train
         every = ema.snapshot_every_steps
         snapshots = train.max_steps // every * len(ema.power_stds) if every else 0
-        checkpoints = checkpoint_bytes(self.parameters, ema) * (train.keep_checkpoints + 1)
+        checkpoints = checkpoint_bytes(self.model, self.config) * (train.keep_checkpoints + 1)
         return checkpoints + 4 * self.parameters * (snapshots + 1)
 
     def check(self) -> None:
@@ -165,9 +164,18 @@ class Budget:
             )
 
 
-def checkpoint_bytes(parameters: int, ema: EmaConfig) -> int:
-    """Of one checkpoint: weights, averages and the optimiser's two moments."""
-    return 4 * parameters * (3 + ema.averages)
+def state_bytes(model: nn.Module, options: OptimizerConfig) -> int:
+    """Of the optimiser: two numbers for each parameter, one where Muon moves it."""
+    numbers = 2 * sum(parameter.numel() for parameter in model.parameters())
+    if options.name == "muon":
+        numbers -= sum(matrix.numel() for matrix in stacked_matrices(model))
+    return 4 * numbers
+
+
+def checkpoint_bytes(model: nn.Module, config: Recipe) -> int:
+    """Of one checkpoint: weights, averages and the optimiser's state."""
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return weights * (1 + config.ema.averages) + state_bytes(model, config.optimizer)
 
 
 def device_bytes() -> tuple[str, int]:

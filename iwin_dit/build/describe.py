@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from iwin_dit.build.budget import Budget, checkpoint_bytes, device_bytes
 from iwin_dit.build.data import count_images, open_training
 from iwin_dit.config.classifier import ClassifierConfig, Recipe
@@ -34,7 +36,7 @@ def describe_run(budget: Budget) -> str:
         f"{device} has {size(there)}",
         "disk": f"{size(budget.disk_bytes)} for the whole run",
     }
-    return _describe(config, "image", budget.parameters, budget.multiply_adds, count_images, more)
+    return _describe(config, "image", budget.model, budget.multiply_adds, count_images, more)
 
 
 def describe_classifier(config: ClassifierConfig) -> str:
@@ -49,12 +51,11 @@ def describe_classifier(config: ClassifierConfig) -> str:
         source = open_training(config)
         return len(source), ignored_line(config.data.path, f"{unit}s", source.ignored)
 
-    parameters = sum(p.numel() for p in model.parameters())
-    return _describe(config, unit, parameters, classifier_network.multiply_adds(model, config), count, {})
+    return _describe(config, unit, model, classifier_network.multiply_adds(model, config), count, {})
 
 
 def _describe(
-    config: Recipe, unit: str, parameters: int, multiply_adds: int, count: Callable, more: dict[str, str]
+    config: Recipe, unit: str, model: nn.Module, multiply_adds: int, count: Callable, more: dict[str, str]
 ) -> str:
     """The resolved config, and a line for each of what there is something to say of."""
     try:
@@ -63,9 +64,9 @@ def _describe(
     except DataError as error:
         epoch, ignored = f"unknown: {error}", None
     free = files.free_bytes(Path(config.output_dir))
-    checkpoint = checkpoint_bytes(parameters, config.ema)
+    checkpoint = checkpoint_bytes(model, config)
     lines = {
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         f"multiply-adds per {unit}": f"{multiply_adds / 1e9:,.3f} G, one forward pass",
         **more,
         "checkpoint": f"{files.in_units(checkpoint)}, {config.train.keep_checkpoints} are kept, "
