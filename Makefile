@@ -5,7 +5,7 @@ READY := .venv/ready
 # Threads that wait soon sleep: see iwin_dit/__init__.py.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo demo-video compare transfer test test-slow mutation fuzz lint
+.PHONY: demo demo-video compare ablate transfer test test-slow mutation fuzz lint
 
 demo: $(READY)
 	$(BIN)/iwin-dit demo
@@ -20,6 +20,11 @@ demo-video: $(READY)
 compare: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
 	$(BIN)/python -m studies.compare $(COMPARE)
+
+# ABLATE="--levers baseline Muon --seeds 0" makes a smaller one.
+ablate: $(READY)
+	$(BIN)/accelerate launch train_classifier.py
+	$(BIN)/python -m studies.ablate $(ABLATE)
 
 transfer: $(READY)
 	$(BIN)/accelerate launch train_classifier.py

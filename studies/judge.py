@@ -91,9 +91,11 @@ class Judge:
         """Of the same through the autoencoder: what a perfect model of the latents reaches."""
         return self(decode(vae, encode(vae, self.held_out(side))), self.labels)
 
-    def of_samples(self, pipeline: ClassConditionalPipeline, config: Config, side: int) -> dict[str, float]:
-        """Of samples without guidance, from the same noise for every model."""
-        options = unguided(config, side)
+    def of_samples(
+        self, pipeline: ClassConditionalPipeline, config: Config, side: int, **guidance: Any
+    ) -> dict[str, float]:
+        """Of samples from the same noise for every model, without guidance but for what is given."""
+        options = unguided(config, side) | guidance
         per_class = self.num_images // 10
         samples = sample_classes(pipeline, range(10), per_class, SEED, BATCH_IMAGES, **options)
         return self(*to_tensor(list(samples)))

@@ -23,7 +23,7 @@ from iwin_dit.config.parse import load_config
 from iwin_dit.data import digits
 from iwin_dit.layers.specs import MIXERS, BlockSpec, MixerSpec
 from iwin_dit.runtime.errors import ConfigError, DataError
-from studies import compare, compare_report, connectivity, costs, digits_report, runs, transfer
+from studies import ablate, compare, compare_report, connectivity, costs, digits_report, runs, transfer
 from studies.judge import Judge
 
 RECIPES = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
@@ -400,3 +400,31 @@ def test_transfer_writes_tables_and_a_picture(setup, tmp_path, monkeypatch, run_
     assert tuned.grid == (16, 16)
     assert tuned.mixer.window(tuned.grid) == (8, 8)
     assert (out.parent / "transfer.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_ablate_judges_half_of_the_steps_and_the_end(setup, tmp_path, monkeypatch):
+    levers = {"baseline": {}, "head inside": {"model.base_block": 1}}
+    monkeypatch.setattr(ablate, "LEVERS", levers)
+    monkeypatch.setattr(ablate, "RECIPE", setup.recipes / "iwin.yaml")
+    out, folder = tmp_path / "page" / "ablate.md", tmp_path / "runs"
+    arguments = (ablate, "--levers", *levers, "--steps", 4, "--out", out, "--runs", folder)
+    setup(*arguments)
+    page = out.read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    header, by_name = rows[0], {row[0]: row for row in rows[1:]}
+    assert header[1:3] == ["FD after 2 steps", "FD after 4"]
+    assert set(by_name) == set(levers)
+    for name, row in by_name.items():
+        figures = json.loads((folder / f"{name.replace(' ', '_')}-seed-0" / "ablate-4.json").read_text())[
+            "found"
+        ]
+        assert float(row[2]) == pytest.approx(figures["FD"], abs=0.01)
+        best = min(figures[f"guidance_scale {scale}"] for scale in ablate.SCALES["guidance_scale"])
+        assert float(row[3].partition(" ")[0]) == pytest.approx(best, abs=0.01)
+        assert bool(row[4]) == (name == "head inside"), "internal guidance needs a head inside"
+    assert "* head inside: `model.base_block 1`" in page
+    monkeypatch.setattr(runs, "_train", None)  # nothing is trained
+    monkeypatch.setattr(Judge, "of_samples", None)  # nor judged
+    setup(*arguments)
+    assert out.read_text().count("head inside") == page.count("head inside")
