@@ -23,7 +23,7 @@ from iwin_dit.config.classifier import ClassifierConfig
 from iwin_dit.config.parse import load_config, parse_arguments
 from iwin_dit.config.rules import local_batch
 from iwin_dit.config.schema import Config
-from iwin_dit.diffusion.sampling import make_scheduler, prediction_type
+from iwin_dit.diffusion.sampling import check_scheduler, make_scheduler
 from iwin_dit.diffusion.specs import NUM_TRAIN_TIMESTEPS, SAMPLERS
 from iwin_dit.runtime import strict_yaml
 from iwin_dit.runtime.errors import ConfigError
@@ -71,7 +71,7 @@ def test_samplers_fit_what_the_model_predicts():
     for predicted, samplers in SAMPLERS.items():
         for name in samplers:
             scheduler = make_scheduler(predicted, name)
-            assert prediction_type(scheduler) == predicted
+            check_scheduler(scheduler, predicted)
             assert scheduler.config.num_train_timesteps == NUM_TRAIN_TIMESTEPS
 
 

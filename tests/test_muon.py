@@ -7,7 +7,8 @@ from torch import nn
 
 from iwin_dit.build.budget import Budget
 from iwin_dit.build.network import build_model
-from iwin_dit.config.schema import Config, ModelConfig, OptimizerConfig
+from iwin_dit.config.common import OptimizerConfig
+from iwin_dit.config.schema import Config, ModelConfig
 from iwin_dit.training.muon import COEFFICIENTS, STEPS, Muon, matrices_apart, orthogonalize
 from iwin_dit.training.optimizer import build_optimizer, named_state, parameter_groups, step_if_finite
 

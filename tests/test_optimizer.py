@@ -8,7 +8,7 @@ import torch
 from conftest import assert_equal, make_model, read_checkpoint
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
-from iwin_dit.config.schema import OptimizerConfig
+from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.training import optimizer
 from iwin_dit.training.ema import make_ema, update_ema

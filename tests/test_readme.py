@@ -19,12 +19,15 @@ from iwin_dit.data import digits
 README = (ROOT / "README.md").read_text()
 PAGES = {  # in an order in which each finds what the ones before have made
     name: (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("backbone", "sampling", "training", "evaluation", "mixers", "video", "data", "measured")
+    for name in (
+        *("backbone", "sampling", "recipe", "training", "evaluation", "mixers", "video", "data", "measured"),
+    )
 }
 INSTALLS = (
     "make demo",
     "make demo-video",
     "make compare",
+    "make ablate",
     "make transfer",
     "pip install -c constraints.txt -e '.[demo]'",
 )  # .ci/run, from a bare checkout; the last two, which take hours, in small by test_compare.py

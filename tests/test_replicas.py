@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from iwin_dit.config.schema import OptimizerConfig
+from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.runtime.errors import DataError, ReplicaError
 from iwin_dit.training import replicas
 from iwin_dit.training.ema import make_ema

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from iwin_dit.config.schema import OptimizerConfig
+from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.runtime import processes
 from iwin_dit.runtime.errors import ConfigError, DiskError
 from iwin_dit.training import state

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from upernet import build_model, confusion, iou_per_class, parameter_groups, poly_rate, segmentation_loss
 
-from iwin_dit.config.schema import OptimizerConfig
+from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import CheckpointError, NonFiniteError
 from iwin_dit.runtime.progress import progress, say

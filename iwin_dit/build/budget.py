@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build.network import build_model
 from iwin_dit.config.classifier import Recipe
+from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.config.rules import local_batch
-from iwin_dit.config.schema import Config, OptimizerConfig
+from iwin_dit.config.schema import Config
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from iwin_dit.config.bounds import may_change
 from iwin_dit.config.classifier import Recipe
+from iwin_dit.config.common import TrainConfig
 from iwin_dit.config.parse import is_of_earlier_version
 from iwin_dit.config.rules import local_batch
-from iwin_dit.config.schema import Config, TrainConfig
+from iwin_dit.config.schema import Config
 from iwin_dit.data.examples import StepSampler, whole
 from iwin_dit.layers import kernels
 from iwin_dit.layers.blindness import of_earlier_version

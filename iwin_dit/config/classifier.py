@@ -22,17 +22,9 @@ from iwin_dit.config.bounds import (
     check_rand_augment,
     each,
 )
+from iwin_dit.config.common import EmaConfig, OptimizerConfig, Size, SourceConfig, TrainConfig, lists, sides
 from iwin_dit.config.rules import check_common
-from iwin_dit.config.schema import (
-    Config,
-    EmaConfig,
-    OptimizerConfig,
-    Size,
-    SourceConfig,
-    TrainConfig,
-    lists,
-    sides,
-)
+from iwin_dit.config.schema import Config
 from iwin_dit.runtime import limits
 from iwin_dit.runtime.errors import ConfigError
 

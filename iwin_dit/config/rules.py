@@ -9,8 +9,9 @@ from operator import attrgetter
 from typing import Any
 
 from iwin_dit.config.bounds import MAX_TOKENS, check_ranges
+from iwin_dit.config.common import TrainConfig, lists
 from iwin_dit.config.metrics import chosen_metrics, looks_at_clips
-from iwin_dit.config.schema import Config, DataConfig, ModelConfig, TrainConfig, lists
+from iwin_dit.config.schema import Config, DataConfig, ModelConfig
 from iwin_dit.config.types import show
 from iwin_dit.diffusion.specs import FLOW, NUM_TRAIN_TIMESTEPS, OBJECTIVES, SAMPLERS, ObjectiveConfig
 from iwin_dit.layers.blindness import blind_spots

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from iwin_dit.config.schema import OptimizerConfig
+from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.training.muon import Muon, matrices_apart
 
 Groups = list[dict[str, Any]]  # of parameters; a group's ``lr_scale`` multiplies its learning rate

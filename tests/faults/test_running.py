@@ -25,8 +25,8 @@ from iwin_dit.build import pipeline, trainer
 from iwin_dit.build.classifier import held_out_loader
 from iwin_dit.commands import train
 from iwin_dit.config.classifier import ClassifierConfig
+from iwin_dit.config.common import TrainConfig
 from iwin_dit.config.parse import load_config
-from iwin_dit.config.schema import TrainConfig
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime import checkpoint, files
