@@ -20,8 +20,8 @@ from iwin_dit.build.loading import load_pipeline
 from iwin_dit.build.network import build_model
 from iwin_dit.data.digits import IMAGE_SIZE
 from iwin_dit.runtime import files
-from iwin_dit.runtime.cpu import keep_freed_memory
 from iwin_dit.runtime.errors import ConfigError, run_script
+from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import say
 from studies.compare_report import STEP_ROUNDS, with_spread
 from studies.costs import machine, train_in_turn
@@ -75,8 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     check_once("--levers", arguments.levers)
     if arguments.steps < 2 or arguments.steps % 2:
         raise ConfigError(f"--steps is {arguments.steps}, expected an even number from 2 on")
-    if not files.can_write_file(arguments.out):
-        raise ConfigError(f"--out {arguments.out} cannot be written; take a file that is yours")
+    files.check_writable(arguments.out, "--out", is_file=True)
     return arguments
 
 

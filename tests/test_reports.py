@@ -314,3 +314,12 @@ def test_dropout_is_drawn_from_seed_step_process_and_micro_batch():
         assert numbers[0] == numbers[1]
         drawn.add(numbers[0])
     assert len(drawn) == 5
+
+
+def test_a_line_of_the_log_has_no_norm_of_the_line_before(clock):
+    meter = Meter(accelerator(), batch_images=4, flops_per_image=1.0, max_skipped=0)
+    meter.add(good(1, norm=2.0))
+    clock[0] += 1
+    assert meter.record(1, 1e-3)["grad_norm"] == 2.0
+    clock[0] += 1
+    assert meter.record(2, 1e-3)["grad_norm"] is None
