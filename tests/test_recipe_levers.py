@@ -18,6 +18,12 @@ LEVERS = {
     "internal guidance of noise": dict(
         objective={"name": "ddpm"}, model={"base_block": 1}, sample={"internal_guidance": 1.5}
     ),
+    "self-alignment": dict(
+        alignment={"teacher": "self", "student_block": 1, "teacher_block": 2, "projector": "conv"}
+    ),
+    "self-alignment of noise": dict(
+        objective={"name": "ddpm"}, alignment={"teacher": "self", "stop_step": 3, "time_gap": 0.5}
+    ),
     "zero star": dict(sample={"guidance": "cfg_zero_star", "guidance_rescale": 0.5, "shift": 3.0}),
 }
 CLIPS = {"sample_frames": 2, "mixer": {"window_size": "auto"}}

@@ -43,7 +43,7 @@ from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.attention import any_attention
 from iwin_dit.training.classification import class_scores, classification_loss
 from iwin_dit.training.optimizer import Groups
-from iwin_dit.training.state import Run
+from iwin_dit.training.state import Run, State
 
 PREPARE = {
     "digits": partial(digits.write_images, seed=0),
@@ -154,6 +154,9 @@ class Classifier:
         self.in_pairs = config.mixes
         own = range(accelerator.process_index, len(data.held_out), accelerator.num_processes)
         self.loader = held_out_loader(config, Subset(data.held_out, own), accelerator)
+
+    def begin_step(self, state: State, step: int) -> None:
+        """All steps are alike."""
 
     def parameter_groups(self) -> Groups:
         """Layer by layer, see :func:`parameter_groups`."""

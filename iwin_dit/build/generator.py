@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from iwin_dit.build.alignment import Alignment
 from iwin_dit.build.budget import Budget
 from iwin_dit.build.data import build_dataset, build_encoder, build_images
 from iwin_dit.build.loading import build_denoiser
@@ -21,7 +22,7 @@ from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.optimizer import Groups, parameter_groups
-from iwin_dit.training.state import Run
+from iwin_dit.training.state import Run, State
 
 
 class TrainingData(NamedTuple):
@@ -76,6 +77,8 @@ class Generator:
         self.config, self.dataset = config, data.dataset
         self.model = build_denoiser(config)
         self.objective = build_objective(config)
+        aligns = config.alignment.teacher is not None
+        self.alignment = Alignment(config, self.model, self.objective, accelerator) if aligns else None
         self.encode = build_encoder(data.dataset, accelerator)
         self.examples = build_examples(config, data)
         self.flops_per_image = Budget(config).training_flops
@@ -85,13 +88,18 @@ class Generator:
 
             self.monitor = Monitor(config, data.dataset, accelerator)
 
+    def begin_step(self, state: State, step: int) -> None:
+        """The average that sampling uses may teach this step."""
+        if self.alignment is not None:
+            self.alignment.begin_step(state.emas["ema"], step)
+
     def parameter_groups(self) -> Groups:
         """As AdamW takes them: matrices decay, all else does not."""
         return parameter_groups(self.model, self.config.optimizer.weight_decay)
 
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """The objective of each example, ``(B,)``, from what the dataset gives."""
-        return self.objective.loss(model, self.encode(x0), labels, noise, u)
+        return (self.alignment or self.objective).loss(model, self.encode(x0), labels, noise, u)
 
     def random_batch(self, images: int) -> Sequence[Tensor]:
         """The first example of the dataset, so many times, with random noise and times."""

@@ -245,7 +245,7 @@ def _load_run(run: Path, ema_std: float | None, ema: float | str | None) -> Clas
     config = load_run(run)
     with torch.device("meta"):
         expected = build_model(config).state_dict()
-    weights = checkpoint.read_tensors(newest, group, like=expected, any_precision=True)
+    weights = checkpoint.read_tensors(newest, group, like=expected, any_precision=True, beside="projector.")
     return build_pipeline(config, model_of(config, weights), _data_of(run, config))
 
 

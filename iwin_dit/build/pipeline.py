@@ -54,10 +54,11 @@ def build_pipeline(
 
 
 def model_of(config: Config, tensors: dict[str, Tensor]) -> IwinDiTTransformer2DModel:
-    """The network with these very tensors as its weights."""
+    """The network with these very tensors as its weights, without what training alone has."""
     with torch.device("meta"):
         model = build_model(config)
-    model.load_state_dict(tensors, assign=True)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("projector.")}
+    model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -220,6 +220,7 @@ def _largest_micro_batch(run: Run, task: Task, local: int, together: int) -> int
             losses = task.loss(state.model, *tensors)
         losses.sum().backward()
 
+    task.begin_step(state, 0)
     buffers = [buffer.clone() for buffer in state.model.buffers()]  # such as BatchNorm's statistics
     with torch.random.fork_rng():
         own = largest_that_fits(attempt, local // together) * together

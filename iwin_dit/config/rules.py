@@ -26,6 +26,9 @@ COMMON = (
     ("ema.snapshot_every_steps", "ema.power_stds"),
 )
 READ_WITH = (
+    ("alignment.student_block alignment.teacher_block alignment.weight", "alignment.teacher"),
+    ("alignment.projector alignment.stop_step", "alignment.teacher"),
+    ("alignment.time_gap", "alignment.teacher self"),
     ("objective.base_weight sample.internal_guidance", "model.base_block"),
     ("objective.logit_mean objective.logit_std", "objective.time_sampling logit_normal"),
     ("data.labels data.split data.image_column data.label_column data.follow_links", "data.kind images"),
@@ -46,6 +49,7 @@ def check(config: Config) -> None:
     _check_shape(config.model)
     _check_block(config.model)
     _check_sampling(config)
+    _check_alignment(config)
     _check_data(config.data, config.model)
     asked = config.evaluation
     names = chosen_metrics(asked.extractor, asked.metrics, asked.inception_weights, prefix="evaluation.")
@@ -120,6 +124,19 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
     if (data.images is None) != (data.image_share == 0):
         found = f"data.images is {data.images} and data.image_share {data.image_share:g}"
         raise ConfigError(f"{found}: set both to mix images in, such as a share of 0.2, or neither")
+
+
+def _check_alignment(config: Config) -> None:
+    options, depth = config.alignment, config.model.shape[0]
+    if options.teacher is None:
+        return
+    for key, block in zip(("student_block", "teacher_block"), options.blocks(depth), strict=True):
+        if block > depth:
+            raise ConfigError(
+                f"alignment.{key} {block} is more than the {depth} blocks of the model; take fewer"
+            )
+    if config.ema.on_cpu:
+        raise ConfigError("alignment.teacher self asks the average in each step; set ema.on_cpu false")
 
 
 def _check_block(model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, cast
 
+from iwin_dit.config.alignment import AlignmentConfig
 from iwin_dit.config.bounds import (
     ABOVE_ZERO,
     FREE,
@@ -214,6 +215,7 @@ class Config:
         data: the latents.
         model: the network.
         objective: what it predicts.
+        alignment: with a teacher, inside the network.
         optimizer: AdamW or Muon, and the learning rate.
         ema: averages of the weights.
         train: the run.
@@ -226,6 +228,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -63,6 +63,15 @@ class DDPM(Objective):
         """Integer timesteps 0..999 from uniform numbers in [0, 1): ``(B,) -> (B,)``."""
         return (u * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
 
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t`` at the timesteps ``(B,)``."""
+        of, sides = tables(x0.device), (-1, *[1] * (x0.ndim - 1))
+        return of.sqrt_alpha_bar[t].view(sides) * x0 + of.sqrt_one_minus_alpha_bar[t].view(sides) * noise
+
+    def earlier(self, x0: Tensor, noise: Tensor, u: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        t = (self.times(u) - NUM_TRAIN_TIMESTEPS * gap).clamp(min=0).long()
+        return self.noisy(x0, noise, t), t
+
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """Mean squared error of the noise plus the variational term in bits per dimension: ``(B,)``.
 
@@ -71,7 +80,7 @@ class DDPM(Objective):
         """
         t = self.times(u)  # (B,)
         at = Tables(*(table[t].view(-1, *[1] * (x0.ndim - 1)) for table in tables(x0.device)))
-        xt = at.sqrt_alpha_bar * x0 + at.sqrt_one_minus_alpha_bar * noise
+        xt = self.noisy(x0, noise, t)
 
         def error(prediction: Tensor) -> Tensor:
             eps, v = prediction.chunk(2, dim=1)  # (B, C, ...) each

@@ -34,11 +34,20 @@ class FlowMatching(Objective):
             t = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(u))
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t`` at the times ``(B,)``."""
+        t = t.view(-1, *[1] * (x0.ndim - 1))
+        return (1 - t) * x0 + t * noise
+
+    def earlier(self, x0: Tensor, noise: Tensor, u: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        t = (self.times(u) - gap).clamp(min=0)
+        return self.noisy(x0, noise, t), NUM_TRAIN_TIMESTEPS * t
+
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """The mean squared error, plus the cosine term, per image: ``(B,)``."""
         t = self.times(u)  # (B,)
         t_ = t.view(-1, *[1] * (x0.ndim - 1))
-        xt, target = (1 - t_) * x0 + t_ * noise, noise - x0
+        xt, target = self.noisy(x0, noise, t), noise - x0
         output = model(xt, NUM_TRAIN_TIMESTEPS * t, labels)
         if self.config.prediction == "data":
             target = velocity(x0, xt, t_)

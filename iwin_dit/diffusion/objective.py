@@ -42,6 +42,15 @@ class Objective(ABC):
             ``(B,)``.
         """
 
+    def earlier(self, x0: Tensor, noise: Tensor, u: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model sees of a time before that of ``u``: noisy latents, and ``timestep`` ``(B,)``.
+
+        Args:
+            x0, noise, u: as :meth:`loss`.
+            gap: ``(B,)``, in shares of all times from data to noise; the earliest time is that of data.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what is earlier; alignment needs that")
+
     def of_heads(self, output: Any, error: Callable[[Tensor], Tensor]) -> Tensor:
         """The error of the model's prediction, plus that of the head inside it by ``base_weight``: ``(B,)``.
 

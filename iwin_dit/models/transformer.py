@@ -39,9 +39,11 @@ class DiTOutput(Transformer2DModelOutput):
     """What the model returns beside ``sample``, its prediction.
 
     base: the prediction of the head inside the model, ``(B, out_channels, [T,] H, W)``, where it is computed.
+    tokens: ``(B, *grid, Z)``, projected for the alignment of training.
     """
 
     base: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class Head(nn.Module):
@@ -161,6 +163,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.use_rope = "rope" in position_embedding
         self.gradient_checkpointing = False
         self.checkpoint_every = 1  # of so many blocks one is computed twice
+        self.projector: Any = None  # of training alone: see :meth:`align`
         grid = self.grid(*self.latent_size)
         spec = replace(spec, mixer=resolve(spec.mixer, grid, position_embedding))
         self.register_to_config(mixer=asdict(spec.mixer))
@@ -225,6 +228,13 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             if head is not None:
                 nn.init.zeros_(head.proj_out.weight)
 
+    def align(self, projector: nn.Module, block: int) -> None:
+        """In training the output gets ``tokens``: those after so many blocks, through the projector.
+
+        The projector is trained with the model; no config knows it, and no pipeline holds it.
+        """
+        self.projector, self.projected_block = projector, block
+
     @property
     def latent_size(self) -> tuple[int, ...]:
         """Height and width of the latents that the model is made for; of clips, frames first."""
@@ -255,6 +265,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         class_labels: Tensor,
         return_dict: bool = True,
         with_base: bool = False,
+        num_blocks: int | None = None,
     ) -> DiTOutput | tuple[Tensor]:
         """Predicts velocity (flow matching) or noise (DDPM).
 
@@ -264,6 +275,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             class_labels: ``(B,)`` integers in ``[0, num_classes]``; the last is the null label.
             return_dict: return a :class:`DiTOutput` rather than a tuple.
             with_base: compute the prediction of the head inside, too, as training always does.
+            num_blocks: return a tuple of the tokens ``(B, *grid, D)`` after so many blocks, and stop there.
 
         Returns:
             the prediction ``(B, out_channels, [T,] H, W)`` in the dtype of ``hidden_states``.
@@ -282,6 +294,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
 
         base, reads_base = None, self.base_head is not None and (self.training or with_base)
+        tokens, projects = None, self.projector is not None and self.training
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for i, block in enumerate(self.blocks):
             if checkpointing and i % self.checkpoint_every == 0:
@@ -290,9 +303,13 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
                 x = block(x, condition, rope)
             if reads_base and i + 1 == self.config.base_block:
                 base = self._predict(self.base_head, x, condition).to(dtype)
+            if projects and i + 1 == self.projected_block:
+                tokens = self.projector(x)
+            if i + 1 == num_blocks:
+                return (x,)
 
         sample = self._predict(self, x, condition).to(dtype)
-        return DiTOutput(sample=sample, base=base) if return_dict else (sample,)
+        return DiTOutput(sample=sample, base=base, tokens=tokens) if return_dict else (sample,)
 
     def _predict(self, head: Any, x: Tensor, condition: Tensor) -> Tensor:
         """Tokens ``(B, *grid, D)`` by a head to a prediction ``(B, out_channels, [T,] H, W)``."""

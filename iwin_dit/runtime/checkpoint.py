@@ -230,13 +230,18 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    directory: Path, name: str, like: Mapping[str, Tensor] | None = None, any_precision: bool = False
+    directory: Path,
+    name: str,
+    like: Mapping[str, Tensor] | None = None,
+    any_precision: bool = False,
+    beside: str | None = None,
 ) -> dict[str, Tensor]:
     """``name.safetensors`` of a verified checkpoint, on the CPU.
 
     Args:
         like: names, shapes and dtypes that it must have.
         any_precision: other floating dtypes than those of ``like`` will do, as they do for sampling.
+        beside: how the names begin of what else it may hold, and is left out.
 
     Raises:
         CheckpointError: listing names that are missing or unexpected, other shapes or dtypes, or values that
@@ -248,6 +253,8 @@ def read_tensors(
     except (FileNotFoundError, PermissionError, SafetensorError) as error:
         why = files.why_unreadable(path, error)
         raise CheckpointError(f"{path} cannot be read, and only safetensors are accepted: {why}") from error
+    if beside is not None:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(beside)}
     if like is not None:
         wrong = sorted(set(like) ^ set(tensors))
         wrong += [key for key in like if key in tensors and like[key].shape != tensors[key].shape]

@@ -16,11 +16,13 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from iwin_dit.runtime import checkpoint
 from iwin_dit.runtime.errors import CheckpointError, ConfigError
@@ -217,6 +219,15 @@ def _constant(decay: float, step: int) -> float:
 def make_ema(model: nn.Module) -> nn.Module:
     """A frozen copy in evaluation mode."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def ask_ema(ema: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A forward pass of an average, which may be split over the processes, and stays as it is."""
+    output = ema(*args, **kwargs)
+    if isinstance(ema, FSDPModule):
+        ema.reshard()  # whose own weights, those outside the blocks, would wait whole for a backward pass
+    return output
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ def train(run: Run, task: Task, loader: Callable[[int], DataLoader], micro_batch
             rate = learning_rate(at.step, config.optimizer, options.max_steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
+            task.begin_step(state, at.step)
 
             examined = due(at.step + 1, options.health_every_steps)
             mean = torch.zeros((), device=accelerator.device)

@@ -182,6 +182,9 @@ class Task(Protocol):
         The model is called as the network is; it averages gradients over the processes.
         """
 
+    def begin_step(self, state: State, step: int) -> None:
+        """Hears of the state and the number of steps so far, before each step and before a trial."""
+
     def parameter_groups(self) -> Groups:
         """The parameters of the model as an optimiser takes them."""
 

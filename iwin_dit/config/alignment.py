@@ -1,0 +1,51 @@
+"""The keys of alignment, which draws tokens inside the network towards those of a teacher.
+
+Imports no torch, so that ``--help`` and an error in a config answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from iwin_dit.config.bounds import (
+    ABOVE_ZERO,
+    FREE,
+    MAX_BLOCKS,
+    ZERO_OR_MORE,
+    at_most,
+    each,
+)
+
+SELF = "self"
+Block = Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)]
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Tokens inside the network learn to tell those of a teacher, which speeds training up.
+
+    Args:
+        teacher: ``self`` is the run's own first average, which sees the same image with less noise (SRA,
+            arXiv 2505.02831). Default: none.
+        student_block: align the tokens after so many blocks. Default: 2 of 7.
+        teacher_block: with the teacher's after so many of its own. Default: of ``self`` 5 of 7.
+        weight: of the error of the alignment in the loss.
+        projector: from the network's tokens to the teacher's: ``mlp``; or ``conv``, a convolution of 3 x 3
+            tokens (iREPA, arXiv 2512.10794). It is trained, and no part of the pipeline.
+        time_gap: of ``self``: how much earlier, at most, the teacher's time is; 1 is all from data to noise.
+        stop_step: from this step on there is no alignment any more. Default: to the end.
+    """
+
+    teacher: Literal["self"] | None = None
+    student_block: Block = None
+    teacher_block: Block = None
+    weight: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 0.5
+    projector: Literal["mlp", "conv"] = "mlp"
+    time_gap: Annotated[float, each(lambda n: 0 <= n <= 1, "a number from 0 to 1")] = 0.2
+    stop_step: Annotated[int | None, ABOVE_ZERO, at_most(10**9), FREE] = None
+
+    def blocks(self, depth: int) -> tuple[int, int]:
+        """After how many blocks the student's and the teacher's tokens are taken, of ``depth`` each."""
+        student = max(1, round(depth * 2 / 7))
+        return self.student_block or student, self.teacher_block or max(1, round(depth * 5 / 7))
