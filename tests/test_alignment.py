@@ -2,10 +2,12 @@
 
 import copy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, read_checkpoint
+from conftest import ROOT, assert_equal, make_model, read_checkpoint, run
 from torch.nn.functional import silu
 
 from iwin_dit.build.alignment import Alignment
@@ -187,3 +189,25 @@ def test_what_cannot_be_aligned_is_refused(recipe, refused_here):
         ),
     ):
         assert words in refused_here("train_dit.py", "--config", recipe(**options))
+
+
+@pytest.mark.slow
+def test_two_processes_align_as_one(recipe, tmp_path):
+    """With copies of the model and with parts of it, before and after the alignment stops."""
+    config = recipe(
+        train={"max_steps": 12, "save_every_steps": 12},
+        optimizer={"learning_rate": 1e-4, "eps": 1e-5},
+        alignment=SELF | {"stop_step": 8},
+    )
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    launcher = (
+        *(accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    )
+    several = {"launcher": launcher, "ACCELERATE_USE_CPU": "true"}
+    split = ("--train.sharding", "fsdp2", "--train.micro_batch", 2)
+    for name, more, options in (("one", (), {}), ("copies", (), several), ("parts", split, several)):
+        run(ROOT / "train_dit.py", "--config", config, "--output_dir", tmp_path / name, *more, **options)
+    expected = read_checkpoint(tmp_path / "one", 12)
+    for name in ("copies", "parts"):
+        assert_equal(read_checkpoint(tmp_path / name, 12), expected, atol=1e-6, rtol=1e-4)
