@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from iwin_dit.config.schema import Config
-from iwin_dit.diffusion.alignment import aligned_loss, second_uniform
+from iwin_dit.diffusion.alignment import aligned_loss, second_uniform, spatial_normalization
 from iwin_dit.diffusion.objective import Objective
 from iwin_dit.layers.projector import Projector
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
@@ -23,30 +24,49 @@ class Alignment:
     Args:
         model: gets a projector, which is trained with it.
         objective: what it learns.
+        teacher: an :class:`~iwin_dit.build.teachers.ImageTeacher`. Default: the run's first average.
     """
 
     def __init__(
-        self, config: Config, model: IwinDiTTransformer2DModel, objective: Objective, accelerator: Accelerator
+        self,
+        config: Config,
+        model: IwinDiTTransformer2DModel,
+        objective: Objective,
+        accelerator: Accelerator,
+        teacher: Any = None,
     ):
         self.options, self.objective, self.accelerator = config.alignment, objective, accelerator
+        self.teacher = None if teacher is None else teacher.to(accelerator.device)
         depth, width, *_ = config.model.shape
         student_block, self.teacher_block = self.options.blocks(depth)
+        outputs = width if teacher is None else teacher.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "projector"))
-            model.align(Projector(self.options.projector, width, width, model.rank), student_block)
+            model.align(Projector(self.options.projector, width, outputs, model.rank), student_block)
 
     def begin_step(self, ema: nn.Module, step: int) -> None:
         """The average as it is now, and the step, on which alone it depends whether there is a teacher."""
         self.ema, self.stopped = ema, step >= (self.options.stop_step or step + 1)
 
-    def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-        """The objective and the misalignment of each example, ``(B,)``; arguments as the objective's."""
-        features = None if self.stopped else self._features(x0, labels, noise, u)
+    def loss(
+        self, model: Callable, images: Tensor, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor
+    ) -> Tensor:
+        """The objective and the misalignment of each example, ``(B,)``.
+
+        Args:
+            images: uint8 ``(B, 3, H, W)``, for a teacher that sees them; others are as the objective's.
+        """
+        features = None if self.stopped else self._features(images, x0, labels, noise, u)
         return aligned_loss(self.objective, model, (x0, labels, noise, u), features, self.options.weight)
 
-    def _features(self, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-        """The tokens of the average, which sees less noise: ``t' = max(0, t - time_gap u')`` (SRA)."""
-        gap = self.options.time_gap * second_uniform(u)
-        xt, timestep = self.objective.earlier(x0, noise, u, gap)
+    def _features(self, images: Tensor, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        """The teacher's tokens; the average sees less noise: ``t' = max(0, t - time_gap u')`` (SRA)."""
         with self.accelerator.autocast():
-            return ask_ema(self.ema, xt, timestep, labels, num_blocks=self.teacher_block)[0]
+            if self.teacher is not None:
+                features = self.teacher(images)
+            else:
+                gap = self.options.time_gap * second_uniform(u)
+                xt, timestep = self.objective.earlier(x0, noise, u, gap)
+                (features,) = ask_ema(self.ema, xt, timestep, labels, num_blocks=self.teacher_block)
+        share = self.options.spatial_norm
+        return spatial_normalization(features, share) if share else features

@@ -28,16 +28,19 @@ from iwin_dit.training.state import Run, State
 class TrainingData(NamedTuple):
     """The data of a generator.
 
-    dataset: latents or images, still or moving; images: those that are mixed into training on clips.
+    dataset: latents or images, still or moving; images: those that are mixed into training on clips; teacher:
+    for alignment, an :class:`~iwin_dit.build.teachers.ImageTeacher`.
     """
 
     dataset: LatentDataset | PixelDataset
     images: ImagesAsClips | None
+    teacher: Any = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the data the same to a run that is resumed."""
-        return self.dataset.identity | (self.images.identity if self.images is not None else {})
+        found = self.dataset.identity | (self.images.identity if self.images is not None else {})
+        return found | ({} if self.teacher is None else {"teacher_sha256": self.teacher.sha256})
 
 
 def open_data(config: Config, accelerator: Accelerator) -> TrainingData:
@@ -47,7 +50,13 @@ def open_data(config: Config, accelerator: Accelerator) -> TrainingData:
         DataError: where they are missing, or do not fit the model.
     """
     dataset = build_dataset(config, accelerator)
-    return TrainingData(dataset, build_images(config, dataset))
+    teacher = None
+    if config.alignment.sees_images:
+        from iwin_dit.build.teachers import load_teacher  # and networks of images
+
+        with accelerator.local_main_process_first():  # which may fetch its weights
+            teacher = load_teacher(config)
+    return TrainingData(dataset, build_images(config, dataset), teacher)
 
 
 def build_examples(config: Config, data: TrainingData) -> TrainingExamples | MixedExamples:
@@ -77,8 +86,9 @@ class Generator:
         self.config, self.dataset = config, data.dataset
         self.model = build_denoiser(config)
         self.objective = build_objective(config)
-        aligns = config.alignment.teacher is not None
-        self.alignment = Alignment(config, self.model, self.objective, accelerator) if aligns else None
+        self.alignment = None
+        if config.alignment.teacher is not None:
+            self.alignment = Alignment(config, self.model, self.objective, accelerator, data.teacher)
         self.encode = build_encoder(data.dataset, accelerator)
         self.examples = build_examples(config, data)
         self.flops_per_image = Budget(config).training_flops
@@ -99,7 +109,9 @@ class Generator:
 
     def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """The objective of each example, ``(B,)``, from what the dataset gives."""
-        return (self.alignment or self.objective).loss(model, self.encode(x0), labels, noise, u)
+        if self.alignment is None:
+            return self.objective.loss(model, self.encode(x0), labels, noise, u)
+        return self.alignment.loss(model, x0, self.encode(x0), labels, noise, u)
 
     def random_batch(self, images: int) -> Sequence[Tensor]:
         """The first example of the dataset, so many times, with random noise and times."""

@@ -29,7 +29,11 @@ def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--generated", help="a run, a pipeline or a hub id that draws; or a folder or .npz of images")
     add("--reference", help="a folder or .npz of real images (clips), or stored statistics")
-    add("--extractor", default="inception", help="inception, dinov2[:FILE], iwin:RUN, i3d:FILE (inception)")
+    add(
+        "--extractor",
+        default="inception",
+        help="inception, dinov2[:FILE], efficientnet-lite0[:FILE], iwin:RUN, i3d:FILE (inception)",
+    )
     add(
         "--metrics",
         help="; ".join(f"{name}: {','.join(kind.metrics)}" for name, kind in metrics.EXTRACTORS.items()),

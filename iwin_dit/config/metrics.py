@@ -30,6 +30,9 @@ EXTRACTORS: dict[str, ExtractorKind] = {
         "iwin_dit.evaluation.extractors:Inception", ("fid", "sfid", "kid", "is", "pr")
     ),
     "dinov2": ExtractorKind("iwin_dit.evaluation.extractors:DINOv2", ("fd", "kid", "pr"), source="FILE"),
+    "efficientnet-lite0": ExtractorKind(
+        "iwin_dit.evaluation.efficientnet:efficientnet_lite0", ("fd", "kid", "pr"), source="FILE"
+    ),
     "iwin": ExtractorKind(
         "iwin_dit.build.evaluation:own_classifier", ("fd", "kid", "pr"), source="RUN", needs_source=True
     ),

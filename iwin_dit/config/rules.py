@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from operator import attrgetter
@@ -27,7 +28,7 @@ COMMON = (
 )
 READ_WITH = (
     ("alignment.student_block alignment.teacher_block alignment.weight", "alignment.teacher"),
-    ("alignment.projector alignment.stop_step", "alignment.teacher"),
+    ("alignment.projector alignment.stop_step alignment.spatial_norm", "alignment.teacher"),
     ("alignment.time_gap", "alignment.teacher self"),
     ("objective.base_weight sample.internal_guidance", "model.base_block"),
     ("objective.logit_mean objective.logit_std", "objective.time_sampling logit_normal"),
@@ -130,12 +131,19 @@ def _check_alignment(config: Config) -> None:
     options, depth = config.alignment, config.model.shape[0]
     if options.teacher is None:
         return
+    teacher = f"alignment.teacher {options.teacher}"
+    if not re.fullmatch("self|efficientnet-lite0|(iwin|timm):.+", options.teacher):
+        raise ConfigError(f"{teacher} is not known; expected self, iwin:RUN, timm:NAME or efficientnet-lite0")
     for key, block in zip(("student_block", "teacher_block"), options.blocks(depth), strict=True):
-        if block > depth:
+        if block > depth and not (options.sees_images and key == "teacher_block"):
             raise ConfigError(
                 f"alignment.{key} {block} is more than the {depth} blocks of the model; take fewer"
             )
-    if config.ema.on_cpu:
+    if options.weights is not None and options.teacher.startswith(("self", "iwin")):
+        raise ConfigError(f"alignment.weights is of no use with {teacher}; remove it")
+    if options.sees_images and (config.data.kind != "images" or config.model.sample_frames is not None):
+        raise ConfigError(f"{teacher} sees images, not latents or clips: set data.kind images, or self")
+    if not options.sees_images and config.ema.on_cpu:
         raise ConfigError("alignment.teacher self asks the average in each step; set ema.on_cpu false")
 
 

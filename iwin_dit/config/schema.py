@@ -189,7 +189,7 @@ class EvaluationConfig:
     Args:
         reference: a folder or .npz of real images, or an .npz of their mu and sigma.
         metrics: of evaluate_fid.py. Default: fid, or fd with another extractor than Inception.
-        extractor: inception, dinov2, dinov2:FILE or iwin:RUN; of clips i3d:FILE.
+        extractor: inception, dinov2, dinov2:FILE, efficientnet-lite0 or iwin:RUN; of clips i3d:FILE.
         inception_weights: torch-fidelity's file, for machines without a network.
         num_images: to draw each time; figures of fewer than 50,000 compare with each other alone.
         batch_images: of one forward pass on one process.

@@ -19,6 +19,16 @@ def misalignment(projected: Tensor, features: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(projected.float(), features.float(), dim=-1).flatten(1).mean(1)
 
 
+def spatial_normalization(features: Tensor, share: float) -> Tensor:
+    """``(z - share mean z) / (std z + 1e-6)`` over the tokens of each image (iREPA, arXiv 2512.10794).
+
+    What all tokens of an image share is its content; what is left is where things are. ``(B, *grid, Z)``.
+    """
+    z = features.float()
+    axes = tuple(range(1, z.ndim - 1))
+    return (z - share * z.mean(axes, keepdim=True)) / (z.std(axes, keepdim=True) + 1e-6)
+
+
 def second_uniform(u: Tensor) -> Tensor:
     """A second uniform number from the lower 12 of the 24 random bits that ``torch.rand`` gives: ``(B,)``.
 

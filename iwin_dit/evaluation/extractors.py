@@ -139,7 +139,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 class Classifier(Extractor):
-    """A classifier of the user's own, in the interface of timm, for figures named "FD (iwin)".
+    """A classifier in the interface of timm: of the user's own, for figures named "FD (iwin)", or another.
 
     Layers: ``pool``, the features before its last layer; ``logits``, of its classes.
 
@@ -148,10 +148,10 @@ class Classifier(Extractor):
         image_size: (H, W) that it takes; images of another size are resized.
         mean, std: of each colour, of values in [0, 1].
         sha256: of its weights.
+        name: of its features.
     """
 
     layers = ("pool", "logits")
-    name = "iwin"
 
     def __init__(
         self,
@@ -160,8 +160,10 @@ class Classifier(Extractor):
         mean: Sequence[float],
         std: Sequence[float],
         sha256: str,
+        name: str = "iwin",
     ):
         super().__init__()
+        self.name = name
         self.model: Any = model.eval().requires_grad_(False)  # timm's interface, which no class states
         self.image_size, self.sha256 = (int(image_size[0]), int(image_size[1])), sha256
         self.mean, self.std = list(mean), list(std)
