@@ -104,7 +104,7 @@ def _of_timm(name: str, weights: str | None, grid: tuple[int, ...]) -> nn.Module
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ConfigError(f"alignment.teacher timm:{name} is not one of timm's; such as {', '.join(near)}")
-    options: dict[str, Any] = {"num_classes": 0}
+    options: dict[str, Any] = {}  # of its own classes: with others timm would not miss weights
     with torch.device("meta"):
         plain = timm.create_model(name)
     if isinstance(plain, VisionTransformer):

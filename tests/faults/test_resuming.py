@@ -20,6 +20,7 @@ COMMON = {
     *("seed", "ema.decays", "ema.power_stds", "train.batch_images", "train.precision"),
     *(f"optimizer.{f.name}" for f in fields(Config().optimizer)),
 }
+FREE_OF_ALIGNMENT = {"alignment.weights", "alignment.stop_step"}
 FREE_OF_MODELS = {"model.mixer", "model.init_from", "model.allow_blind"}
 FIXED = COMMON | {
     *(
@@ -38,6 +39,7 @@ FIXED = COMMON | {
     *({f"model.{f.name}" for f in fields(Config().model)} - FREE_OF_MODELS),
     *(f"model.mixer.{f.name}" for f in fields(Config().model.mixer)),
     *(f"objective.{f.name}" for f in fields(Config().objective)),
+    *({f"alignment.{f.name}" for f in fields(Config().alignment)} - FREE_OF_ALIGNMENT),
 }
 FIXED_OF_CLASSIFIERS = COMMON | {
     *("data.split", "data.image_column", "data.label_column", "data.background"),
