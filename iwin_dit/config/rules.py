@@ -139,8 +139,8 @@ def _check_alignment(config: Config) -> None:
             raise ConfigError(
                 f"alignment.{key} {block} is more than the {depth} blocks of the model; take fewer"
             )
-    if options.weights is not None and options.teacher.startswith(("self", "iwin")):
-        raise ConfigError(f"alignment.weights is of no use with {teacher}; remove it")
+    if options.teacher_weights is not None and options.teacher.startswith(("self", "iwin")):
+        raise ConfigError(f"alignment.teacher_weights is of no use with {teacher}; remove it")
     if options.sees_images and (config.data.kind != "images" or config.model.sample_frames is not None):
         raise ConfigError(f"{teacher} sees images, not latents or clips: set data.kind images, or self")
     if not options.sees_images and config.ema.on_cpu:

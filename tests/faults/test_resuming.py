@@ -20,7 +20,7 @@ COMMON = {
     *("seed", "ema.decays", "ema.power_stds", "train.batch_images", "train.precision"),
     *(f"optimizer.{f.name}" for f in fields(Config().optimizer)),
 }
-FREE_OF_ALIGNMENT = {"alignment.weights", "alignment.stop_step"}
+FREE_OF_ALIGNMENT = {"alignment.teacher_weights", "alignment.stop_step"}
 FREE_OF_MODELS = {"model.mixer", "model.init_from", "model.allow_blind"}
 FIXED = COMMON | {
     *(
