@@ -91,7 +91,7 @@ def test_self_alignment_is_the_equation_written_out(name, recipe):
     )
     other, other_ema, batch = copy.deepcopy(model), copy.deepcopy(ema), make_batch()
     alignment.begin_step(ema, 0)
-    found = alignment.loss(model, *batch)
+    found = alignment.loss(model, None, *batch)
     expected = written_out(other, other_ema, objective, batch, 0.7, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.mean().backward()
@@ -108,10 +108,10 @@ def test_after_the_stop_the_loss_and_its_gradient_are_those_of_the_objective(rec
     batch, asked = make_batch(), watch(ema, 0)
     plain = objective.loss(copy.deepcopy(model), *batch)
     alignment.begin_step(ema, 6)
-    assert not torch.equal(alignment.loss(model, *batch), plain)
+    assert not torch.equal(alignment.loss(model, None, *batch), plain)
     assert len(asked) == 1
     alignment.begin_step(ema, 7)
-    loss = alignment.loss(model, *batch)
+    loss = alignment.loss(model, None, *batch)
     assert torch.equal(loss, plain)
     assert len(asked) == 1, "the teacher is asked no more"
     loss.mean().backward()

@@ -42,6 +42,7 @@ def workshop(tmp_path_factory):
     for seed in (0, 1):
         torch.manual_seed(seed)
         save_file(timm.create_model("test_vit").state_dict(), root / f"vit-{seed}.safetensors")
+    save_file(timm.create_model("test_resnet").state_dict(), root / "resnet.safetensors")
     return root
 
 
@@ -80,7 +81,9 @@ def pixels(images=4):
 def test_the_loss_is_that_of_repa_written_out(share, write):
     """A transformer's patches are the grid: its tokens stay where they are, without the class token."""
     config = load_config(write(weight=0.7, spatial_norm=share))
-    teacher, model = load_teacher(config), make_model(attention_head_dim=16).train()
+    options = config.alignment
+    teacher = load_teacher(options.teacher, options.teacher_weights, None, config.model.grid)
+    model = make_model(attention_head_dim=16).train()
     assert teacher.image_size == (128, 128), "8 x 8 patches of 16 pixels"
     alignment, generator = Alignment(config, model, FlowMatching(), OneProcess, teacher), torch.Generator()
     x0, noise = torch.randn(2, 4, 4, 8, 8, generator=generator.manual_seed(0))
@@ -186,7 +189,7 @@ def test_ones_own_classifier_teaches(write, workshop, train_here, script_here, t
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"teacher": "dinov2"}, "expected self, iwin:RUN, timm:NAME or efficientnet-lite0"),
+        ({"teacher": "dinov2"}, "expected self, iwin:RUN, timm:NAME, efficientnet-lite0 or features:FOLDER"),
         ({"teacher": "iwin:runs/none"}, "alignment.teacher_weights is of no use with alignment.teacher iwin"),
         ({"teacher": "iwin:runs/none", "teacher_weights": None}, "runs/none is no run"),
         ({"teacher": "timm:no_such"}, "timm:no_such is not one of timm's"),
@@ -204,6 +207,54 @@ def test_a_teacher_that_is_not_there_is_refused(options, words, write, refused_h
 def test_latents_are_not_shown_to_a_network_of_images(recipe, refused_here):
     error = refused_here("train_dit.py", "--config", recipe(alignment={"teacher": "efficientnet-lite0"}))
     assert "sees images, not latents or clips: set data.kind images, or self" in error
+
+
+@pytest.fixture
+def stored(workshop, tmp_path, run_here):
+    """Latents of the images, and what timm's smallest residual network makes of them."""
+    common = "--images", workshop / "images", "--size", 16, "--workers", 0, "--shard-images", 7
+    resnet = "--features", "timm:test_resnet", "--features-weights", workshop / "resnet.safetensors"
+    run_here("extract_latents.py", *common, "--vae", workshop / "vae", "--out", tmp_path / "latents")
+    run_here("extract_latents.py", *common, *resnet, "--out", tmp_path / "features")
+    return tmp_path
+
+
+def test_stored_features_teach_as_their_network_does(write, recipe, stored, workshop, run_here, train_here):
+    """With mirrored images among them, and by the same weights after four steps."""
+    run_here("extract_latents.py", "--verify", stored / "features", "--images", workshop / "images")
+    assert "timm:test_resnet" in run_here("extract_latents.py", "--info", stored / "features")
+    resnet = {"teacher": "timm:test_resnet", "teacher_weights": str(workshop / "resnet.safetensors")}
+    latents = {"path": str(stored / "latents"), "normalization": "vae"}
+    more = {"train": {"max_steps": 4, "save_every_steps": 2, "keep_checkpoints": 5}}
+    features = {"teacher": f"features:{stored / 'features'}", "student_block": 1}
+    config = recipe("stored.yaml", data=latents, alignment=features, **more)
+    for name, path in (("asked", write(**resnet)), ("read", config)):
+        code, output = train_here("--config", path, "--output_dir", stored / name)
+        assert code == 0, output
+    found, expected = (read_checkpoint(stored / name, 4) for name in ("read", "asked"))
+    assert any(name.startswith("projector.") for name in found["model"])
+    for group in ("model", "ema"):
+        assert_equal({group: found[group]}, {group: expected[group]}, atol=1e-4, rtol=0)
+
+    again = stored / "again"
+    shutil.copytree(stored / "read", again)
+    shutil.rmtree(again / "checkpoints" / "step-00000004")
+    code, output = train_here("--config", config, "--output_dir", again, "--train.num_workers", 1)
+    assert code == 0, output
+    assert_equal(read_checkpoint(again, 4), found)
+
+
+def test_features_of_other_images_and_latents_are_refused(recipe, stored, refused_here):
+    for latents, features, words in (
+        ("latents", "latents", "holds latents; expected what extract_latents.py --features writes"),
+        (None, "features", "holds features of other images than"),
+    ):
+        data = {} if latents is None else {"path": str(stored / latents)}
+        config = recipe(data=data, alignment={"teacher": f"features:{stored / features}"})
+        assert words in refused_here("train_dit.py", "--config", config)
+    common = "extract_latents.py", "--images", stored, "--out", stored / "out", "--features", "timm:test_vit"
+    assert "leave out --vae" in refused_here(*common, "--vae", stored)
+    assert "leave out --posterior" in refused_here(*common, "--posterior")
 
 
 def official_name(name):

@@ -92,6 +92,26 @@ def build_images(config: Config, clips: LatentDataset | PixelDataset) -> ImagesA
     return ImagesAsClips(images)
 
 
+def open_features(folder: Path, latents: LatentDataset | PixelDataset) -> LatentDataset:
+    """The features of a teacher that ``extract_latents.py --features`` has written of the latents' images.
+
+    Raises:
+        DataError: where they are missing, no features, or of other images.
+    """
+    features = LatentDataset(folder)
+    if "teacher" not in features.index:
+        raise DataError(f"{folder} holds latents; expected what extract_latents.py --features writes")
+    assert isinstance(latents, LatentDataset)  # the rules ask for it
+    sources = [data.index.get("source", {}).get("files_sha256") for data in (features, latents)]
+    other = None not in sources and sources[0] != sources[1]
+    if other or not torch.equal(features.labels, latents.labels):
+        raise DataError(
+            f"{folder} holds features of other images than {latents.directory} latents, by name, size, label "
+            "or order; extract both from the same images"
+        )
+    return features
+
+
 def _image_shape(data: LatentDataset | PixelDataset) -> tuple[int, ...]:
     return data.latent_shape[0], *data.latent_shape[-2:]
 

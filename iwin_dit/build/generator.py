@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from iwin_dit.build.alignment import Alignment
 from iwin_dit.build.budget import Budget
-from iwin_dit.build.data import build_dataset, build_encoder, build_images
+from iwin_dit.build.data import build_dataset, build_encoder, build_images, open_features
 from iwin_dit.build.loading import build_denoiser
 from iwin_dit.build.network import build_objective
 from iwin_dit.build.pipeline import build_pipeline, draw_preview, model_of
 from iwin_dit.config.schema import Config
-from iwin_dit.data.examples import Drawn, ImagesAsClips, MixedExamples, TrainingExamples
+from iwin_dit.data.examples import Drawn, ImagesAsClips, MixedExamples, TaughtExamples, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.pipelines.base import export_pipeline
@@ -29,7 +30,7 @@ class TrainingData(NamedTuple):
     """The data of a generator.
 
     dataset: latents or images, still or moving; images: those that are mixed into training on clips; teacher:
-    for alignment, an :class:`~iwin_dit.build.teachers.ImageTeacher`.
+    for alignment, an :class:`~iwin_dit.build.teachers.ImageTeacher`, or the features that one has made.
     """
 
     dataset: LatentDataset | PixelDataset
@@ -40,6 +41,8 @@ class TrainingData(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """What makes the data the same to a run that is resumed."""
         found = self.dataset.identity | (self.images.identity if self.images is not None else {})
+        if isinstance(self.teacher, LatentDataset):
+            return found | {"teacher_sha256": self.teacher.identity.get("shards_sha256")}
         return found | ({} if self.teacher is None else {"teacher_sha256": self.teacher.sha256})
 
 
@@ -50,16 +53,19 @@ def open_data(config: Config, accelerator: Accelerator) -> TrainingData:
         DataError: where they are missing, or do not fit the model.
     """
     dataset = build_dataset(config, accelerator)
-    teacher = None
+    teacher: Any = None
     if config.alignment.sees_images:
         from iwin_dit.build.teachers import load_teacher  # and networks of images
 
+        options, grid = config.alignment, config.model.grid
         with accelerator.local_main_process_first():  # which may fetch its weights
-            teacher = load_teacher(config)
+            teacher = load_teacher(str(options.teacher), options.teacher_weights, options.teacher_block, grid)
+    elif (folder := config.alignment.features) is not None:
+        teacher = open_features(Path(folder), dataset)
     return TrainingData(dataset, build_images(config, dataset), teacher)
 
 
-def build_examples(config: Config, data: TrainingData) -> TrainingExamples | MixedExamples:
+def build_examples(config: Config, data: TrainingData) -> TrainingExamples | MixedExamples | TaughtExamples:
     """What training sees at each position: of the dataset, and of images that are mixed in with it."""
     null_label = config.model.num_classes if config.model.label_dropout else None
 
@@ -67,6 +73,8 @@ def build_examples(config: Config, data: TrainingData) -> TrainingExamples | Mix
         options = config.data.random_flip, config.model.label_dropout, null_label
         return TrainingExamples(source, config.seed, *options)
 
+    if isinstance(data.teacher, LatentDataset):
+        return TaughtExamples(examples(data.dataset), data.teacher)
     if data.images is None:
         return examples(data.dataset)
     share, batch = config.data.image_share, config.train.batch_images
@@ -86,6 +94,7 @@ class Generator:
         self.config, self.dataset = config, data.dataset
         self.model = build_denoiser(config)
         self.objective = build_objective(config)
+        self.features = data.teacher if isinstance(data.teacher, LatentDataset) else None
         self.alignment = None
         if config.alignment.teacher is not None:
             self.alignment = Alignment(config, self.model, self.objective, accelerator, data.teacher)
@@ -107,17 +116,27 @@ class Generator:
         """As AdamW takes them: matrices decay, all else does not."""
         return parameter_groups(self.model, self.config.optimizer.weight_decay)
 
-    def loss(self, model: Callable, x0: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+    def loss(
+        self,
+        model: Callable,
+        x0: Tensor,
+        labels: Tensor,
+        noise: Tensor,
+        u: Tensor,
+        features: Tensor | None = None,
+    ) -> Tensor:
         """The objective of each example, ``(B,)``, from what the dataset gives."""
         if self.alignment is None:
             return self.objective.loss(model, self.encode(x0), labels, noise, u)
-        return self.alignment.loss(model, x0, self.encode(x0), labels, noise, u)
+        shown = x0 if features is None else features
+        return self.alignment.loss(model, shown, self.encode(x0), labels, noise, u)
 
     def random_batch(self, images: int) -> Sequence[Tensor]:
         """The first example of the dataset, so many times, with random noise and times."""
         (x0, _), shape = self.dataset[0], self.dataset.latent_shape
         labels = torch.zeros(images, dtype=torch.long)
-        return x0.expand(images, *x0.shape), labels, torch.randn(images, *shape), torch.rand(images)
+        batch = x0.expand(images, *x0.shape), labels, torch.randn(images, *shape), torch.rand(images)
+        return batch if self.features is None else (*batch, torch.randn(images, *self.features.latent_shape))
 
     def preview(self, run: Run, ema: dict[str, Tensor], step: int, stop: StopRequest) -> None:
         """Draws the first ten classes."""

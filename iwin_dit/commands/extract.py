@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from iwin_dit.runtime import files
 from iwin_dit.runtime.colours import colour
@@ -28,6 +29,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--allow-odd-classes", action="store_true", help="take classes without images, one class, or splits")
     add("--vae", help="a preset, a folder, a hub id, or an original .pt, .ckpt or .safetensors file")
     add("--vae-config", type=Path, help="YAML of an original file's ddconfig (that of VA-VAE f16d32)")
+    add("--features", metavar="MODEL", help="not latents, but features for alignment.teacher: timm:NAME, ...")
+    add("--features-weights", metavar="FILE", help="of a MODEL of timm's (fetched)")
+    add("--features-block", type=int, help="after so many blocks or stages (the last)")
     add("--out", help="folder for the shards and index.json")
     add("--size", type=int, nargs="+", default=[256], metavar="PIXELS", help="a side, or height, width (256)")
     add("--frames", type=int, help="frames of a clip: --images then holds class folders of videos (images)")
@@ -59,7 +63,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses what cannot be extracted. Raises ConfigError."""
-    missing = [name for name in ("images", "vae", "out") if not getattr(arguments, name)]
+    if arguments.features and (arguments.vae or arguments.frames or arguments.crop == "random"):
+        raise ConfigError("--features are of the middle of images: leave out --vae, --frames and --crop")
+    if arguments.features and (arguments.posterior or arguments.precision != "float32"):
+        raise ConfigError("--features are computed in float32: leave out --posterior and --precision")
+    encoder = "features" if arguments.features else "vae"
+    missing = [name for name in ("images", encoder, "out") if not getattr(arguments, name)]
     if missing:  # an empty --out would be the working directory
         raise ConfigError(f"--{missing[0]} is missing or empty; see --help")
     arguments.out = Path(arguments.out)
@@ -85,6 +94,7 @@ def main() -> None:
     """Makes, checks or describes a set of latents."""
     arguments = parse_arguments()
     from iwin_dit.data import inspection
+    from iwin_dit.data.latent_index import read_index
 
     if arguments.verify:
         print(f"{inspection.verify(arguments.verify)}, every shard is what the index says")
@@ -99,7 +109,8 @@ def main() -> None:
             print(f"{arguments.images} is its origin; {told}")
     elif arguments.info:
         print(inspection.describe(arguments.info))
-        inspection.contact_sheet(arguments.info, arguments.info / "contact.png")
+        if "teacher" not in read_index(arguments.info):  # features are nothing to look at
+            inspection.contact_sheet(arguments.info, arguments.info / "contact.png")
     else:
         extract_latents(arguments)
 
@@ -135,14 +146,22 @@ def extract_latents(arguments: argparse.Namespace) -> None:
     names = "crop", "batch_images", "shard_images", "precision", "store", "posterior", "background"
     given = {name: getattr(arguments, name) for name in names}
     size = arguments.size[0], arguments.size[-1]
-    vae = load_autoencoder(arguments.vae, arguments.vae_config)
-    vae_name = extraction.LOCAL_VAE if Path(arguments.vae).exists() else arguments.vae
+    if arguments.features:
+        from iwin_dit.build.teachers import FeatureEncoder, load_teacher
+
+        weights, block = arguments.features_weights, arguments.features_block
+        vae: Any = FeatureEncoder(load_teacher(arguments.features, weights, block, size=size))
+        description = {"vae": arguments.features, "teacher": arguments.features}
+    else:
+        vae = load_autoencoder(arguments.vae, arguments.vae_config)
+        local = Path(arguments.vae).exists()
+        description = {"vae": extraction.LOCAL_VAE if local else arguments.vae}
     bad = extraction.extract(
         source,
         vae.to(accelerator.device),
         arguments.out,
         extraction.Settings(size, clip=clip, clips_per_video=clips, **given),
-        {"vae": vae_name, "vae_sha256": weights_sha256(vae)},
+        description | {"vae_sha256": weights_sha256(vae)},
         num_workers=arguments.workers,
         max_bad_images=arguments.max_bad_images,
         process=accelerator.process_index,

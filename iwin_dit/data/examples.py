@@ -63,6 +63,16 @@ class Example(NamedTuple):
     u: Tensor
 
 
+class Place(NamedTuple):
+    """What of a position is drawn before its noise, and the generator that goes on to draw that."""
+
+    image: int
+    mirrored: bool
+    dropped: bool
+    u: float
+    rng: torch.Generator
+
+
 class TrainingExamples(Dataset):
     """``examples[position] -> Example``.
 
@@ -88,21 +98,46 @@ class TrainingExamples(Dataset):
     def __getitems__(self, positions: Sequence[int]) -> Example:
         """A batch at once, as a DataLoader asks for it: the shards are read together."""
         noise = torch.empty(len(positions), *self.data.latent_shape)
-        draws = [self._draw(position, out) for position, out in zip(positions, noise, strict=True)]
-        indices, mirrored, dropped, times, rngs = zip(*draws, strict=True)
+        places = [self.place(position) for position in positions]
+        for place, out in zip(places, noise, strict=True):
+            torch.randn(out.shape, generator=place.rng, out=out)
+        indices, mirrored, dropped, times, rngs = zip(*places, strict=True)
         x0, labels = self.data.draw(indices, mirrored, rngs)
         labels = [self.null_label if drop else label for drop, label in zip(dropped, labels, strict=True)]
         return Example(x0, torch.tensor(labels), noise, torch.tensor(times))
 
-    def _draw(self, position: int, noise: Tensor) -> tuple[int, bool, bool, float, torch.Generator]:
-        """Image, flip, label drop, time and generator of a position, and its noise, into a tensor."""
+    def place(self, position: int) -> Place:
+        """Image, flip, label drop and time of a position."""
         epoch, offset = divmod(position, len(self.data))
         rng = generator(self.seed, "example", position)
         u, flip, drop = torch.rand(3, generator=rng)
         index = int(epoch_order(self.seed, epoch, len(self.data))[offset])
-        torch.randn(noise.shape, generator=rng, out=noise)
         mirrored, dropped = self.random_flip and bool(flip < 0.5), bool(drop < self.label_dropout)
-        return index, mirrored, dropped, float(u), rng
+        return Place(index, mirrored, dropped, float(u), rng)
+
+
+class TaughtExamples(Dataset):
+    """``examples[position] -> (*Example, features)``: beside each what a teacher has made of its image.
+
+    Args:
+        features: maps ``(Z, h, w)`` of the same images, and of mirrored ones: a set like one of latents.
+    """
+
+    def __init__(self, examples: TrainingExamples, features: Any):
+        self.examples, self.features = examples, features
+
+    def __getitem__(self, position: int) -> tuple[Tensor, ...]:
+        return tuple(part[0] for part in self.__getitems__([position]))
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, ...]:
+        """A batch of one step."""
+        places = [self.examples.place(position) for position in positions]
+        found = torch.empty(len(positions), *self.features.latent_shape)
+        for flip in (False, True):
+            chosen = [b for b, place in enumerate(places) if place.mirrored == flip]
+            if chosen:
+                found[chosen] = self.features.read_raw([places[b].image for b in chosen], flip)
+        return *self.examples.__getitems__(positions), found
 
 
 class ImagesAsClips:

@@ -71,6 +71,8 @@ def check_index(index: dict[str, Any], where: str) -> None:
         if len(index[key]) != channels:
             raise DataError(f"{where}: {key} has {len(index[key])} numbers, the latents {channels} channels")
     for channel, (mean, std) in enumerate(zip(index["mean"], index["std"], strict=True)):
+        if "teacher" in index:
+            break  # features may have channels that are silent here, and are not normalised
         if std <= SMALLEST_STD * abs(mean):  # the values differ by no more than rounding
             raise DataError(
                 f"{where}: channel {channel} of the latents is constant (mean {mean:.6g}, std {std:.3g}), so "
@@ -127,6 +129,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "frames": (_is_count, "a number of frames"),
     "frame_stride": (_is_count, "a number of frames"),
     "background": (lambda value: value is None or _is_text(value), "a colour"),
+    "teacher": (_is_text, "the network whose features they are"),
     "source": (lambda value: isinstance(value, dict), "what the latents were made of"),
 }
-OPTIONAL = {"vae_sha256", "image_size", "num_images", "frames", "frame_stride", "background", "source"}
+OPTIONAL = {"vae_sha256", "image_size", "num_images", "frames", "frame_stride", "background", "teacher"}
+OPTIONAL |= {"source"}

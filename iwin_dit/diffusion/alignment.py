@@ -19,6 +19,11 @@ def misalignment(projected: Tensor, features: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(projected.float(), features.float(), dim=-1).flatten(1).mean(1)
 
 
+def on_grid(features: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Maps ``(B, Z, h, w)`` to ``(B, *grid, Z)`` in float32, bilinear between places."""
+    return F.interpolate(features.float(), grid, mode="bilinear", antialias=True).movedim(1, -1)
+
+
 def spatial_normalization(features: Tensor, share: float) -> Tensor:
     """``(z - share mean z) / (std z + 1e-6)`` over the tokens of each image (iREPA, arXiv 2512.10794).
 
