@@ -35,6 +35,7 @@ LEVERS: dict[str, dict[str, Any]] = {  # changes of the recipe
     "head inside": {"model.base_block": 2},
     "Muon": {"optimizer.name": "muon"},
     "Muon, head inside": {"optimizer.name": "muon", "model.base_block": 2},
+    "self-alignment": {"alignment.teacher": "self"},
     "QK-norm": {"model.qk_norm": True},
     "shift 0.5": {"objective.shift": 0.5},
     "shift 2": {"objective.shift": 2.0},

@@ -6,21 +6,25 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from iwin_dit.build import budget
+from iwin_dit.build.alignment import Alignment
 from iwin_dit.build.network import build_model, build_objective
 from iwin_dit.config.schema import Config
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.runtime.processes import cores
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
+from iwin_dit.training.ema import make_ema
 from iwin_dit.training.optimizer import build_optimizer, parameter_groups
 from studies.connectivity import blocks_to_connect
 
@@ -60,15 +64,21 @@ def training_memory(config: Config) -> int:
 def training_step(config: Config) -> Callable[[], None]:
     """Forward, backward and update on one random batch of the config's size; gradients are kept."""
     model, objective = build_model(config).train(), build_objective(config)
+    taught = config.alignment.teacher is not None  # by its own average: there are no images
+    alignment = Alignment(config, model, objective, Accelerator()) if taught else None
     options = config.optimizer
     optimizer = build_optimizer(model, parameter_groups(model, options.weight_decay), options)
     rng, images = generator(0, "step"), config.train.batch_images
     shape = (images, config.model.in_channels, *model.latent_size)
     x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))
     labels, u = torch.zeros(images, dtype=torch.long), torch.rand(images, generator=rng)
+    loss = partial(objective.loss, model)
+    if alignment is not None:
+        alignment.begin_step(make_ema(model), 0)
+        loss = partial(alignment.loss, model, x0)
 
     def step() -> None:
-        objective.loss(model, x0, labels, noise, u).mean().backward()
+        loss(x0, labels, noise, u).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
