@@ -15,7 +15,7 @@ from iwin_dit.diffusion.objective import Objective
 
 
 def misalignment(projected: Tensor, features: Tensor) -> Tensor:
-    """``1 - mean over tokens of the cosine`` (REPA, equation 8, plus 1), ``(B, *grid, Z)`` each: ``(B,)``."""
+    """``1 - mean over tokens of the cosine`` (REPA), of ``(B, *grid, Z)`` each: ``(B,)``."""
     return 1 - F.cosine_similarity(projected.float(), features.float(), dim=-1).flatten(1).mean(1)
 
 

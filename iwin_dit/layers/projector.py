@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Projector(nn.Module):
     """Tokens ``(B, *grid, D)`` to ``(B, *grid, Z)``.
 
-    ``mlp`` are three linear layers with SiLU between them (REPA, arXiv 2410.06940, appendix), whose hidden
+    ``mlp`` are three linear layers with SiLU between them (REPA, arXiv 2410.06940), whose hidden
     width is D + Z (SRA, arXiv 2505.02831); ``conv`` is one convolution with a kernel of 3 (iREPA, arXiv
     2512.10794).
 
