@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_equal, make_model, read_checkpoint, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import silu
+from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_dit.build.alignment import Alignment
+from iwin_dit.build.budget import Budget
 from iwin_dit.build.loading import load_pipeline
+from iwin_dit.build.network import build_model
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.alignment import second_uniform
 from iwin_dit.diffusion.ddpm import DDPM, tables
@@ -117,6 +121,18 @@ def test_after_the_stop_the_loss_and_its_gradient_are_those_of_the_objective(rec
     loss.mean().backward()
     for parameter in model.projector.parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), "processes wait for all gradients"
+
+
+def test_the_operations_of_the_teacher_are_counted(recipe):
+    """All that the average computes before its second block has ended, in a forward pass alone."""
+    config = load_config(recipe(model={"depth": 3}, alignment=SELF))
+    budget = Budget(config)
+    taught = budget.training_flops - 6 * budget.multiply_adds
+    model = build_model(config)
+    x0, labels, *_ = make_batch(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(x0, 500.0, labels, num_blocks=2)
+    assert taught == counter.get_total_flops()
 
 
 def test_the_second_uniform_number_is_uniform_and_tells_nothing_of_the_first():

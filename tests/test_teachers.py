@@ -248,6 +248,7 @@ def test_features_of_other_images_and_latents_are_refused(recipe, stored, refuse
     for latents, features, words in (
         ("latents", "latents", "holds latents; expected what extract_latents.py --features writes"),
         (None, "features", "holds features of other images than"),
+        ("features", "features", "holds features of timm:test_resnet, which no autoencoder decodes"),
     ):
         data = {} if latents is None else {"path": str(stored / latents)}
         config = recipe(data=data, alignment={"teacher": f"features:{stored / features}"})

@@ -55,12 +55,16 @@ class Activations(NamedTuple):
     block_input: int
 
 
-def multiply_adds(model: IwinDiTTransformer2DModel) -> int:
-    """Multiply-adds of one forward pass of one image, counted operation by operation on a meta copy."""
+def multiply_adds(model: IwinDiTTransformer2DModel, num_blocks: int | None = None) -> int:
+    """Multiply-adds of one forward pass of one image, counted operation by operation on a meta copy.
+
+    Args:
+        num_blocks: of a pass that ends after so many.
+    """
     latent = torch.empty(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(latent, torch.zeros(1, device="meta"), label)
+        model(latent, torch.zeros(1, device="meta"), label, num_blocks=num_blocks)
     return counter.get_total_flops() // 2
 
 
@@ -88,10 +92,10 @@ class Budget:
 
         The average that teaches goes through its first blocks; networks of images are not counted.
         """
-        depth, *_ = self.config.model.shape
-        taught = self.config.alignment.teacher == "self"
-        blocks = self.config.alignment.blocks(depth)[1] if taught else 0
-        return 6 * self.multiply_adds + 2 * self.multiply_adds * blocks // depth
+        own, options = 6 * self.multiply_adds, self.config.alignment
+        if options.teacher != "self":
+            return own
+        return own + 2 * multiply_adds(self.model, options.blocks(self.config.model.shape[0])[1])
 
     @cached_property
     def activations(self) -> Activations:

@@ -178,6 +178,11 @@ def _latents(config: Config, accelerator: Accelerator | None) -> LatentDataset:
     if accelerator is not None:
         accelerator.wait_for_everyone()
     latents = LatentDataset(path, _published(config, path))
+    if (teacher := latents.index.get("teacher")) is not None:
+        raise DataError(
+            f"{path} holds features of {teacher}, which no autoencoder decodes; give latents, and these by "
+            f"alignment.teacher features:{path}"
+        )
     if config.data.normalization == "vae":
         latents.mean, latents.std = vae_statistics(load_autoencoder(latents.vae_path))
     return latents
