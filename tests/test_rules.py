@@ -185,7 +185,7 @@ def test_the_values_of_a_sweep():
     assert values_of("steps=1,20") == ("steps", [1, 20])
     assert values_of("guidance_scale=0,-1.5") == ("guidance_scale", [0.0, -1.5])
     for text, message in (
-        ("seed=1", "expected guidance_scale=V1,V2 or steps=V1,V2 with numbers"),
+        ("seed=1", "expected guidance_scale=V1,V2 or"),
         ("steps", "with numbers"),
         ("steps=1,x", "with numbers"),
         ("guidance_scale=1,nan", "with numbers"),

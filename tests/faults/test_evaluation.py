@@ -119,7 +119,7 @@ def test_41_arguments_of_drawing(sets, refused, tmp_path):
         (("--guidance-scale", "nan"), "guidance_scale is nan, expected a finite number"),
         (("--sweep", "steps=0,2"), "--sweep is 'steps=0,2', expected steps of at least 1"),
         (("--sweep", "steps=2,2"), "--sweep is 'steps=2,2', expected each value once"),
-        (("--sweep", "guidance_scale=1,inf"), "expected guidance_scale=V1,V2 or steps=V1,V2 with numbers"),
+        (("--sweep", "guidance_scale=1,inf"), "expected guidance_scale=V1,V2 or"),
         (("--sweep", "steps=1,2", "--steps", 4), "--steps is 4, and --sweep gives it too"),
     ):
         refused(message, *drawn, *arguments)
