@@ -124,7 +124,7 @@ def draw(maps: dict[str, list[tuple[Tensor, float, float]]], arguments: argparse
 
 
 def parse_arguments(command: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--side", type=int, default=21, help="tokens along a side of the grid (21)")
     add("--window", type=int, default=7, help="tokens along a side of a window; divides the side (7)")

@@ -25,7 +25,7 @@ from iwin_dit.runtime.progress import progress, say
 
 def parse_arguments(command: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     """The options, and the recipe with those that change it."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="shapes", help="a row of mask_rcnn_recipes.py (shapes)")
     add("--coco", type=Path, help="folder with train2017/, val2017/ and annotations/ (drawn shapes)")
