@@ -11,6 +11,7 @@ from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.latents import Shard, write_latents
 
 LEVERS = {
+    "value residual": dict(model={"value_residual": True}),
     "muon": dict(optimizer={"name": "muon", "schedule": "linear", "min_learning_rate": 1e-4}),
     "shift": dict(objective={"shift": 2.0}, sample={"sampler": "unipc"}),
     "data": dict(objective={"prediction": "data", "logit_mean": 0.8, "logit_std": 0.8}),

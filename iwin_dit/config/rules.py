@@ -159,7 +159,13 @@ def _check_block(model: ModelConfig) -> None:
     if model.base_block is not None and model.base_block >= depth:
         raise ConfigError(f"model.base_block {model.base_block} is not inside {depth} blocks; take fewer")
     try:
-        BlockSpec(width=width, heads=heads, mixer=model.mixer, qk_norm=model.qk_norm)
+        BlockSpec(
+            width=width,
+            heads=heads,
+            mixer=model.mixer,
+            qk_norm=model.qk_norm,
+            value_residual=model.value_residual,
+        )
         model.mixer.check_rank(model.grid)
         model.mixer.window(model.grid)
     except ValueError as error:

@@ -88,6 +88,7 @@ class ModelConfig:
         modulation_shift: adaLN shifts and scales; without, it only scales.
         open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
         post_norm: normalise what a branch returns (Swin V2), rather than what it reads.
+        value_residual: later blocks mix the values of the first block's attention into their own.
         base_block: a second head predicts the same after so many blocks, by ``objective.base_weight``: it
             speeds learning up, and lets the network guide itself (``sample.internal_guidance``).
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
@@ -117,6 +118,7 @@ class ModelConfig:
     modulation_shift: bool = True
     open_gates: bool = True
     post_norm: bool = False
+    value_residual: bool = False
     base_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
     allow_blind: Free[bool] = False

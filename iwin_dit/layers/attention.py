@@ -50,9 +50,14 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention of each row: ``(B, N, C) -> (B, N, C)``."""
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens in, tokens out; rope and mask as :meth:`Attention.attend` takes them."""
-        return self.proj(self.attend(self.qkv(x), rope, mask))
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, qkv: Tensor | None = None
+    ) -> Tensor:
+        """Tokens in, tokens out; rope and mask as :meth:`Attention.attend` takes them.
+
+        qkv are queries, keys and values ``(B, N, 3 C)``, by default x projected.
+        """
+        return self.proj(self.attend(self.qkv(x) if qkv is None else qkv, rope, mask))
 
 
 class CosineAttention(nn.Module):

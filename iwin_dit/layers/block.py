@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iwin_dit.layers.norm import NORMS
 from iwin_dit.layers.specs import BlockSpec, MlpName
 from iwin_dit.layers.token_mixer import add, make_mixer
+from iwin_dit.layers.value_residual import ValueResidual
 
 
 class GeluMLP(nn.Module):
@@ -63,7 +64,8 @@ class Block(nn.Module):
     """``x + gate * mixer(norm(x) (1 + scale) + shift)``, then the same with the MLP.
 
     x ``(B, *grid, D)`` is the residual stream, always float32; the branches compute in the condition's dtype.
-    With ``spec.post_norm``, ``x + gate * (norm(mixer(x)) (1 + scale) + shift)`` (Swin V2).
+    With ``spec.post_norm``, ``x + gate * (norm(mixer(x)) (1 + scale) + shift)`` (Swin V2). With
+    ``spec.value_residual`` the first block returns the values of its attention, too, which others read.
 
     Args:
         grid: that the model is made for.
@@ -73,6 +75,7 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, grid: tuple[int, ...], index: int = 0):
         super().__init__()
         self.spec = spec
+        self.keeps_values = spec.value_residual and index == 0
         self.norm_1 = NORMS[spec.norm](spec.width)
         self.mixer = make_mixer(spec, grid, index)
         self.norm_2 = NORMS[spec.norm](spec.width)
@@ -82,22 +85,45 @@ class Block(nn.Module):
         self.mixer_gates = ["gate_1", *further_gates]  # one for each branch
         names = [f"{part}_{half}" for half in (1, 2) for part in parts]
         self.modulation = Modulation(spec.width, [*names, *further_gates])
+        self.value_residual = ValueResidual() if spec.value_residual and index else None
 
-    def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, rope: Tensor | None = None, values: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The residual stream ``(B, *grid, D)``, of the first of several with a value residual (x, values).
+
+        Args:
+            x: residual stream ``(B, *grid, D)``.
+            condition: ``(B, D)``.
+            rope: angles ``(*grid, d/2)``.
+            values: of the first block, ``(B, *grid, D)``, where there is a value residual.
+        """
         chunks = self.modulation(condition, rank=x.ndim - 2)
         shift_1, scale_1 = chunks.get("shift_1"), chunks["scale_1"]
         shift_2, scale_2 = chunks.get("shift_2"), chunks["scale_2"]
         gates_1 = [self._gate(chunks[name]) for name in self.mixer_gates]
         gate_2 = self._gate(chunks["gate_2"])
 
+        y = x.to(scale_1.dtype) if self.spec.post_norm else self.norm_1(x, shift_1, scale_1)
+        qkv, values = self._project(y, values)
         if self.spec.post_norm:
-            branches = self.mixer.branches(x.to(scale_1.dtype), rope)
-            for gate, branch in zip(gates_1, branches, strict=True):
+            for gate, branch in zip(gates_1, self.mixer.branches(y, rope, qkv), strict=True):
                 x = add(x, gate, self.norm_1(branch, shift_1, scale_1))
-            return add(x, gate_2, self.norm_2(self.mlp(x.to(scale_2.dtype)), shift_2, scale_2))
+            x = add(x, gate_2, self.norm_2(self.mlp(x.to(scale_2.dtype)), shift_2, scale_2))
+        else:
+            x = self.mixer.add_branches(x, y, gates_1, rope, qkv)
+            del y, qkv  # before the MLP needs memory
+            x = add(x, gate_2, self.mlp(self.norm_2(x, shift_2, scale_2)))
+        return (x, values) if self.keeps_values and values is not None else x
 
-        x = self.mixer.add_branches(x, self.norm_1(x, shift_1, scale_1), gates_1, rope)
-        return add(x, gate_2, self.mlp(self.norm_2(x, shift_2, scale_2)))
+    def _project(self, x: Tensor, values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Queries, keys and values where the block makes them for the mixer, and the first block's values."""
+        if self.keeps_values:
+            qkv = self.mixer.project(x)
+            return qkv, qkv[..., -self.spec.width :]
+        if self.value_residual is None or values is None:
+            return None, None
+        return self.value_residual(self.mixer.project(x), values), values
 
     def _gate(self, gate: Tensor) -> Tensor:
         """In half precision ``1 + gate`` would have nothing between 1 and 1.008."""

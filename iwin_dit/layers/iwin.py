@@ -87,8 +87,8 @@ class InterleavedAttention(Attention):
         super().__init__(spec)
         self.mixer_spec = spec.mixer
 
-    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x ``(B, *grid, C)``, rope angles ``(*grid, d/2)``."""
+    def forward(self, x: Tensor, rope: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
+        """x ``(B, *grid, C)``, rope angles ``(*grid, d/2)``, qkv ``(B, *grid, 3 C)`` or None."""
         grid = tuple(x.shape[1:-1])
         window = self.mixer_spec.window(grid)
         padded = windows.padded_grid(grid, window)
@@ -96,9 +96,10 @@ class InterleavedAttention(Attention):
         # the kernel in Triton knows neither positions nor norms of queries
         is_plain = rope is None and not self.has_qk_norm and (padded == grid or hides_padding)
         if is_plain and kernels.use_attention(x, x.shape[-1] // self.heads):
-            return self.proj(kernels.interleaved_attention(self.qkv(x), window, self.heads))
+            qkv = self.qkv(x) if qkv is None else qkv
+            return self.proj(kernels.interleaved_attention(qkv, window, self.heads))
 
-        rows = windows.partition(windows.pad(x, padded), window)  # (B G, N, C)
+        rows = windows.partition(windows.pad(x if qkv is None else qkv, padded), window)  # (B G, N, C or 3 C)
         mask = None
         if hides_padding:
             real = windows.partition(windows.real_tokens(grid, padded, x.device), window)  # (G, N, 1)
@@ -106,7 +107,7 @@ class InterleavedAttention(Attention):
         if rope is not None:
             rope = windows.partition(windows.pad(rope[None], padded), window)  # (G, N, d/2)
             rope = rope.repeat(x.shape[0], 1, 1)[:, None]  # (B G, 1, N, d/2)
-        rows = self.proj(self.attend(self.qkv(rows), rope, mask))
+        rows = self.proj(self.attend(self.qkv(rows) if qkv is None else rows, rope, mask))
         return windows.crop(windows.reverse(rows, window, padded), grid)
 
 
@@ -128,14 +129,21 @@ class IwinMixer(TokenMixer):
             self.convolution = DepthwiseConvolution(spec.width, spec.mixer.kernel_sides(grid))
             self.num_branches = 2
 
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        attended = self.attention(x, rope)
+    def branches(
+        self, x: Tensor, rope: Tensor | None = None, qkv: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        attended = self.attention(x, rope, qkv)
         return (attended,) if self.convolution is None else (attended, self.convolution(x))
 
     def add_branches(
-        self, residual: Tensor, x: Tensor, gates: Sequence[Tensor], rope: Tensor | None = None
+        self,
+        residual: Tensor,
+        x: Tensor,
+        gates: Sequence[Tensor],
+        rope: Tensor | None = None,
+        qkv: Tensor | None = None,
     ) -> Tensor:
         """As the block would, in one pass over the tokens where the convolution's kernel in Triton serves."""
         if self.convolution is None or not kernels.use_convolution(x, math.prod(self.convolution.sides)):
-            return super().add_branches(residual, x, gates, rope)
-        return self.convolution(x, residual, gates[1], self.attention(x, rope), gates[0])
+            return super().add_branches(residual, x, gates, rope, qkv)
+        return self.convolution(x, residual, gates[1], self.attention(x, rope, qkv), gates[0])

@@ -33,20 +33,22 @@ class NeighborhoodMixer(TokenMixer):
         self.spec.window(grid)  # raises where it does not fit
         self.attention = SelfAttention(spec)
 
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+    def branches(
+        self, x: Tensor, rope: Tensor | None = None, qkv: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         grid = tuple(x.shape[1:-1])
         window = self.spec.window(grid)
         if natten is not None and x.is_cuda and min(window) > 1:  # its windows have at least two tokens
-            return (self._by_natten(x, window, rope),)
+            qkv = self.project(x) if qkv is None else qkv
+            return (self._by_natten(qkv, window, rope),)
         rope = None if rope is None else rope.flatten(0, -2)  # (N, d/2)
         mask = neighborhood_mask(grid, window, x.device)
-        return (self.attention(x.flatten(1, -2), rope, mask).unflatten(1, grid),)
+        qkv = None if qkv is None else qkv.flatten(1, -2)
+        return (self.attention(x.flatten(1, -2), rope, mask, qkv).unflatten(1, grid),)
 
-    def _by_natten(self, x: Tensor, window: tuple[int, ...], rope: Tensor | None) -> Tensor:
+    def _by_natten(self, qkv: Tensor, window: tuple[int, ...], rope: Tensor | None) -> Tensor:
         attention, function = self.attention, {2: natten.na2d, 3: natten.na3d}[len(window)]
-        q, k, v = rearrange(
-            attention.qkv(x), "b ... (three k d) -> three b ... k d", three=3, k=attention.heads
-        )
+        q, k, v = rearrange(qkv, "b ... (three k d) -> three b ... k d", three=3, k=attention.heads)
         q, k = attention.q_norm(q), attention.k_norm(k)
         if rope is not None:
             q, k = apply_rope(rope.unsqueeze(-2), q, k)

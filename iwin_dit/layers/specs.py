@@ -66,6 +66,8 @@ class MixerKind:
         odd_window: a window has a middle: it is an odd number of at least 3, or the whole side.
         ranks: of the grids that it takes, 2 of images and 3 of clips.
         normalises_queries: whether it does so anyhow, so that ``qk_norm`` has no meaning.
+        takes_projections: whether the block may project queries, keys and values for it, which a value
+            residual needs.
     """
 
     implementation: str
@@ -76,6 +78,7 @@ class MixerKind:
     odd_window: bool = False
     ranks: tuple[int, ...] = (2, 3)
     normalises_queries: bool = False
+    takes_projections: bool = False
 
 
 SWIN = MixerKind(
@@ -83,6 +86,7 @@ SWIN = MixerKind(
     fields=("window_size",),
     meets=lambda axis: axis.window == axis.side or (axis.window > 1 and axis.depth > 1),  # shifted in the 2nd
     tells_order=lambda axis: axis.window > 1,
+    takes_projections=True,
 )
 MIXERS: dict[str, MixerKind] = {
     "iwin": MixerKind(
@@ -91,16 +95,23 @@ MIXERS: dict[str, MixerKind] = {
         meets=lambda axis: axis.window == axis.side or axis.kernel > 1,
         tells_order=lambda axis: axis.kernel > 1,
         least_window=1,
+        takes_projections=True,
     ),
-    "global": MixerKind("iwin_dit.layers.global_attention:GlobalMixer"),
+    "global": MixerKind("iwin_dit.layers.global_attention:GlobalMixer", takes_projections=True),
     "swin": SWIN,
-    "swin_v2": replace(SWIN, implementation="iwin_dit.layers.swin:SwinV2Mixer", normalises_queries=True),
+    "swin_v2": replace(
+        SWIN,
+        implementation="iwin_dit.layers.swin:SwinV2Mixer",
+        normalises_queries=True,
+        takes_projections=False,
+    ),
     "neighborhood": MixerKind(
         "iwin_dit.layers.neighborhood:NeighborhoodMixer",
         fields=("window_size",),
         meets=lambda axis: axis.window > 1,
         tells_order=lambda axis: axis.window < axis.side,
         odd_window=True,
+        takes_projections=True,
     ),
     "factorised": MixerKind("iwin_dit.layers.global_attention:FactorisedMixer", ranks=(3,)),
 }
@@ -244,6 +255,7 @@ class BlockSpec:
         modulation_shift: the modulation shifts and scales; without, it only scales.
         open_gates: gates are ``1 + gate``, so that branches start open; without, adaLN-Zero's ``gate``.
         post_norm: normalise and modulate what a branch returns (Swin V2), rather than what it reads.
+        value_residual: mix the values of the first block into those of later ones.
     """
 
     width: int
@@ -256,8 +268,14 @@ class BlockSpec:
     modulation_shift: bool = True
     open_gates: bool = True
     post_norm: bool = False
+    value_residual: bool = False
 
     def __post_init__(self) -> None:
+        if self.value_residual and not self.mixer.kind.takes_projections:
+            fitting = ", ".join(name for name, kind in MIXERS.items() if kind.takes_projections)
+            raise ValueError(
+                f"value_residual: the {self.mixer.name} mixer has none; take {fitting}, or remove it"
+            )
         if self.qk_norm and self.mixer.kind.normalises_queries:
             raise ValueError(f"qk_norm: {self.mixer.name} normalises queries and keys already; remove it")
         for name, choices in (("norm", get_args(NormName)), ("mlp", get_args(MlpName))):

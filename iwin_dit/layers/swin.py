@@ -88,7 +88,9 @@ class SwinMixer(TokenMixer):
         self.attention = self.attention_type(spec)
         self.relative_bias = self.bias_type(self.window, spec.heads)
 
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+    def branches(
+        self, x: Tensor, rope: Tensor | None = None, qkv: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         grid = tuple(x.shape[1:-1])
         window = tuple(min(m, side) for m, side in zip(self.window, grid, strict=True))
         padded = windows.padded_grid(grid, window)
@@ -106,7 +108,10 @@ class SwinMixer(TokenMixer):
             mask = mask.masked_fill(hidden, -torch.inf).repeat(x.shape[0], 1, 1, 1)
         if rope is not None:
             rope = rows(rope[None]).repeat(x.shape[0], 1, 1)[:, None]  # (B G, 1, N, d/2)
-        attended = self.attention(rows(x), rope, mask.to(x.dtype))
+        if qkv is None:
+            attended = self.attention(rows(x), rope, mask.to(x.dtype))
+        else:
+            attended = self.attention(x, rope, mask.to(x.dtype), rows(qkv))
         attended = windows.reverse(attended, window, padded, interleaved=False)
         return (windows.crop(torch.roll(attended, back, axes), grid),)
 

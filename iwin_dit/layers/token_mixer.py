@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,35 @@ class TokenMixer(nn.Module, ABC):
     """
 
     num_branches: int = 1
+    attention: Any  # of mixers whose row has takes_projections
 
     @abstractmethod
-    def branches(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
-        """x ``(B, *grid, C)``, rope angles ``(*grid, d/2)``: one ``(B, *grid, C)`` per branch."""
+    def branches(
+        self, x: Tensor, rope: Tensor | None = None, qkv: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """One ``(B, *grid, C)`` per branch.
+
+        Args:
+            x: tokens ``(B, *grid, C)``.
+            rope: angles ``(*grid, d/2)``.
+            qkv: what :meth:`project` makes of x, perhaps changed, ``(B, *grid, 3 C)``. Default: the same,
+                unchanged. A mixer whose row has no ``takes_projections`` is never given it.
+        """
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens ``(B, *grid, C)``: ``(B, *grid, 3 C)``."""
+        return self.attention.qkv(x)
 
     def add_branches(
-        self, residual: Tensor, x: Tensor, gates: Sequence[Tensor], rope: Tensor | None = None
+        self,
+        residual: Tensor,
+        x: Tensor,
+        gates: Sequence[Tensor],
+        rope: Tensor | None = None,
+        qkv: Tensor | None = None,
     ) -> Tensor:
         """``residual + sum of gate * branch``, in the residual's dtype; gates ``(B, 1, .., 1, C)``."""
-        for gate, branch in zip(gates, self.branches(x, rope), strict=True):
+        for gate, branch in zip(gates, self.branches(x, rope, qkv), strict=True):
             residual = add(residual, gate, branch)
         return residual
 

@@ -57,12 +57,13 @@ class Downsample(nn.Module):
 class PaddedAttention(InterleavedAttention):
     """Zeros fill up rows and columns that are fewer than the window's, and take part in attention."""
 
-    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
         *frames, height, width = grid = x.shape[1:-1]
         *_, rows, columns = per_axis(self.mixer_spec.window_size, 2)
         sides = ((height, rows), (width, columns))
         padded = (*frames, *(max(n, m) if isinstance(m, int) else n for n, m in sides))
-        return windows.crop(super().forward(windows.pad(x, padded), rope), grid)
+        qkv = None if qkv is None else windows.pad(qkv, padded)
+        return windows.crop(super().forward(windows.pad(x, padded), rope, qkv), grid)
 
 
 class PaddedIwinMixer(IwinMixer):

@@ -75,7 +75,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             ``{"name": "iwin", "window_size": 8}``. The config of the model, and what it saves, holds the
             convolution that ``auto`` came to.
         position_embedding: ``none``, ``sincos`` (adds to tokens), ``rope`` (turns queries and keys), or both.
-        norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates, post_norm: see
+        norm, mlp, mlp_ratio, qk_norm, modulation_shift, open_gates, post_norm, value_residual: see
             :class:`~iwin_dit.layers.specs.BlockSpec`.
         timestep_scale, timestep_shift: the model sees ``scale * timestep + shift``. They bring models that
             were trained in another time convention into ours.
@@ -126,6 +126,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         sample_frames: int | None = None,
         post_norm: bool = False,
         base_block: int | None = None,
+        value_residual: bool = False,
     ):
         super().__init__()
         if base_block is not None and not 0 < base_block < num_layers:
@@ -156,6 +157,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             modulation_shift=modulation_shift,
             open_gates=open_gates,
             post_norm=post_norm,
+            value_residual=value_residual,
         )
         self.patch_size = patch_size
         self.out_channels = in_channels if out_channels is None else out_channels
@@ -294,13 +296,14 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
 
         base, reads_base = None, self.base_head is not None and (self.training or with_base)
-        tokens, projects = None, self.projector is not None and self.training
+        values, tokens, projects = None, None, self.projector is not None and self.training
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         for i, block in enumerate(self.blocks):
             if checkpointing and i % self.checkpoint_every == 0:
-                x = self._gradient_checkpointing_func(block, x, condition, rope)
+                output = self._gradient_checkpointing_func(block, x, condition, rope, values)
             else:
-                x = block(x, condition, rope)
+                output = block(x, condition, rope, values)
+            x, values = output if isinstance(output, tuple) else (output, values)
             if reads_base and i + 1 == self.config.base_block:
                 base = self._predict(self.base_head, x, condition).to(dtype)
             if projects and i + 1 == self.projected_block:

@@ -264,7 +264,8 @@ def watch_blocks(model: nn.Module, active: bool) -> Iterator[dict[str, Tensor]]:
     blocks = blocks_of(model)
     values: dict[int, Tensor] = {}
 
-    def measure(i: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def measure(i: int, module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        output = output if isinstance(output, Tensor) else output[0]  # the first may return its values, too
         values[i] = output.detach().float().square().mean().sqrt()
 
     handles = [block.register_forward_hook(partial(measure, i)) for i, block in enumerate(blocks)]
