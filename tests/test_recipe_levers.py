@@ -11,6 +11,9 @@ from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.latents import Shard, write_latents
 
 LEVERS = {
+    "token dropping": dict(
+        model={"depth": 3, "dense_blocks": [1, 1], "dense_from_step": 3}, sample={"path_drop": True}
+    ),
     "value residual": dict(model={"value_residual": True}),
     "muon": dict(optimizer={"name": "muon", "schedule": "linear", "min_learning_rate": 1e-4}),
     "shift": dict(objective={"shift": 2.0}, sample={"sampler": "unipc"}),

@@ -21,6 +21,7 @@ from iwin_dit.config.classifier import Recipe
 from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.config.rules import local_batch
 from iwin_dit.config.schema import Config
+from iwin_dit.layers.sparse import group_sides
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError
@@ -55,16 +56,20 @@ class Activations(NamedTuple):
     block_input: int
 
 
-def multiply_adds(model: IwinDiTTransformer2DModel, num_blocks: int | None = None) -> int:
+def multiply_adds(
+    model: IwinDiTTransformer2DModel, num_blocks: int | None = None, thinned: bool = False
+) -> int:
     """Multiply-adds of one forward pass of one image, counted operation by operation on a meta copy.
 
     Args:
         num_blocks: of a pass that ends after so many.
+        thinned: blocks between the dense ones see one token of each group.
     """
     latent = torch.empty(1, model.config.in_channels, *model.latent_size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(latent, torch.zeros(1, device="meta"), label, num_blocks=num_blocks)
+        time = torch.zeros(1, device="meta")
+        model(latent, time, label, num_blocks=num_blocks, kept=time if thinned else None)
     return counter.get_total_flops() // 2
 
 
@@ -92,7 +97,8 @@ class Budget:
 
         The average that teaches goes through its first blocks; networks of images are not counted.
         """
-        own, options = 6 * self.multiply_adds, self.config.alignment
+        thinned, options = self.config.model.dense_blocks is not None, self.config.alignment
+        own = 6 * (multiply_adds(self.model, thinned=thinned) if thinned else self.multiply_adds)
         if options.teacher != "self":
             return own
         return own + 2 * multiply_adds(self.model, options.blocks(self.config.model.shape[0])[1])
@@ -104,11 +110,13 @@ class Budget:
         The blocks of a model are alike, two by two: four of them tell of any number.
         """
         depth, model = len(self.model.blocks), copy.deepcopy(self.model)
-        model.blocks = blocks = model.blocks[: min(depth, 4 + depth % 2)]
+        if model.sparse is None:  # else they are not alike
+            model.blocks = model.blocks[: min(depth, 4 + depth % 2)]
+        blocks = model.blocks
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")  # whose autocast is counted, too; the meta device has none
             more = _activations(model, self.config)
-            if depth <= 4:
+            if depth <= 4 or model.sparse is not None:
                 return more
             model.blocks = blocks[:-2]
             part = _activations(model, self.config)
@@ -130,8 +138,8 @@ class Budget:
             images = 1
         kept = images * saved.image
         if every := config.train.gradient_checkpointing:
-            blocks = -(-config.model.shape[0] // every)
-            kept -= images * (blocks * (saved.block - saved.block_input) - saved.block)
+            blocks = sum(self._share_of_tokens(i) for i in range(0, config.model.shape[0], every))
+            kept -= int(images * (blocks * (saved.block - saved.block_input) - saved.block))
         size = 4 * self.parameters // parts
         return Memory(
             size,
@@ -140,6 +148,11 @@ class Budget:
             state_bytes(self.model, config.optimizer) // parts,
             saved.fixed + kept,
         )
+
+    def _share_of_tokens(self, block: int) -> float:
+        """That a block sees in the dearest step."""
+        thinned = self.config.model.dense_from_step is None and block in self.model.middle
+        return 1 / math.prod(group_sides(self.grid)) if thinned else 1.0
 
     @property
     def disk_bytes(self) -> int:
@@ -226,6 +239,12 @@ def _saved_bytes(
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
     with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        output = model.blocks[0](x, condition, None) if only_block else model(latents, times, labels)
+        if only_block:
+            output = model.blocks[0](x, condition, None)
+        elif model.sparse is None:
+            output = model(latents, times, labels)
+        else:  # in its dearest step
+            choice = times if config.model.dense_from_step is None else None
+            output = model(latents, times, labels, kept=choice, skip_middle=labels > 0)
         del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from iwin_dit.config.schema import Config
 from iwin_dit.data.examples import Drawn, ImagesAsClips, MixedExamples, TaughtExamples, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
 from iwin_dit.data.pixels import PixelDataset
+from iwin_dit.layers.sparse import low_bits
 from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.optimizer import Groups, parameter_groups
@@ -101,6 +103,7 @@ class Generator:
         self.encode = build_encoder(data.dataset, accelerator)
         self.examples = build_examples(config, data)
         self.flops_per_image = Budget(config).training_flops
+        self.is_sparse = True
         self.monitor = None
         if config.train.evaluate_every_steps:
             from iwin_dit.build.evaluation import Monitor  # and all that evaluates
@@ -108,7 +111,9 @@ class Generator:
             self.monitor = Monitor(config, data.dataset, accelerator)
 
     def begin_step(self, state: State, step: int) -> None:
-        """The average that sampling uses may teach this step."""
+        """The average that sampling uses may teach this step; some blocks may see fewer tokens in it."""
+        dense_from = self.config.model.dense_from_step
+        self.is_sparse = dense_from is None or step < dense_from
         if self.alignment is not None:
             self.alignment.begin_step(state.emas["ema"], step)
 
@@ -126,6 +131,10 @@ class Generator:
         features: Tensor | None = None,
     ) -> Tensor:
         """The objective of each example, ``(B,)``, from what the dataset gives."""
+        if self.config.model.dense_blocks is not None:
+            choice, drop = low_bits(u)
+            skips = drop < self.config.model.middle_dropout
+            model = partial(model, kept=choice if self.is_sparse else None, skip_middle=skips)
         if self.alignment is None:
             return self.objective.loss(model, self.encode(x0), labels, noise, u)
         shown = x0 if features is None else features
@@ -133,6 +142,7 @@ class Generator:
 
     def random_batch(self, images: int) -> Sequence[Tensor]:
         """The first example of the dataset, so many times, with random noise and times."""
+        self.is_sparse = self.config.model.dense_from_step is None  # as in the steps that take most memory
         (x0, _), shape = self.dataset[0], self.dataset.latent_shape
         labels = torch.zeros(images, dtype=torch.long)
         batch = x0.expand(images, *x0.shape), labels, torch.randn(images, *shape), torch.rand(images)

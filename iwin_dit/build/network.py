@@ -15,7 +15,10 @@ from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransf
 from iwin_dit.runtime.seeds import derive_seed
 
 # keys of a recipe's model that the network has under other names, or not at all
-OF_RECIPES = ("size", "depth", "width", "heads", "label_dropout", "allow_blind", "init_from")
+OF_RECIPES = (
+    *("size", "depth", "width", "heads", "label_dropout", "dense_from_step", "middle_dropout"),
+    *("allow_blind", "init_from"),
+)
 
 
 def build_model(config: Config) -> IwinDiTTransformer2DModel:

@@ -180,8 +180,9 @@ def build_state(config: Recipe, accelerator: Accelerator, task: Task) -> State:
             device = next(module.parameters()).device.type
             shard(module, device, accelerator.num_processes)
     if config.train.compile:
+        shapes = {} if getattr(model, "sparse", None) is None else {"dynamic": False}  # a graph for each grid
         for block in blocks_of(model):
-            block.compile()
+            block.compile(**shapes)
     return State(model, emas, build_optimizer(model, task.parameter_groups(), config.optimizer))
 
 

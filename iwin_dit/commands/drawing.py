@@ -21,6 +21,7 @@ FROM_RECIPE = {  # options of the command by their keys in a recipe, which are t
     "internal_guidance": "internal_guidance",
     "guidance": "guidance",
     "guidance_rescale": "guidance_rescale",
+    "path_drop": "path_drop",
 }
 
 
@@ -40,6 +41,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--internal-guidance", type=float, help="of a head inside the model (base_block); 1 is without")
     add("--guidance", choices=get_args(GuidanceName), help="how a prediction is pushed")
     add("--guidance-rescale", type=float, help="share that gets back the unguided deviation")
+    path_drop = dict(action=argparse.BooleanOptionalAction, default=None)
+    add("--path-drop", **path_drop, help="what guidance leaves behind skips the blocks between dense_blocks")
     add("--shift", type=float, help="of the times of flow matching: above 1 more steps where there is noise")
     add("--guide", metavar="CHECKPOINT", help="autoguidance: a smaller or less trained model guides")
     add("--ema", help="the average of this decay of a run; none: the weights themselves (the first average)")

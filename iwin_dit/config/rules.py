@@ -16,7 +16,7 @@ from iwin_dit.config.schema import Config, DataConfig, ModelConfig
 from iwin_dit.config.types import show
 from iwin_dit.diffusion.specs import FLOW, NUM_TRAIN_TIMESTEPS, OBJECTIVES, SAMPLERS, ObjectiveConfig
 from iwin_dit.layers.blindness import blind_spots
-from iwin_dit.layers.specs import BlockSpec, shape_of
+from iwin_dit.layers.specs import BlockSpec, middle_of, shape_of
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import ConfigError
 
@@ -31,6 +31,7 @@ READ_WITH = (
     ("alignment.projector alignment.stop_step alignment.spatial_norm", "alignment.teacher"),
     ("alignment.time_gap", "alignment.teacher self"),
     ("objective.base_weight sample.internal_guidance", "model.base_block"),
+    ("model.middle_dropout model.dense_from_step sample.path_drop", "model.dense_blocks"),
     ("objective.logit_mean objective.logit_std", "objective.time_sampling logit_normal"),
     ("data.labels data.split data.image_column data.label_column data.follow_links", "data.kind images"),
     ("data.allow_odd_classes data.crop data.background data.max_bad_images", "data.kind images"),
@@ -132,6 +133,8 @@ def _check_alignment(config: Config) -> None:
     if options.teacher is None:
         return
     teacher = f"alignment.teacher {options.teacher}"
+    if config.model.dense_blocks is not None:  # the teacher has all tokens
+        raise ConfigError(f"{teacher} and model.dense_blocks exclude each other; remove one of them")
     if not re.fullmatch("self|efficientnet-lite0|(iwin|timm|features):.+", options.teacher):
         raise ConfigError(
             f"{teacher} is not known; expected self, iwin:RUN, timm:NAME, efficientnet-lite0 or "
@@ -156,9 +159,8 @@ def _check_alignment(config: Config) -> None:
 
 def _check_block(model: ModelConfig) -> None:
     depth, width, heads, _ = model.shape
-    if model.base_block is not None and model.base_block >= depth:
-        raise ConfigError(f"model.base_block {model.base_block} is not inside {depth} blocks; take fewer")
     try:
+        middle_of(depth, model.dense_blocks, model.base_block)
         BlockSpec(
             width=width,
             heads=heads,
@@ -174,6 +176,11 @@ def _check_block(model: ModelConfig) -> None:
         raise ConfigError(f"sin-cos positions need a model.width that 4 divides, found {width}")
     if "rope" in model.position_embedding and width // heads % 4:
         raise ConfigError(f"rotary positions need heads of a width that 4 divides, found {width} / {heads}")
+    if model.dense_blocks is not None and all(side % 2 for side in model.grid):
+        grid = " x ".join(map(str, model.grid))
+        raise ConfigError(
+            f"model.dense_blocks thins tokens out along even sides, {grid} tokens have none; remove it"
+        )
     mixer, positions = model.resolved_mixer, model.position_embedding
     spots = blind_spots(mixer, model.grid, positions, model.shape[0])
     if not spots or model.allow_blind:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, cast
 from iwin_dit.config.alignment import AlignmentConfig
 from iwin_dit.config.bounds import (
     ABOVE_ZERO,
+    BELOW_ONE,
     FREE,
     MAX_BLOCKS,
     ZERO_OR_MORE,
@@ -89,6 +90,13 @@ class ModelConfig:
         open_gates: gates are 1 + gate, open at the start; without, adaLN-Zero.
         post_norm: normalise what a branch returns (Swin V2), rather than what it reads.
         value_residual: later blocks mix the values of the first block's attention into their own.
+        dense_blocks: in training, so many first and so many last blocks see all tokens, and those between one
+            of each 2 x 2 (clips: 2 x 2 x 2), which saves time (SPRINT, arXiv 2510.21986). It helped others
+            from about 1,024 tokens on. Sampling uses all tokens.
+        dense_from_step: from this step on training uses all tokens, too; SPRINT's last 5 % of the steps do.
+            Default: never.
+        middle_dropout: share of the images that skip the blocks between, so that sampling can do so, too
+            (``sample.path_drop``).
         base_block: a second head predicts the same after so many blocks, by ``objective.base_weight``: it
             speeds learning up, and lets the network guide itself (``sample.internal_guidance``).
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
@@ -119,6 +127,9 @@ class ModelConfig:
     open_gates: bool = True
     post_norm: bool = False
     value_residual: bool = False
+    dense_blocks: Annotated[tuple[int, int] | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
+    dense_from_step: Annotated[int | None, ZERO_OR_MORE, at_most(10**9)] = None
+    middle_dropout: Annotated[float, ABOVE_ZERO, BELOW_ONE] = 0.05
     base_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
     allow_blind: Free[bool] = False
@@ -166,6 +177,8 @@ class SampleConfig:
             pass; 1 is without.
         guidance: cfg (classifier-free), cfg_zero_star or apg (adaptive projected guidance).
         guidance_rescale: share of the guided prediction that gets back the deviation of the unguided one.
+        path_drop: the prediction without a class, which guidance leaves behind, is made without the blocks
+            between ``model.dense_blocks``: it is worse, and costs less (SPRINT's path-drop guidance).
         shift: of the times of flow matching. Default: ``objective.shift``.
         num_per_class: images per class in a grid, for the first ten classes.
     """
@@ -178,6 +191,7 @@ class SampleConfig:
     internal_guidance: Annotated[float, ZERO_OR_MORE, at_most(1e6), FREE] = 1.0
     guidance: Free[GuidanceName] = "cfg"
     guidance_rescale: Annotated[float, each(lambda n: 0 <= n <= 1, "a share from 0 to 1"), FREE] = 0.0
+    path_drop: Free[bool] = False
     shift: Annotated[float | None, ABOVE_ZERO, at_most(1e3), FREE] = None
     num_per_class: Annotated[int, ABOVE_ZERO, at_most(1_000), FREE] = 4
 

@@ -11,14 +11,15 @@ Legend: B batch, C latent channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iwin_dit.diffusion.specs import NUM_TRAIN_TIMESTEPS, GuidanceName
+from iwin_dit.diffusion.specs import NOISE, NUM_TRAIN_TIMESTEPS, GuidanceName
 
 # Times this close to an end of the interval are at it. Schedulers keep times in float32, whose 0.8 is more
 # than 0.8, and UniPC begins at 1 - 1e-6; steps are a hundred times as far apart.
@@ -92,6 +93,8 @@ class Guidance:
             is the prediction of the head after ``base_block`` blocks; 1 is without. It comes first.
         rescale: share of a guided prediction that gets back the standard deviation of the unguided one (Lin
             et al. 2024, section 3.4).
+        path_drop: the prediction without a class is made without the blocks in the middle, too, which costs
+            less (SPRINT, Park et al. 2025, arXiv 2510.21986).
         rule: how better and worse become the guided prediction, of :data:`GUIDANCE`.
     """
 
@@ -100,6 +103,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     internal_scale: float = 1.0
     rescale: float = 0.0
+    path_drop: bool = False
     rule: Rule = field(default=classifier_free)
 
     def __post_init__(self) -> None:
@@ -117,6 +121,30 @@ class Guidance:
             raise ValueError(
                 f"guidance_channels is {self.channels}, expected at least 1, or None for all channels"
             )
+
+    def check(self, model: Mapping[str, Any], has_guide: bool) -> None:
+        """Raises ValueError where a model of this config cannot be guided so.
+
+        Args:
+            has_guide: whether another model is the worse one.
+        """
+        if self.scale != 1 and not has_guide and model["class_dropout_prob"] <= 0:
+            raise ValueError(
+                f"guidance_scale is {self.scale}, but the model was trained without a null label "
+                "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
+            )
+        if self.internal_scale != 1 and model["base_block"] is None:
+            raise ValueError(
+                f"internal_guidance is {self.internal_scale}, but the model has no head inside "
+                "(base_block): only 1 is possible"
+            )
+        if self.rule is zero_star and model["prediction_type"] == NOISE:
+            raise ValueError(
+                "guidance cfg_zero_star is for models of flows, this one predicts noise; take apg"
+            )
+        if self.path_drop and (has_guide or model["dense_blocks"] is None):
+            why = "a guide is the worse model" if has_guide else "the model has none (dense_blocks)"
+            raise ValueError(f"path_drop leaves out blocks in the middle, but {why}: only False is possible")
 
     def active(self, t: float) -> bool:
         """Whether a step at time t is guided."""
@@ -138,7 +166,8 @@ class Guidance:
 
         Args:
             model: ``model(hidden_states, timestep, class_labels, return_dict=False)``; with internal guidance
-                ``model(..., with_base=True)`` has ``sample`` and ``base``.
+                ``model(..., with_base=True)`` has ``sample`` and ``base``; with path-drop guidance it takes
+                ``skip_middle=True``.
             latents: noisy ``(B, C, ...)``.
             timestep: of the model, a scalar.
             labels: ``(B,)``.
@@ -157,9 +186,14 @@ class Guidance:
         if guide is None:
             if null_label is None:
                 raise ValueError("guidance needs a model with a null label, or a guide")
-            labels = torch.cat([labels, torch.full_like(labels, null_label)])
-            both = self._from_inside(model, torch.cat([latents, latents]), timestep, labels)
-            better, worse = both.chunk(2)
+            nulls = torch.full_like(labels, null_label)
+            if self.path_drop:
+                better = self._from_inside(model, latents, timestep, labels)
+                worse = self._from_inside(model, latents, timestep, nulls, skip_middle=True)
+            else:
+                labels = torch.cat([labels, nulls])
+                both = self._from_inside(model, torch.cat([latents, latents]), timestep, labels)
+                better, worse = both.chunk(2)
         else:
             better = self._from_inside(model, latents, timestep, labels)
             worse = guide(latents, timestep, labels, return_dict=False)[0]
@@ -172,10 +206,12 @@ class Guidance:
             guided = torch.lerp(guided, guided * ratio, self.rescale)
         return torch.cat([guided, better[:, channels:]], dim=1)
 
-    def _from_inside(self, model: Callable, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    def _from_inside(
+        self, model: Callable, latents: Tensor, timestep: Tensor, labels: Tensor, **options: Any
+    ) -> Tensor:
         """The model's prediction, pushed away from that of the head inside it; a learned sigma stays."""
         if self.internal_scale == 1:
-            return model(latents, timestep, labels, return_dict=False)[0]
-        output, channels = model(latents, timestep, labels, with_base=True), latents.shape[1]
+            return model(latents, timestep, labels, return_dict=False, **options)[0]
+        output, channels = model(latents, timestep, labels, with_base=True, **options), latents.shape[1]
         base, sample = (prediction[:, :channels] for prediction in (output.base, output.sample))
         return torch.cat([torch.lerp(base, sample, self.internal_scale), output.sample[:, channels:]], dim=1)

@@ -17,7 +17,7 @@ from iwin_dit.runtime.errors import ConfigError
 # Options for a model that draws, with what stands in; None: what the model's own recipe says.
 RECIPES = (
     *("sampler", "steps", "shift", "guidance", "guidance_scale", "guidance_interval", "guidance_channels"),
-    *("guidance_rescale", "internal_guidance", "ema", "ema_std"),
+    *("guidance_rescale", "internal_guidance", "path_drop", "ema", "ema_std"),
 )
 DRAWING = dict(num_images=50_000, plan="equal", seed=0, draw_batch=32, compile=False) | dict.fromkeys(
     (*RECIPES, "guide", "save_images", "sweep")

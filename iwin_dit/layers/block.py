@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwin_dit.layers.norm import NORMS
-from iwin_dit.layers.specs import BlockSpec, MlpName
+from iwin_dit.layers.specs import BlockSpec, MlpName, NormName
 from iwin_dit.layers.token_mixer import add, make_mixer
 from iwin_dit.layers.value_residual import ValueResidual
 
@@ -58,6 +58,16 @@ class Modulation(nn.Module):
         modulation = self.linear(F.silu(condition))
         chunks = modulation[(slice(None), *[None] * rank)].chunk(len(self.names), dim=-1)
         return dict(zip(self.names, chunks, strict=True))
+
+
+class Head(nn.Module):
+    """From tokens to a prediction: a norm, its modulation by the condition, and a projection."""
+
+    def __init__(self, norm: NormName, width: int, outputs: int):
+        super().__init__()
+        self.norm_out = NORMS[norm](width)
+        self.modulation_out = Modulation(width, ["shift", "scale"])
+        self.proj_out = nn.Linear(width, outputs)
 
 
 class Block(nn.Module):

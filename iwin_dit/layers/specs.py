@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -42,6 +42,35 @@ def shape_of(size: str) -> tuple[int, int, int, int]:
 WindowWord = Literal["auto", "all", "divisor"]
 NormName = Literal["rms_norm", "layer_norm"]
 MlpName = Literal["swiglu", "gelu"]
+
+
+def middle_of(depth: int, dense_blocks: Sequence[int] | None, base_block: int | None) -> range:
+    """The numbers of the blocks between so many dense ones at both ends, which training may thin out.
+
+    Args:
+        depth: blocks.
+        dense_blocks: at the beginning and at the end; None leaves nothing between.
+        base_block: a second head reads the tokens after so many blocks.
+
+    Raises:
+        ValueError: where that does not fit.
+    """
+    if base_block is not None and not 0 < base_block < depth:
+        raise ValueError(f"base_block is {base_block}, expected a number of blocks from 1 to {depth - 1}")
+    if dense_blocks is None:
+        return range(depth, depth)
+    first, last = dense_blocks
+    middle = range(first, depth - last)
+    if min(first, last) < 1 or not middle:
+        raise ValueError(
+            f"dense_blocks is {[first, last]}, expected two numbers from 1 that leave some of {depth} blocks"
+        )
+    if base_block is not None and first < base_block <= middle.stop:
+        raise ValueError(
+            f"base_block {base_block} stands between the dense_blocks {[first, last]}, where tokens may be "
+            f"dropped; take at most {first} or at least {middle.stop + 1}"
+        )
+    return middle
 
 
 class Axis(NamedTuple):

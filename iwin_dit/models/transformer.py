@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from iwin_dit.layers.blindness import blind_spots, of_earlier_version, resolve
-from iwin_dit.layers.block import Block, Modulation
+from iwin_dit.layers.block import Block, Head, Modulation
 from iwin_dit.layers.embeddings import (
     PatchEmbed,
     TimestepEmbedder,
@@ -28,7 +29,16 @@ from iwin_dit.layers.embeddings import (
     unpatchify,
 )
 from iwin_dit.layers.norm import NORMS
-from iwin_dit.layers.specs import BlockSpec, MixerSpec, MlpName, NormName, per_axis, shape_of
+from iwin_dit.layers.sparse import SparseMiddle, Tokens
+from iwin_dit.layers.specs import (
+    BlockSpec,
+    MixerSpec,
+    MlpName,
+    NormName,
+    middle_of,
+    per_axis,
+    shape_of,
+)
 from iwin_dit.models.official_names import inflate
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
@@ -44,16 +54,6 @@ class DiTOutput(Transformer2DModelOutput):
 
     base: Tensor | None = None
     tokens: Tensor | None = None
-
-
-class Head(nn.Module):
-    """From tokens to a prediction: a norm, its modulation by the condition, and a projection."""
-
-    def __init__(self, norm: NormName, width: int, outputs: int):
-        super().__init__()
-        self.norm_out = NORMS[norm](width)
-        self.modulation_out = Modulation(width, ["shift", "scale"])
-        self.proj_out = nn.Linear(width, outputs)
 
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -86,6 +86,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         sample_frames: frames of the latents, for :class:`IwinDiTTransformer3DModel` alone.
         base_block: a second head predicts the same after so many blocks: it is trained beside the first one,
             and sampling can push the prediction away from its own (internal guidance, arXiv 2512.24176).
+        dense_blocks: so many first and last blocks see all tokens. Those between may see fewer in training,
+            and be left out in sampling, see :class:`~iwin_dit.layers.sparse.SparseMiddle`.
 
     Raises:
         ValueError: where heads, patch size or window cannot be combined; the message says what would fit.
@@ -127,12 +129,10 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         post_norm: bool = False,
         base_block: int | None = None,
         value_residual: bool = False,
+        dense_blocks: tuple[int, int] | None = None,
     ):
         super().__init__()
-        if base_block is not None and not 0 < base_block < num_layers:
-            raise ValueError(
-                f"base_block is {base_block}, expected a number of blocks from 1 to {num_layers - 1}"
-            )
+        self.middle = middle_of(num_layers, dense_blocks, base_block)
         if (self.rank == 3) != (sample_frames is not None):
             raise ValueError(
                 f"sample_frames is {sample_frames}: IwinDiTTransformer3DModel needs a number of frames, "
@@ -184,6 +184,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.modulation_out = Modulation(width, ["shift", "scale"])  # both, in every variant
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
         self.base_head = None if base_block is None else Head(norm, width, patch_size**2 * self.out_channels)
+        self.sparse = None if dense_blocks is None else SparseMiddle(width)
         self.initialize_weights()
 
     @classmethod
@@ -268,6 +269,8 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         with_base: bool = False,
         num_blocks: int | None = None,
+        kept: Tensor | None = None,
+        skip_middle: Tensor | bool = False,
     ) -> DiTOutput | tuple[Tensor]:
         """Predicts velocity (flow matching) or noise (DDPM).
 
@@ -278,6 +281,9 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             return_dict: return a :class:`DiTOutput` rather than a tuple.
             with_base: compute the prediction of the head inside, too, as training always does.
             num_blocks: return a tuple of the tokens ``(B, *grid, D)`` after so many blocks, and stop there.
+            kept: blocks between the ``dense_blocks`` see one token of each group, which these numbers in
+                [0, 1), ``(B,)``, choose. Default: all tokens.
+            skip_middle: leave these blocks out: for the images of a mask ``(B,)``, or, to save time, for all.
 
         Returns:
             the prediction ``(B, out_channels, [T,] H, W)`` in the dtype of ``hidden_states``.
@@ -295,24 +301,39 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             x = x + frame_positions(grid[0], x.shape[-1], device)
         rope = rope_angles(grid, self.config.attention_head_dim, device) if self.use_rope else None
 
-        base, reads_base = None, self.base_head is not None and (self.training or with_base)
-        values, tokens, projects = None, None, self.projector is not None and self.training
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-        for i, block in enumerate(self.blocks):
-            if checkpointing and i % self.checkpoint_every == 0:
-                output = self._gradient_checkpointing_func(block, x, condition, rope, values)
-            else:
-                output = block(x, condition, rope, values)
-            x, values = output if isinstance(output, tuple) else (output, values)
-            if reads_base and i + 1 == self.config.base_block:
-                base = self._predict(self.base_head, x, condition).to(dtype)
-            if projects and i + 1 == self.projected_block:
-                tokens = self.projector(x)
-            if i + 1 == num_blocks:
-                return (x,)
+        inside: dict[str, Tensor] = {}  # predictions and tokens that are taken out on the way
+        run = partial(self._run, condition=condition, inside=inside, reads_base=self.training or with_base)
+        if num_blocks is not None:
+            return (run(Tokens(x, rope), range(num_blocks)).x,)
+        tokens = run(Tokens(x, rope), range(self.middle.start if self.sparse else len(self.blocks)))
+        if self.sparse is not None:
+            middle = partial(run, numbers=self.middle)
+            tokens = self.sparse(tokens, middle, kept, skip_middle, condition.dtype)
+            tokens = run(tokens, range(self.middle.stop, len(self.blocks)))
+        elif kept is not None or skip_middle is not False:
+            raise ValueError("kept and skip_middle are for models with dense_blocks, which this one has not")
+        sample = self._predict(self, tokens.x, condition).to(dtype)
+        inside = {name: tensor.to(dtype) for name, tensor in inside.items()}
+        return DiTOutput(sample=sample, **inside) if return_dict else (sample,)
 
-        sample = self._predict(self, x, condition).to(dtype)
-        return DiTOutput(sample=sample, base=base, tokens=tokens) if return_dict else (sample,)
+    def _run(
+        self, tokens: Tokens, numbers: range, condition: Tensor, inside: dict[str, Tensor], reads_base: bool
+    ) -> Tokens:
+        """Tokens after these blocks; what is read on the way goes into ``inside``."""
+        x, rope, values = tokens
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for i in numbers:
+            arguments = x, condition, rope, values
+            if checkpointing and i % self.checkpoint_every == 0:
+                output = self._gradient_checkpointing_func(self.blocks[i], *arguments)
+            else:
+                output = self.blocks[i](*arguments)
+            x, values = output if isinstance(output, tuple) else (output, values)
+            if self.base_head is not None and reads_base and i + 1 == self.config.base_block:
+                inside["base"] = self._predict(self.base_head, x, condition)
+            if self.projector is not None and self.training and i + 1 == self.projected_block:
+                inside["tokens"] = self.projector(x)
+        return Tokens(x, rope, values)
 
     def _predict(self, head: Any, x: Tensor, condition: Tensor) -> Tensor:
         """Tokens ``(B, *grid, D)`` by a head to a prediction ``(B, out_channels, [T,] H, W)``."""

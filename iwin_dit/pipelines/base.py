@@ -27,7 +27,7 @@ from iwin_dit.data.codec import (
     usable_dtype,
     vae_statistics,
 )
-from iwin_dit.diffusion.guidance import GUIDANCE, Guidance, zero_star
+from iwin_dit.diffusion.guidance import GUIDANCE, Guidance
 from iwin_dit.diffusion.sampling import (
     check_scheduler,
     model_timesteps,
@@ -37,7 +37,7 @@ from iwin_dit.diffusion.sampling import (
     step_arguments,
     times,
 )
-from iwin_dit.diffusion.specs import DATA, GUIDANCE_SCALE, NOISE, NUM_INFERENCE_STEPS, GuidanceName
+from iwin_dit.diffusion.specs import DATA, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, GuidanceName
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.labels import ClassNames
 from iwin_dit.runtime import files, scratch
@@ -186,6 +186,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         internal_guidance: float = 1.0,
         guidance: GuidanceName = "cfg",
         guidance_rescale: float = 0.0,
+        path_drop: bool = False,
     ) -> Any:
         """Draws one image, or clip, per label.
 
@@ -214,6 +215,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 guidance, see :data:`iwin_dit.diffusion.guidance.GUIDANCE`.
             guidance_rescale: share of the guided prediction that gets back the standard deviation of the
                 unguided one.
+            path_drop: make the prediction without a class without the blocks in the middle, too, which costs
+                less. The model needs ``dense_blocks``.
 
         Raises:
             ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
@@ -231,6 +234,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             guidance_interval,
             internal_guidance,
             guidance_rescale,
+            path_drop,
             GUIDANCE[guidance](),
         )
         self._check(guided, guide, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
@@ -279,21 +283,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         if guide is not None:
             self._check_guide(guide)
-        elif guidance.scale != 1 and self.transformer.null_label is None:
-            raise ValueError(
-                f"guidance_scale is {guidance.scale}, but the model was trained without a null label "
-                "(class_dropout_prob 0): only guidance_scale 1, or a guide, is possible"
-            )
-        config = self.transformer.config
-        if guidance.internal_scale != 1 and config.base_block is None:
-            raise ValueError(
-                f"internal_guidance is {guidance.internal_scale}, but the model has no head inside "
-                "(base_block): only 1 is possible"
-            )
-        if guidance.rule is zero_star and config.prediction_type == NOISE:
-            raise ValueError(
-                "guidance cfg_zero_star is for models of flows, this one predicts noise; take apg"
-            )
+        guidance.check(self.transformer.config, guide is not None)
         check_scheduler(self.scheduler, self.transformer.config.prediction_type)
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
