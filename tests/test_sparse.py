@@ -19,7 +19,8 @@ from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import Guidance
 from iwin_dit.layers.sparse import Kept, SparseMiddle, Tokens, low_bits
 from iwin_dit.models.transformer import IwinDiTTransformer3DModel
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.pipelines.trust import check_model_folder
+from iwin_dit.runtime.errors import CheckpointError, ConfigError
 
 GRIDS = [(4, 6), (4, 3), (2, 4, 6), (3, 4, 4), (1, 2, 2)]
 
@@ -383,3 +384,21 @@ def test_the_network_has_three_more_tensors():
     }
     assert "middle_dropout" not in sparse.config
     assert Kept(torch.tensor([0.9]), (4, 4)).chosen.sum() == 1
+
+
+def test_a_model_without_refuses_to_drop():
+    model, inputs = model_and_inputs(dense_blocks=None)
+    for options in (dict(kept=CHOICE), dict(skip_middle=True)):
+        with pytest.raises(ValueError, match="kept and skip_middle are for models with dense_blocks"):
+            model(*inputs, **options)
+
+
+@pytest.mark.parametrize("found", ["ab", [1], [1, 10**6], [0, 1], [1.5, 1], {"1": 1}, True])
+def test_odd_configs_of_strangers_are_refused(found, tmp_path):
+    model, _ = model_and_inputs()
+    model.save_pretrained(tmp_path)
+    assert check_model_folder(tmp_path) is type(model)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dense_blocks": found}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        check_model_folder(tmp_path)
