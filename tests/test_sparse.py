@@ -278,7 +278,7 @@ SMALL = dict(depth=4, width=32, heads=2, patch_size=1, sample_size=8, in_channel
             "thins tokens out along even sides, 7 x 7 tokens have none",
         ),
         (dict(dense_from_step=10), "model.dense_from_step is 10, but is not read without model.dense_blocks"),
-        (dict(middle_dropout=0.1), "model.middle_dropout is 0.1, but is not read without model.dense_blocks"),
+        (dict(middle_dropout=0.2), "model.middle_dropout is 0.2, but is not read without model.dense_blocks"),
         (
             dict(dense_blocks=(1, 1), middle_dropout=0.0),
             "model.middle_dropout is 0.0, expected a number above 0",

@@ -129,7 +129,7 @@ class ModelConfig:
     value_residual: bool = False
     dense_blocks: Annotated[tuple[int, int] | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     dense_from_step: Annotated[int | None, ZERO_OR_MORE, at_most(10**9)] = None
-    middle_dropout: Annotated[float, ABOVE_ZERO, BELOW_ONE] = 0.05
+    middle_dropout: Annotated[float, ABOVE_ZERO, BELOW_ONE] = 0.1
     base_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
     allow_blind: Free[bool] = False

@@ -4,7 +4,8 @@ Of each 2 x 2 tokens (of clips 2 x 2 x 2) one is kept, at the same place of ever
 left is a regular grid of half the side, on which windows and convolutions go on as they are. An axis with an
 odd number of tokens is not thinned.
 
-Source: SPRINT (Park et al. 2025, arXiv 2510.21986), which draws the place anew in each group.
+Source: SPRINT (Park et al. 2025, arXiv 2510.21986), for attention over all tokens. That the groups of an
+image share the place is ours: it keeps the distances of tokens regular.
 
 Legend: B batch, D width, P places of a group.
 """
