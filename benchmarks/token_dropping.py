@@ -20,7 +20,7 @@ import torch
 
 from iwin_dit.build.budget import multiply_adds
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
-from iwin_dit.runtime.cpu import keep_freed_memory
+from iwin_dit.runtime.processes import keep_freed_memory
 
 MIXERS = {"iwin": {"name": "iwin"}, "global": {"name": "global"}}
 COLUMNS = ("mixer", "tokens", "step, ms (all / dropped)", "ratio", "ratio allowed by multiply-adds")
