@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from iwin_dit import IwinDiTPipeline
 from iwin_dit.build.budget import Budget
 from iwin_dit.build.network import build_model
+from iwin_dit.config.alignment import AlignmentConfig
 from iwin_dit.config.rules import check
 from iwin_dit.config.schema import Config, ModelConfig
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -402,3 +403,11 @@ def test_odd_configs_of_strangers_are_refused(found, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dense_blocks": found}))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         check_model_folder(tmp_path)
+
+
+def test_a_teacher_has_all_tokens():
+    config = Config(
+        model=ModelConfig(**SMALL, dense_blocks=(1, 1)), alignment=AlignmentConfig(teacher="self")
+    )
+    with pytest.raises(ConfigError, match=r"teacher self and model.dense_blocks exclude each other"):
+        check(config)
