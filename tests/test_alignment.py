@@ -167,7 +167,7 @@ def test_a_model_gives_its_tokens_after_so_many_blocks():
     (tokens,) = model(x0, 500.0, labels, num_blocks=1)
     assert not seen, "the blocks after it are left out"
     model.blocks[1] = torch.nn.Identity()
-    model.blocks[1].forward = lambda x, condition, rope: x
+    model.blocks[1].forward = lambda x, condition, rope, values: x
     expected = watch(model, 0)
     model(x0, 500.0, labels)
     assert torch.equal(tokens, expected[0])

@@ -410,4 +410,4 @@ def test_a_teacher_has_all_tokens():
         model=ModelConfig(**SMALL, dense_blocks=(1, 1)), alignment=AlignmentConfig(teacher="self")
     )
     with pytest.raises(ConfigError, match=r"teacher self and model.dense_blocks exclude each other"):
-        check(config)
+        check(Config(model=model, alignment=AlignmentConfig(teacher="self")))
