@@ -406,8 +406,6 @@ def test_odd_configs_of_strangers_are_refused(found, tmp_path):
 
 
 def test_a_teacher_has_all_tokens():
-    config = Config(
-        model=ModelConfig(**SMALL, dense_blocks=(1, 1)), alignment=AlignmentConfig(teacher="self")
-    )
+    model = ModelConfig(**SMALL, dense_blocks=(1, 1))
     with pytest.raises(ConfigError, match=r"teacher self and model.dense_blocks exclude each other"):
         check(Config(model=model, alignment=AlignmentConfig(teacher="self")))
