@@ -16,6 +16,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 __version__ = "0.2.0"
 
 _HOME = {
+    "FlowMatchEulerMaruyamaScheduler": "iwin_dit.diffusion.sde",
     "IwinDiTTransformer2DModel": "iwin_dit.models.transformer",
     "IwinDiTTransformer3DModel": "iwin_dit.models.transformer",
     "IwinDiTPipeline": "iwin_dit.pipelines.media",

@@ -31,7 +31,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "how the model draws", "What is not given is as in the recipe of the run, or of the pipeline."
     )
     add: Callable[..., Any] = group.add_argument
-    add("--sampler", help="euler, heun, dpm++, unipc; of DDPM ddim, ddpm, dpm++")
+    add("--sampler", help="euler, heun, dpm++, unipc, euler_maruyama; of DDPM ddim, ddpm, dpm++")
     add("--steps", type=int, help="steps of the sampler")
     add("--guidance-scale", type=float, help="1 is without guidance")
     low_high = dict(nargs=2, type=float, metavar=("LOW", "HIGH"))

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from iwin_dit.diffusion.sde import LAST_STEP, FlowMatchEulerMaruyamaScheduler
 from iwin_dit.diffusion.specs import DATA, FLOW, MIN_TIME, NOISE, NUM_TRAIN_TIMESTEPS, SAMPLERS
 
 DDIM_AND_DDPM = (DDIMScheduler, DDPMScheduler)
@@ -51,7 +52,13 @@ def make_scheduler(
         )
     if shift != 1:
         changes[_shift_key(chosen.options)] = shift
-    return getattr(diffusers, chosen.scheduler)(**{**chosen.options, **changes})
+    return scheduler_class(chosen.scheduler)(**{**chosen.options, **changes})
+
+
+def scheduler_class(name: str) -> type[Scheduler]:
+    """The class of this name: ours, or one of diffusers."""
+    ours = FlowMatchEulerMaruyamaScheduler
+    return ours if name == ours.__name__ else getattr(diffusers, name)
 
 
 def _shift_key(options: Mapping[str, Any]) -> str:
@@ -127,10 +134,11 @@ def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.
     """Prepares the scheduler; the timesteps, descending.
 
     Flow matching by Euler takes the sigmas 1, 1 - 1/N, ..., 1/N: left alone, diffusers ends the list at sigma
-    0.001 and so wastes one step of N.
+    0.001 and so wastes one step of N. By Euler and Maruyama the last one is that of their last step.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        is_sde = isinstance(scheduler, FlowMatchEulerMaruyamaScheduler)
+        sigmas = np.linspace(1.0, LAST_STEP if is_sde else 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)

@@ -19,7 +19,7 @@ MIN_TIME = 0.05  # of models of flows that predict the data: velocities are (x_t
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler of diffusers: the name of its class, and its arguments."""
+    """A scheduler: the name of its class, of diffusers or of this package, and its arguments."""
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +40,9 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {  # by what the model predicts; the f
     FLOW: {
         "euler": Sampler("FlowMatchEulerDiscreteScheduler", dict(num_train_timesteps=NUM_TRAIN_TIMESTEPS)),
         "heun": Sampler("FlowMatchHeunDiscreteScheduler", dict(num_train_timesteps=NUM_TRAIN_TIMESTEPS)),
+        "euler_maruyama": Sampler(
+            "FlowMatchEulerMaruyamaScheduler", dict(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
+        ),
         "dpm++": Sampler("DPMSolverMultistepScheduler", ON_FLOWS),
         "unipc": Sampler("UniPCMultistepScheduler", ON_FLOWS),
     },

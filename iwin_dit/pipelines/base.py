@@ -65,7 +65,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     Args:
         transformer: an :class:`~iwin_dit.IwinDiTTransformer2DModel`, or one of clips.
-        vae: any diffusers autoencoder.
+        vae: any diffusers autoencoder, or the :class:`~iwin_dit.IdentityAutoencoder` of models of pixels.
         scheduler: a diffusers scheduler that fits the transformer's objective.
         id2label: names of the classes; several names of one class are separated by commas.
         latents_mean, latents_std: per channel, how the transformer's latents are normalised. Default: what
@@ -107,8 +107,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
         """``model_index.json``, the last file that ``save_pretrained`` writes before it uploads, and loaders.
 
-        The loaders, ``pipeline.py`` and ``transformer/iwin_dit.py``, are a few lines that import the
-        installed package. They serve ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
+        The loaders, ``pipeline.py`` and an ``iwin_dit.py`` beside each part of ours, are a few lines that
+        import the package. They serve ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
         """
         super().save_config(save_directory, push_to_hub, **options)
         folder, name = Path(save_directory), type(self).__name__
@@ -116,10 +116,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         config = json.loads(index.read_text()) | {"_class_name": ["pipeline", name]}
         config.pop("_name_or_path", None)
         index.write_bytes(files.to_json(config))
-        (folder / "transformer").mkdir(exist_ok=True)
         (folder / "pipeline.py").write_text(LOADER.format(name=name))
-        model = LOADER.format(name=config["transformer"][1])
-        (folder / "transformer" / "iwin_dit.py").write_text(model)
+        for component in ("transformer", "vae", "scheduler"):
+            library, kind = config[component]
+            if library == iwin_dit.__name__:
+                (folder / component).mkdir(exist_ok=True)
+                (folder / component / "iwin_dit.py").write_text(LOADER.format(name=kind))
         for component in ("transformer", "vae"):
             files.follow_umask(folder / component)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
 from iwin_dit.data.codec import VAES
+from iwin_dit.diffusion.sampling import scheduler_class
 from iwin_dit.diffusion.specs import SAMPLERS
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.base import ClassConditionalPipeline
@@ -37,6 +38,7 @@ SIZES: dict[str, float] = {
     "num_layers": 1_000,
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels"), limits.SIDE),
     **dict.fromkeys(("out_channels", "sample_size", "sample_frames", "window_size"), limits.SIDE),
+    "patch_bottleneck": limits.SIDE,
     "num_classes": limits.LABELS,
     "patch_size": limits.PATCH,
     "kernel_size": limits.KERNEL,
@@ -79,7 +81,7 @@ def check_pipeline_folder(path: Path) -> type[ClassConditionalPipeline]:
             raise _unexpected(index, key, values, f"a number for each of the {channels} latent channels")
     _check_vae(path / "vae" / "config.json", VAES[vae])
     scheduler_config = path / "scheduler" / "scheduler_config.json"
-    _check_values(scheduler_config, getattr(diffusers, scheduler), _read_json(scheduler_config), math.inf)
+    _check_values(scheduler_config, scheduler_class(scheduler), _read_json(scheduler_config), math.inf)
     _check_weights(path / "transformer", model)
     _check_weights(path / "vae", VAES[vae])
     return pipeline
@@ -115,10 +117,10 @@ def check_index(path: Path) -> tuple[str, str, str]:
     name = name[-1] if isinstance(name, list) and name else name  # our exports add the file beside it
     if not isinstance(name, str) or name not in PIPELINES:
         raise CheckpointError(f"{path} holds a {name!s:.100}, expected an {' or '.join(PIPELINES)}")
-    components = {  # the package and the classes that each may name
-        "transformer": ("iwin_dit", [PIPELINES[name][1].__name__]),
-        "vae": ("diffusers", list(VAES)),
-        "scheduler": ("diffusers", SCHEDULERS),
+    components: dict[str, list[Any]] = {  # the classes that each may name
+        "transformer": [PIPELINES[name][1]],
+        "vae": list(VAES.values()),
+        "scheduler": [scheduler_class(kind) for kind in SCHEDULERS],
     }
     unknown = sorted(set(content) - {*components, *SETTINGS})
     if unknown:
@@ -126,10 +128,14 @@ def check_index(path: Path) -> tuple[str, str, str]:
             f"{index} names {listed(unknown)!r:.300}, expected the components {', '.join(components)} alone; "
             "take a pipeline that this package has exported"
         )
-    for component, (library, classes) in components.items():
-        found = content.get(component)
-        if found not in [[library, name] for name in classes]:
-            raise _unexpected(index, component, found, f"{library}'s {' or '.join(classes)}")
+    for component, classes in components.items():
+        found, libraries = content.get(component), defaultdict(list)
+        for kind in classes:
+            library = kind.__module__.partition(".")[0]  # which ours say of themselves
+            libraries[library].append(kind.__name__)
+        if found not in [[library, kind] for library, kinds in libraries.items() for kind in kinds]:
+            expected = (f"{library}'s {' or '.join(kinds)}" for library, kinds in libraries.items())
+            raise _unexpected(index, component, found, ", or ".join(expected))
     names = content.get("id2label")
     if names is not None and not (
         isinstance(names, dict)
