@@ -17,6 +17,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "FlowMatchEulerMaruyamaScheduler": "iwin_dit.diffusion.sde",
+    "IdentityAutoencoder": "iwin_dit.data.identity",
     "IwinDiTTransformer2DModel": "iwin_dit.models.transformer",
     "IwinDiTTransformer3DModel": "iwin_dit.models.transformer",
     "IwinDiTPipeline": "iwin_dit.pipelines.media",

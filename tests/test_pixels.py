@@ -113,7 +113,7 @@ def test_images_that_do_not_fit_are_refused(workshop, recipe):
     for overrides, message in (
         ({"data": {"kind": "images"}}, "nothing encodes them: set data.vae"),
         ({"data": images(workshop, normalization="channel")}, "set data.normalization vae"),
-        ({"data": images(workshop, prepare="digits")}, "set data.prepare null"),
+        ({"data": images(workshop, prepare="digits")}, "set data.path .*images/train, or data.prepare null"),
         ({"data": {"crop": "random"}}, "data.crop is 'random', but is not read without data.kind images"),
     ):
         path = str(recipe(**overrides))

@@ -28,6 +28,10 @@ LEVERS = {
     "self-alignment of noise": dict(
         objective={"name": "ddpm"}, alignment={"teacher": "self", "stop_step": 3, "time_gap": 0.5}
     ),
+    "patch bottleneck": dict(
+        model={"patch_bottleneck": 6, "patch_size": 2, "mixer": {"window_size": "auto"}}
+    ),
+    "sde": dict(sample={"sampler": "euler_maruyama"}),
     "zero star": dict(sample={"guidance": "cfg_zero_star", "guidance_rescale": 0.5, "shift": 3.0}),
 }
 CLIPS = {"sample_frames": 2, "mixer": {"window_size": "auto"}}

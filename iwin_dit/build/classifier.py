@@ -25,7 +25,7 @@ from iwin_dit.build.classifier_network import (
     multiply_adds,
     without_content,
 )
-from iwin_dit.build.data import open_training
+from iwin_dit.build.data import PREPARE_IMAGES, open_training
 from iwin_dit.build.pipeline import show
 from iwin_dit.build.trainer import reading
 from iwin_dit.config.classifier import ClassifierConfig
@@ -45,10 +45,6 @@ from iwin_dit.training.classification import class_scores, classification_loss
 from iwin_dit.training.optimizer import Groups
 from iwin_dit.training.state import Run, State
 
-PREPARE = {
-    "digits": partial(digits.write_images, seed=0),
-    "moving_digits": partial(moving_digits.write_clips, seed=0),
-}
 MAX_SHOWN = 40  # predictions in a picture
 
 
@@ -72,7 +68,7 @@ def open_data(config: ClassifierConfig, accelerator: Accelerator) -> LabelledDat
     """
     data = config.data
     if data.prepare and accelerator.is_main_process and not Path(data.held_out).is_dir():
-        PREPARE[data.prepare](Path(data.held_out).parent)
+        PREPARE_IMAGES[data.prepare](Path(data.held_out).parent)
     accelerator.wait_for_everyone()
     varied, plain = _transforms(config)
     train: Any = open_training(config)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iwin_dit.config.classifier import Recipe
 from iwin_dit.config.parse import load_yaml
-from iwin_dit.config.schema import Config
+from iwin_dit.config.schema import Config, DataConfig
 from iwin_dit.convert import from_ldm_vae, load_official
 from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.codec import (
@@ -35,7 +35,8 @@ from iwin_dit.data.video import ClipSpec
 from iwin_dit.runtime.colours import background
 from iwin_dit.runtime.errors import DataError, reason
 
-PREPARE = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
+PREPARE_LATENTS = {"digits": digits.prepare, "moving_digits": moving_digits.prepare}
+PREPARE_IMAGES = {"digits": digits.write_images, "moving_digits": moving_digits.write_clips}
 
 VA_VAE_REPOSITORY = "hustvl/vavae-imagenet256-f16d32-dinov2"
 VA_VAE_FILE = "vavae-imagenet256-f16d32-dinov2.pt"
@@ -45,12 +46,16 @@ VA_VAE = dict(
 
 
 def build_dataset(config: Config, accelerator: Accelerator | None = None) -> LatentDataset | PixelDataset:
-    """The latents, made first where the config says how, or the images; checked against the model.
+    """The latents, or the images, made first where the config says how; checked against the model.
 
     Raises:
         DataError: where they are missing, or do not fit the model.
     """
-    dataset = _pixels(config) if config.data.kind == "images" else _latents(config, accelerator)
+    if accelerator is None or accelerator.is_main_process:
+        _prepare(config.data)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    dataset = _pixels(config) if config.data.kind == "images" else _latents(config)
     shape, model = tuple(dataset.latent_shape), config.model
     for key, name, have, want in (
         ("in_channels", "latent channels", shape[0], model.in_channels),
@@ -158,6 +163,17 @@ def open_training(config: Recipe) -> Source | ClipFolderSource:
     return open_images(config.data.path, config.data, frames is not None, begun)
 
 
+def _prepare(data: DataConfig) -> None:
+    """Makes the latents in their folder, or the images in the folder around ``train``, where missing."""
+    path = Path(data.path)
+    if data.prepare is None:
+        return
+    if data.kind == "latents" and not (path / "index.json").exists():
+        PREPARE_LATENTS[data.prepare](path)
+    if data.kind == "images" and not path.is_dir():
+        PREPARE_IMAGES[data.prepare](path.parent)
+
+
 def _pixels(config: Config) -> PixelDataset:
     assert config.data.vae is not None  # the rules ask for it
     vae, frames = load_autoencoder(config.data.vae), config.model.sample_frames
@@ -170,13 +186,8 @@ def _pixels(config: Config) -> PixelDataset:
     return PixelDataset(reader, vae, config.data.vae, config.data.max_bad_images)
 
 
-def _latents(config: Config, accelerator: Accelerator | None) -> LatentDataset:
+def _latents(config: Config) -> LatentDataset:
     path = Path(config.data.path)
-    main_process = accelerator is None or accelerator.is_main_process
-    if main_process and config.data.prepare and not (path / "index.json").exists():
-        PREPARE[config.data.prepare](path)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
     latents = LatentDataset(path, _published(config, path))
     if (teacher := latents.index.get("teacher")) is not None:
         raise DataError(

@@ -47,7 +47,7 @@ class SourceConfig:
         background: of images: what shows through transparent pixels: white, black or R,G,B; null drops the
             transparency, as earlier versions did.
         prepare: make the data first where they are missing: ``digits`` are scikit-learn's handwritten digits,
-            ``moving_digits`` clips of them.
+            ``moving_digits`` clips of them. Of images, ``path`` ends with ``train``, which is made.
         frame_stride: of videos: take every n-th frame. Latents have extract_latents.py's --frame-stride.
     """
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields
 from operator import attrgetter
+from pathlib import PurePath
 from typing import Any
 
 from iwin_dit.config.bounds import MAX_TOKENS, check_ranges
@@ -109,13 +110,23 @@ def check_common(config: Any, read_with: Iterable[tuple[str, str]]) -> None:
 def _check_data(data: DataConfig, model: ModelConfig) -> None:
     """Images need an autoencoder and its scaling; clips have other positions and other digits."""
     if data.kind == "images" and data.vae is None:
-        raise ConfigError("data.kind is images, but nothing encodes them: set data.vae, as sd-vae-ft-ema")
+        raise ConfigError(
+            "data.kind is images, but nothing encodes them: set data.vae, as sd-vae-ft-ema, or none for the "
+            "pixels themselves"
+        )
     if data.kind == "images" and data.normalization != "vae":
         raise ConfigError(
             f"data.normalization {data.normalization} is for latents; set data.normalization vae"
         )
-    if data.kind == "images" and data.prepare is not None:
-        raise ConfigError(f"data.prepare {data.prepare} makes latents; for images, set data.prepare null")
+    if data.kind == "images" and data.prepare is not None and PurePath(data.path).name != "train":
+        raise ConfigError(
+            f"data.prepare {data.prepare} makes images in a folder train; set data.path {data.path}/train, "
+            "or data.prepare null"
+        )
+    if data.prepare == "digits" and model.sample_frames is not None:
+        raise ConfigError(
+            "data.prepare digits makes images; remove model.sample_frames, or take moving_digits"
+        )
     if data.prepare == "moving_digits" and model.sample_frames is None:
         raise ConfigError("data.prepare moving_digits makes clips; set model.sample_frames, or take digits")
     positions = f"model.position_embedding {model.position_embedding}"

@@ -41,7 +41,7 @@ class DataConfig(SourceConfig):
         kind: ``latents`` are read from shards; ``images``, or videos, are encoded by the autoencoder in every
             step.
         vae: the autoencoder of images, or of latents that do not name it: a preset, a folder, a file or a
-            hub id.
+            hub id; ``none`` trains on the pixels themselves.
         max_bad_images: of images: leave out up to so many that cannot be decoded, each named; the next one
             takes its place.
         crop: of images: ADM's centre crop, or a random one, another one each time an image is seen.
@@ -73,7 +73,7 @@ class ModelConfig:
         depth: blocks.
         width: channels of a token.
         heads: attention heads; they divide the width.
-        patch_size: latents per side of a token.
+        patch_size: latents per side of a token; of pixels 4 to 32.
         sample_size: side of the latent, or [height, width].
         sample_frames: frames of the latent, which makes it a model of clips.
         in_channels: channels of the latent.
@@ -97,6 +97,8 @@ class ModelConfig:
             Default: never.
         middle_dropout: share of the images that skip the blocks between, so that sampling can do so, too
             (``sample.path_drop``).
+        patch_bottleneck: a patch passes through so many channels on its way to a token, so that the network
+            need not carry all of its noise (JiT, arXiv 2511.13720, has 128). Default: straight.
         base_block: a second head predicts the same after so many blocks, by ``objective.base_weight``: it
             speeds learning up, and lets the network guide itself (``sample.internal_guidance``).
         label_embedding_std: of the label embeddings at the start; 0.02 is DiT's. Short runs learn what labels
@@ -130,6 +132,7 @@ class ModelConfig:
     dense_blocks: Annotated[tuple[int, int] | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     dense_from_step: Annotated[int | None, ZERO_OR_MORE, at_most(10**9)] = None
     middle_dropout: Annotated[float, ABOVE_ZERO, BELOW_ONE] = 0.1
+    patch_bottleneck: Annotated[int | None, ABOVE_ZERO, at_most(limits.SIDE)] = None
     base_block: Annotated[int | None, ABOVE_ZERO, at_most(MAX_BLOCKS)] = None
     label_embedding_std: Annotated[float, ABOVE_ZERO, at_most(1e3)] = 0.02
     allow_blind: Free[bool] = False
@@ -167,8 +170,8 @@ class SampleConfig:
     """The grids that training draws, and the scheduler of the exported pipeline.
 
     Args:
-        sampler: euler, heun, dpm++ or unipc for flow matching; ddim, ddpm or dpm++ for DDPM. Default: the
-            first choice of the objective.
+        sampler: euler, heun, dpm++, unipc or euler_maruyama (an SDE, for many steps) for flow matching; ddim,
+            ddpm or dpm++ for DDPM. Default: the first choice of the objective.
         num_inference_steps: steps of the sampler.
         guidance_scale: 1 is unguided.
         guidance_interval: times in which guidance acts; 1 is noise.

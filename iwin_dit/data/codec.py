@@ -25,12 +25,13 @@ from diffusers import (
 )
 from torch import Tensor
 
+from iwin_dit.data.identity import IDENTITY, IdentityAutoencoder
 from iwin_dit.runtime.errors import ConfigError, DataError, reason
 
 # Autoencoders that a folder or a hub repository may name; diffusers' classes have no types.
 IMAGE_VAES = (AutoencoderKL, AutoencoderDC)
 VIDEO_VAES = (AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan)
-VAES: dict[str, Any] = {kind.__name__: kind for kind in IMAGE_VAES + VIDEO_VAES}
+VAES: dict[str, Any] = {kind.__name__: kind for kind in (*IMAGE_VAES, IdentityAutoencoder, *VIDEO_VAES)}
 FRAMES_AT_ONCE = 64  # through an autoencoder of images
 
 
@@ -102,14 +103,18 @@ def latent_channels(vae: Any) -> int:
 
 
 def load_vae(name_or_path: str) -> Any:
-    """A diffusers autoencoder by preset, folder or hub id, frozen and in evaluation mode; safetensors only.
+    """An autoencoder by preset, folder or hub id, frozen and in evaluation mode; safetensors only.
+
+    The name ``none`` is that of :class:`IdentityAutoencoder`.
 
     Raises:
         DataError: where it is not there, or is no autoencoder that is known here.
     """
+    if name_or_path == IDENTITY:
+        return IdentityAutoencoder().eval()
     preset = PRESETS.get(name_or_path, Preset(name_or_path))
     where = dict(subfolder=preset.subfolder) if preset.subfolder else {}
-    names = [*PRESETS, VA_VAE_PRESET]
+    names = [*PRESETS, VA_VAE_PRESET, IDENTITY]
     known = f"presets: {', '.join(names)}"
     if name_or_path not in PRESETS and "/" not in name_or_path and not Path(name_or_path).is_dir():
         near = difflib.get_close_matches(name_or_path, names, n=1)

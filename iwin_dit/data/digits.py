@@ -91,7 +91,7 @@ def scans(seed: int) -> dict[str, list[Scan]]:
     return {"train": drawn[:NUM_TRAIN], "test": drawn[NUM_TRAIN:]}
 
 
-def write_images(root: Path, seed: int) -> None:
+def write_images(root: Path, seed: int = 0) -> None:
     """The scans, scaled to 32 x 32, as PNG in a folder per class."""
     with alone_in(root):
         write_splits(root, seed, _write_image)

@@ -300,7 +300,7 @@ class Work:
         """Those of this process that are missing, with their entries, from one stream of batches."""
         missing = [number for number in mine if self.entry(number) is None]
         stamps = {number: self.stamps(number) for number in missing}  # before they are read
-        size, device = self.settings.batch_images, next(vae.parameters()).device
+        size, device = self.settings.batch_images, vae.device
         batches = {}  # none crosses shards
         for number in missing:
             indices = list(self.indices(number))

@@ -59,7 +59,7 @@ def prepare(root: Path, seed: int = 0) -> None:
         extract(source, vae, root, Settings(size=(SIDE, SIDE), clip=spec), description)
 
 
-def write_clips(root: Path, seed: int) -> None:
+def write_clips(root: Path, seed: int = 0) -> None:
     """The clips as GIF, a folder per class, such as ``3 left``."""
     with alone_in(root):
         write_splits(root, seed, partial(_write_clip, seed))

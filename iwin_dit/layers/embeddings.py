@@ -15,16 +15,24 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of p x p latents becomes one token: ``(B, C, [T,] H, W) -> (B, [T,] H/p, W/p, D)``."""
+    """Each patch of p x p latents becomes one token: ``(B, C, [T,] H, W) -> (B, [T,] H/p, W/p, D)``.
 
-    def __init__(self, in_channels: int, width: int, patch_size: int):
+    Args:
+        bottleneck: channels that a patch passes through first, by a projection without a bias (JiT, arXiv
+            2511.13720). Default: one projection.
+    """
+
+    def __init__(self, in_channels: int, width: int, patch_size: int, bottleneck: int | None = None):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(in_channels * patch_size**2, width)
+        numbers = in_channels * patch_size**2
+        self.bottleneck = None if bottleneck is None else nn.Linear(numbers, bottleneck, bias=False)
+        self.proj = nn.Linear(numbers if bottleneck is None else bottleneck, width)
 
     def forward(self, latents: Tensor) -> Tensor:
         p = self.patch_size
-        return self.proj(rearrange(latents, "b c ... (h p) (w q) -> b ... h w (c p q)", p=p, q=p))
+        patches = rearrange(latents, "b c ... (h p) (w q) -> b ... h w (c p q)", p=p, q=p)
+        return self.proj(patches if self.bottleneck is None else self.bottleneck(patches))
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:

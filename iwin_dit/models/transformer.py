@@ -88,6 +88,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
             and sampling can push the prediction away from its own (internal guidance, arXiv 2512.24176).
         dense_blocks: so many first and last blocks see all tokens. Those between may see fewer in training,
             and be left out in sampling, see :class:`~iwin_dit.layers.sparse.SparseMiddle`.
+        patch_bottleneck: channels that a patch passes through on its way to a token; 128 in JiT, for pixels.
 
     Raises:
         ValueError: where heads, patch size or window cannot be combined; the message says what would fit.
@@ -130,6 +131,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
         base_block: int | None = None,
         value_residual: bool = False,
         dense_blocks: tuple[int, int] | None = None,
+        patch_bottleneck: int | None = None,
     ):
         super().__init__()
         self.middle = middle_of(num_layers, dense_blocks, base_block)
@@ -176,7 +178,7 @@ class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
                 stacklevel=2,
             )
 
-        self.patch_embed = PatchEmbed(in_channels, width, patch_size)
+        self.patch_embed = PatchEmbed(in_channels, width, patch_size, patch_bottleneck)
         self.timestep_embedding = TimestepEmbedder(width, timestep_scale, timestep_shift)
         self.label_embedding = nn.Embedding(num_classes + (class_dropout_prob > 0), width)
         self.blocks = nn.ModuleList(Block(spec, grid, index) for index in range(num_layers))
