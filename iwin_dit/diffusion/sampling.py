@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import diffusers
@@ -130,19 +131,53 @@ def with_schedule_of(scheduler: Scheduler, before: Scheduler) -> Scheduler:
     return type(scheduler).from_config(scheduler.config, **kept)
 
 
-def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.device | str) -> Tensor:
+def set_timesteps(
+    scheduler: Scheduler,
+    num_inference_steps: int,
+    device: torch.device | str,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[int] | None = None,
+) -> Tensor:
     """Prepares the scheduler; the timesteps, descending.
+
+    Sigmas or timesteps that are given are taken instead of so many steps, as diffusers' own pipelines do.
 
     Flow matching by Euler takes the sigmas 1, 1 - 1/N, ..., 1/N: left alone, diffusers ends the list at sigma
     0.001 and so wastes one step of N. By Euler and Maruyama the last one is that of their last step.
+
+    Raises:
+        ValueError: for sigmas or timesteps that the scheduler does not take, or that are no descending times.
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if sigmas is not None or timesteps is not None:
+        scheduler.set_timesteps(**_given(scheduler, sigmas, timesteps), device=device)
+    elif isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         is_sde = isinstance(scheduler, FlowMatchEulerMaruyamaScheduler)
-        sigmas = np.linspace(1.0, LAST_STEP if is_sde else 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        evenly = np.linspace(1.0, LAST_STEP if is_sde else 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=evenly.tolist(), device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
     return scheduler.timesteps
+
+
+def _given(
+    scheduler: Scheduler, sigmas: Sequence[float] | None, timesteps: Sequence[int] | None
+) -> dict[str, np.ndarray]:
+    """The argument of the scheduler's ``set_timesteps``: sigmas of flows, timesteps of noise."""
+    is_flow, most = prediction_type(scheduler) == FLOW, scheduler.config.num_train_timesteps
+    key = "sigmas" if is_flow else "timesteps"
+    values, others = (sigmas, timesteps) if is_flow else (timesteps, sigmas)
+    if values is None or others is not None or key not in signature(scheduler.set_timesteps).parameters:
+        found = " and ".join(["sigmas"] * (sigmas is not None) + ["timesteps"] * (timesteps is not None))
+        raise ValueError(
+            f"{type(scheduler).__name__} does not take {found}; flows take sigmas by euler, euler_maruyama "
+            "and unipc, models of noise take timesteps by ddpm and dpm++"
+        )
+    values = list(values)
+    in_range = all(0 < value <= 1 if is_flow else value in range(most) for value in values)
+    if not values or not in_range or any(after >= before for before, after in pairwise(values)):
+        expected = "in (0, 1]" if is_flow else f"whole, from {most - 1} to 0"
+        raise ValueError(f"{key} are {values!r:.100}, expected descending numbers {expected}")
+    return {key: np.array(values)}  # UniPC takes no list
 
 
 def model_timesteps(scheduler: Scheduler) -> Tensor:
@@ -194,7 +229,7 @@ def of_velocity(model: Any) -> Any:
 
 def step_arguments(scheduler: Scheduler, generator: object) -> dict[str, Any]:
     """The generator, where this scheduler's steps draw noise."""
-    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
 
 
 def split_sigma(prediction: Tensor, channels: int, scheduler: Scheduler) -> Tensor:

@@ -40,6 +40,7 @@ from iwin_dit.diffusion.sampling import (
 from iwin_dit.diffusion.specs import DATA, GUIDANCE_SCALE, NUM_INFERENCE_STEPS, GuidanceName
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel, IwinDiTTransformer3DModel
 from iwin_dit.pipelines.labels import ClassNames
+from iwin_dit.pipelines.loaders import write_loaders
 from iwin_dit.runtime import files, scratch
 from iwin_dit.runtime.errors import DataError
 
@@ -48,16 +49,6 @@ from iwin_dit.runtime.errors import DataError
 diffusers.pipelines.iwin_dit = sys.modules[iwin_dit.__name__]
 
 DECODED_AT_ONCE = 8  # images; an autoencoder takes more memory for each than the model
-
-LOADER = '''"""Loads {name} from the installed package."""
-
-try:
-    from iwin_dit import {name}
-except ImportError as error:
-    raise ImportError("this pipeline needs the package iwin-dit: pip install iwin-dit") from error
-
-__all__ = ["{name}"]
-'''
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -107,8 +98,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
         """``model_index.json``, the last file that ``save_pretrained`` writes before it uploads, and loaders.
 
-        The loaders, ``pipeline.py`` and an ``iwin_dit.py`` beside each part of ours, are a few lines that
-        import the package. They serve ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``.
+        The loaders are those of :func:`write_loaders`.
         """
         super().save_config(save_directory, push_to_hub, **options)
         folder, name = Path(save_directory), type(self).__name__
@@ -116,12 +106,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         config = json.loads(index.read_text()) | {"_class_name": ["pipeline", name]}
         config.pop("_name_or_path", None)
         index.write_bytes(files.to_json(config))
-        (folder / "pipeline.py").write_text(LOADER.format(name=name))
-        for component in ("transformer", "vae", "scheduler"):
-            library, kind = config[component]
-            if library == iwin_dit.__name__:
-                (folder / component).mkdir(exist_ok=True)
-                (folder / component / "iwin_dit.py").write_text(LOADER.format(name=kind))
+        write_loaders(folder, name, config)
         for component in ("transformer", "vae"):
             files.follow_umask(folder / component)
 
@@ -189,6 +174,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance: GuidanceName = "cfg",
         guidance_rescale: float = 0.0,
         path_drop: bool = False,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[int] | None = None,
     ) -> Any:
         """Draws one image, or clip, per label.
 
@@ -219,6 +206,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 unguided one.
             path_drop: make the prediction without a class without the blocks in the middle, too, which costs
                 less. The model needs ``dense_blocks``.
+            sigmas: of flows, the times t at which the steps begin, descending from 1, before the scheduler's
+                shift, instead of so many steps.
+            timesteps: of models of noise, the integer timesteps of the steps, descending from 999, likewise.
 
         Raises:
             ValueError: for labels, sizes, schedulers, guidance or a guide that do not fit the model.
@@ -247,15 +237,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if model.config.prediction_type == DATA:
             model, guide = of_velocity(model), None if guide is None else of_velocity(guide)
         # on the CPU: schedulers look their numbers up there, and no step waits for a GPU
-        timesteps = set_timesteps(scheduler, num_inference_steps, "cpu")
+        steps = set_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, timesteps=timesteps)
         asked, when = model_timesteps(scheduler).to(self._execution_device), times(scheduler)
-        self._num_timesteps = len(timesteps)
+        self._num_timesteps = len(steps)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         arguments = step_arguments(scheduler, generator) | {"return_dict": False}
         begin = when[0]  # of the step, whose calls are all guided or none
         scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for i, timestep in enumerate(timesteps):
+        with self.progress_bar(total=len(steps)) as bar:
+            for i, timestep in enumerate(steps):
                 if getattr(scheduler, "state_in_first_order", True):  # or Heun corrects the last one
                     begin = when[i]
                 guided = replace(guided, scale=self.guidance_scale)  # which a callback may set
