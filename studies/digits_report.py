@@ -152,6 +152,8 @@ def main() -> None:
     pipeline = load_pipeline(str(run))
     config = read_config(run)
     data = Path(config["data"]["path"])
+    if config["data"].get("kind") == "images":  # which lie in the folder train
+        data = data.parent
     if not (data / "test").is_dir():
         raise DataError(f"{data}/test does not exist: the report is for runs that were trained on the digits")
     report = run / "report"

@@ -51,7 +51,13 @@ def checkout(tmp_path_factory):
     ignore = shutil.ignore_patterns(".*", "runs", "data", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, root, ignore=ignore, symlinks=True)
     shutil.copytree(ROOT / "iwin_dit" / "data", root / "iwin_dit" / "data", dirs_exist_ok=True)
-    for name in ("quickstart", "video_quickstart", "classifier/digits", "classifier/moving_digits"):
+    for name in (
+        "quickstart",
+        "pixels_quickstart",
+        "video_quickstart",
+        "classifier/digits",
+        "classifier/moving_digits",
+    ):
         path = root / "configs" / f"{name}.yaml"
         recipe = yaml.safe_load(path.read_text())
         recipe["train"] |= {"max_steps": 4, "sample_every_steps": 0, "evaluate_every_steps": 0}
