@@ -10,7 +10,7 @@ from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.sampling import set_timesteps, times, with_shift
 from iwin_dit.diffusion.specs import ObjectiveConfig
-from iwin_dit.models.transformer import DiTOutput
+from iwin_dit.models.output import DiTOutput
 
 SHIFT = 2.5
 

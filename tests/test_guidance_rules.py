@@ -12,7 +12,7 @@ from iwin_dit.diffusion.ddpm import DDPM
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.diffusion.guidance import GUIDANCE, AdaptiveProjection, Guidance, zero_star
 from iwin_dit.diffusion.specs import ObjectiveConfig
-from iwin_dit.models.transformer import DiTOutput
+from iwin_dit.models.output import DiTOutput
 
 SCALE = 3.5
 

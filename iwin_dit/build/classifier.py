@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,6 @@ from iwin_dit.build.data import PREPARE_IMAGES, open_training
 from iwin_dit.build.pipeline import show
 from iwin_dit.build.trainer import reading
 from iwin_dit.config.classifier import ClassifierConfig
-from iwin_dit.data import digits, moving_digits
 from iwin_dit.data.labelled import HeldOutClips, Labelled, LabelledClips, LabelledExamples, LabelledImages
 from iwin_dit.data.sources import open_images
 from iwin_dit.data.video import ClipSpec

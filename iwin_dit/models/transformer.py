@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from iwin_dit.layers.blindness import blind_spots, of_earlier_version, resolve
@@ -40,20 +39,9 @@ from iwin_dit.layers.specs import (
     shape_of,
 )
 from iwin_dit.models.official_names import inflate
+from iwin_dit.models.output import DiTOutput
 
 POSITIONS = {2: ("none", "sincos", "rope", "sincos+rope"), 3: ("none", "time", "sincos")}  # by rank
-
-
-@dataclass
-class DiTOutput(Transformer2DModelOutput):
-    """What the model returns beside ``sample``, its prediction.
-
-    base: the prediction of the head inside the model, ``(B, out_channels, [T,] H, W)``, where it is computed.
-    tokens: ``(B, *grid, Z)``, projected for the alignment of training.
-    """
-
-    base: Tensor | None = None
-    tokens: Tensor | None = None
 
 
 class IwinDiTTransformer2DModel(ModelMixin, ConfigMixin):
