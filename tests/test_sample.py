@@ -19,7 +19,7 @@ from PIL import Image
 from iwin_dit import IwinDiTPipeline, IwinDiTVideoPipeline
 from iwin_dit.build import loading
 from iwin_dit.build import pipeline as build_pipeline_module
-from iwin_dit.build.data import PREPARE
+from iwin_dit.build.data import PREPARE_LATENTS
 from iwin_dit.config.schema import Config, SampleConfig
 from iwin_dit.data.codec import weights_sha256
 from iwin_dit.diffusion.flow_matching import FlowMatching
@@ -208,7 +208,7 @@ def test_a_guide_and_a_sampler(pipeline_folder, guide_folder, run_here, script_h
 def test_guides_and_samplers_that_do_not_fit_are_one_line(pipeline_folder, refused_here, tmp_path):
     base = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--out", tmp_path / "x.png")
     error = refused_here(*base, "--sampler", "ddim")
-    assert "--sampler: flow_prediction has no sampler 'ddim'; it has euler, heun, dpm++, unipc" in error
+    assert "--sampler: flow_prediction has no sampler 'ddim'; it has euler, heun, euler_maruyama, dpm++, unipc" in error
     guides = {
         "of other latents": make_pipeline_of(latents_mean=[0.5] * 4, latents_std=[1.0] * 4),
         "of other classes": make_pipeline_of(make_model(num_classes=9, prediction_type="flow_prediction")),
@@ -417,7 +417,7 @@ def test_sampling_makes_no_data(recipe, run_here, tmp_path, monkeypatch):
     config = yaml.safe_load(path.read_text())
     config["data"] |= {"path": str(tmp_path / "missing"), "prepare": "digits"}
     path.write_text(yaml.safe_dump(config))
-    monkeypatch.setitem(PREPARE, "digits", lambda path: pytest.fail("it was made"))
+    monkeypatch.setitem(PREPARE_LATENTS, "digits", lambda path: pytest.fail("it was made"))
     with pytest.raises(DataError, match="missing"):
         loading.load_pipeline(str(tmp_path / "run"))
 

@@ -83,6 +83,11 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.teacher = teacher
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, as of diffusers' models."""
+        return next(self.parameters()).device
+
     def encode(self, pixels: Tensor) -> EncoderOutput:
         """Pixels in [-1, 1], ``(B, 3, H, W)``, to maps ``(B, Z, h, w)``."""
         images = ((pixels + 1) * 127.5).round()

@@ -26,7 +26,9 @@ class TokenConv2d(nn.Conv2d):
     format: no copy, and on a CPU three times faster than the contiguous one.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *added: Tensor) -> Tensor:
+        if added:
+            return _in_triton(self, x, *added)
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -38,7 +40,9 @@ class TokenConv3d(nn.Conv3d):
     an image, bit for bit.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *added: Tensor) -> Tensor:
+        if added:
+            return _in_triton(self, x, *added)
         length, middle = x.shape[1], self.kernel_size[0] // 2
         frames = x.flatten(0, 1).movedim(-1, 1)  # (B T, C, H, W)
         parts = []
@@ -57,6 +61,11 @@ class TokenConv3d(nn.Conv3d):
         return sum(parts[1:], parts[0])
 
 
+def _in_triton(conv: Any, x: Tensor, *added: Tensor) -> Tensor:
+    """Inside the call of the module that holds the weights, to which hooks bring them."""
+    return kernels.depthwise_convolution(x, conv.weight, conv.bias, *added)
+
+
 class DepthwiseConvolution(nn.Module):
     """Convolves each channel by itself over the grid, zero padding: ``(B, *grid, C) -> (B, *grid, C)``.
 
@@ -72,9 +81,7 @@ class DepthwiseConvolution(nn.Module):
 
     def forward(self, x: Tensor, *added: Tensor) -> Tensor:
         """In Triton, given what it adds (:func:`iwin_dit.layers.kernels.depthwise_convolution`)."""
-        if added:
-            return kernels.depthwise_convolution(x, self.conv.weight, self.conv.bias, *added)
-        return self.conv(x)
+        return self.conv(x, *added)
 
 
 class InterleavedAttention(Attention):

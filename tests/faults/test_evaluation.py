@@ -78,7 +78,7 @@ def few(sets, folder, count):
 def test_41_arguments(sets, refused, tmp_path):
     real = ("--generated", sets / "real", "--reference", sets / "real")
     dino, own = (*real, "--extractor", "dinov2"), (*real, "--extractor", "iwin:run")
-    expected = "expected inception, dinov2, dinov2:FILE, iwin:RUN or i3d:FILE"
+    expected = "expected inception, dinov2, dinov2:FILE, efficientnet-lite0, "
     for arguments, message in (
         ((), "--generated is missing"),
         ((*real, "--metrics", "fod"), "--metrics has 'fod'; take some of fid, sfid, kid, is, pr"),

@@ -402,7 +402,8 @@ def test_33_every_scheduler_of_an_objective_is_accepted(pipeline_folder, objecti
     for name in objective.samplers:
         scheduler = objective.scheduler(name)
         scheduler.save_pretrained(pipeline_folder / "scheduler")
-        edit(pipeline_folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
+        library = type(scheduler).__module__.partition(".")[0]
+        edit(pipeline_folder / "model_index.json", scheduler=[library, type(scheduler).__name__])
         check_pipeline_folder(pipeline_folder)
 
 
