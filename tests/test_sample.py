@@ -208,7 +208,8 @@ def test_a_guide_and_a_sampler(pipeline_folder, guide_folder, run_here, script_h
 def test_guides_and_samplers_that_do_not_fit_are_one_line(pipeline_folder, refused_here, tmp_path):
     base = ("sample.py", "--checkpoint", pipeline_folder, "--class", 3, "--out", tmp_path / "x.png")
     error = refused_here(*base, "--sampler", "ddim")
-    assert "--sampler: flow_prediction has no sampler 'ddim'; it has euler, heun, euler_maruyama, dpm++, unipc" in error
+    samplers = "euler, heun, euler_maruyama, dpm++, unipc"
+    assert f"--sampler: flow_prediction has no sampler 'ddim'; it has {samplers}" in error
     guides = {
         "of other latents": make_pipeline_of(latents_mean=[0.5] * 4, latents_std=[1.0] * 4),
         "of other classes": make_pipeline_of(make_model(num_classes=9, prediction_type="flow_prediction")),
