@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal, make_vae, read_checkpoint
+from conftest import ROOT, assert_equal, make_vae, read_checkpoint, run
 
 from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.latents import Shard, write_latents
@@ -86,3 +88,21 @@ def test_a_lever_trains_resumes_and_draws(lever, rank, recipe, clips_folder, tra
     settings = load_pipeline(str(again / "pipeline")).scheduler.config
     if lever == "shift":
         assert settings["flow_shift"] == 2.0, "sampling takes the shift of training"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize("lever", ["muon", "internal guidance", "data"])
+def test_two_processes_train_the_same(lever, sharding, recipe, tmp_path):
+    options = {key: dict(value) for key, value in LEVERS[lever].items()}
+    config = recipe(**options, train={"max_steps": 3, "save_every_steps": 3})
+    launcher = (
+        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", "0"),
+    )
+    script = (ROOT / "train_dit.py", "--config", config, "--train.sharding", sharding, "--output_dir")
+    run(*script, tmp_path / "one")
+    run(*script, tmp_path / "two", launcher=launcher, ACCELERATE_USE_CPU="true")
+    one, two = (read_checkpoint(tmp_path / name, 3) for name in ("one", "two"))
+    assert_equal(two, one, atol=1e-6, rtol=1e-4)
