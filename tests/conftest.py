@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,15 @@ def read_checkpoint(directory, step):
     """``{group: {name: tensor}}`` of a run's checkpoint."""
     folder = Path(directory) / "checkpoints" / f"step-{step:08d}"
     return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def stopped_before(directory, step):
+    """A copy of a finished run that a kill had stopped before its last checkpoint, that of this step."""
+    copy = Path(directory).with_name("again")
+    shutil.copytree(directory, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(copy / "pipeline")
+    return copy
 
 
 def assert_equal(one, two, **tolerance):

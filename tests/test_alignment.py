@@ -20,6 +20,7 @@ from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.alignment import second_uniform
 from iwin_dit.diffusion.ddpm import DDPM, tables
 from iwin_dit.diffusion.flow_matching import FlowMatching
+from iwin_dit.diffusion.objective import Objective
 from iwin_dit.layers.projector import Projector
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
 
@@ -205,6 +206,12 @@ def test_what_cannot_be_aligned_is_refused(recipe, refused_here):
         ),
     ):
         assert words in refused_here("train_dit.py", "--config", recipe(**options))
+
+
+def test_an_objective_that_does_not_say_what_is_earlier_is_refused(recipe, refused_here, monkeypatch):
+    monkeypatch.setattr(FlowMatching, "earlier", Objective.earlier)
+    error = refused_here("train_dit.py", "--config", recipe(alignment=SELF))
+    assert "flow_matching does not: set alignment.teacher null" in error
 
 
 @pytest.mark.slow

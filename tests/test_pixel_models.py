@@ -1,12 +1,11 @@
 """Models of pixels, which no autoencoder encodes: training, extraction, sampling and their recipes."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_equal, make_model, read_checkpoint
+from conftest import ROOT, assert_equal, make_model, read_checkpoint, stopped_before
 from PIL import Image
 from torch import nn
 
@@ -87,10 +86,7 @@ def test_pixels_train_resume_and_are_drawn(rank, folders, recipe, train_here, ru
     )
     code, output = train_here("--config", config)
     assert code == 0, output
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "run", again)
-    shutil.rmtree(again / "checkpoints" / "step-00000004")
-    shutil.rmtree(again / "pipeline")
+    again = stopped_before(tmp_path / "run", 4)
     code, output = train_here("--config", config, "--output_dir", again)
     assert code == 0, output
     assert_equal(read_checkpoint(tmp_path / "run", 4), read_checkpoint(again, 4))

@@ -1,13 +1,12 @@
 """Every lever of a recipe trains images and clips, resumes to the same bits, and its pipeline draws."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_equal, make_vae, read_checkpoint, run
+from conftest import ROOT, assert_equal, make_vae, read_checkpoint, run, stopped_before
 
 from iwin_dit.build.loading import load_pipeline
 from iwin_dit.data.latents import Shard, write_latents
@@ -68,10 +67,7 @@ def test_a_lever_trains_resumes_and_draws(lever, rank, recipe, clips_folder, tra
     config = recipe(**options)
     code, output = train_here("--config", config)
     assert code == 0, output
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "run", again)
-    shutil.rmtree(again / "checkpoints" / "step-00000004")
-    shutil.rmtree(again / "pipeline")
+    again = stopped_before(tmp_path / "run", 4)
     code, output = train_here("--config", config, "--output_dir", again)
     assert code == 0, output
     assert_equal(read_checkpoint(tmp_path / "run", 4), read_checkpoint(again, 4))

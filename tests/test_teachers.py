@@ -11,7 +11,7 @@ import pytest
 import sklearn.datasets
 import timm
 import torch
-from conftest import assert_equal, make_model, make_vae, read_checkpoint
+from conftest import assert_equal, make_model, make_vae, read_checkpoint, stopped_before
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import silu
@@ -159,10 +159,7 @@ def test_it_trains_goes_on_to_the_same_bits_and_with_the_same_teacher_alone(
     config = write(projector="conv", stop_step=3)
     code, output = train_here("--config", config)
     assert code == 0, output
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "run", again)
-    shutil.rmtree(again / "checkpoints" / "step-00000004")
-    shutil.rmtree(again / "pipeline")
+    again = stopped_before(tmp_path / "run", 4)
     other = ("--alignment.teacher_weights", workshop / "vit-1.safetensors")
     code, output = train_here("--config", config, "--output_dir", again, *other)
     assert code == 2, output

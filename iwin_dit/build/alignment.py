@@ -16,6 +16,7 @@ from iwin_dit.diffusion.alignment import aligned_loss, on_grid, second_uniform, 
 from iwin_dit.diffusion.objective import Objective
 from iwin_dit.layers.projector import Projector
 from iwin_dit.models.transformer import IwinDiTTransformer2DModel
+from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.seeds import derive_seed
 from iwin_dit.training.ema import ask_ema
 
@@ -39,6 +40,11 @@ class Alignment:
         teacher: Any = None,
     ):
         self.options, self.objective, self.accelerator = config.alignment, objective, accelerator
+        if self.options.teacher == "self" and type(objective).earlier is Objective.earlier:
+            raise ConfigError(
+                "alignment.teacher self needs an objective that says what is earlier; "
+                f"{config.objective.name} does not: set alignment.teacher null"
+            )
         self.teacher = teacher
         if isinstance(teacher, LatentDataset):
             outputs, self.teacher = teacher.latent_shape[0], partial(on_grid, grid=config.model.grid)

@@ -48,8 +48,10 @@ class Objective(ABC):
         Args:
             x0, noise, u: as :meth:`loss`.
             gap: ``(B,)``, in shares of all times from data to noise; the earliest time is that of data.
+
+        Self-alignment alone asks for it: with an objective that does not say it, it is refused at the start.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what is earlier; alignment needs that")
+        raise NotImplementedError
 
     def of_heads(self, output: Any, error: Callable[[Tensor], Tensor]) -> Tensor:
         """The error of the model's prediction, plus that of the head inside it by ``base_weight``: ``(B,)``.
