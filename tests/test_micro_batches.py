@@ -130,7 +130,10 @@ def test_auto_leaves_no_graph_of_any_size(recipe):
         **{"autocast": contextlib.nullcontext, "gather": lambda tensor: tensor},
     )
     run = Run(config, alone, None, State(model, {}, torch.optim.SGD(model.parameters())))
-    task = SimpleNamespace(loss=loss, random_batch=lambda n: (torch.randn(n, 4, 8, 8),), in_pairs=False)
+    task = SimpleNamespace(
+        **{"loss": loss, "random_batch": lambda n: (torch.randn(n, 4, 8, 8),)},
+        **{"in_pairs": False, "begin_step": lambda state, step: None},
+    )
     assert trainer.find_micro_batch(run, task) == 2
     loss(model, torch.randn(2, 4, 8, 8))
     assert sizes == [8, 4, 2], "the last one serves training"
