@@ -208,3 +208,16 @@ def test_two_processes_that_share_a_model_add_up(recipe, tmp_path):
         run(ROOT / "train_dit.py", "--config", config, "--output_dir", tmp_path / name, *more, **options)
     one, split = (read_checkpoint(tmp_path / name, 20) for name in ("one", "split"))
     assert_equal(split, one, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_are_averaged_and_weights_compared_when_they_are_due(recipe, train_here, monkeypatch):
+    """Averages with the last of four micro-batches, comparisons after each second step of four."""
+    now, compared = [], []
+    synchronize = loop.synchronize
+    monkeypatch.setattr(loop, "synchronize", lambda *a, **k: now.append(k["now"]) or synchronize(*a, **k))
+    monkeypatch.setattr(loop, "check_weights", lambda accelerator, state, step: compared.append(step))
+    options = {"max_steps": 4, "micro_batch": 2, "compare_weights_every_steps": 2}
+    code, output = train_here("--config", recipe(train=options))
+    assert code == 0, output
+    assert now == [False, False, False, True] * 4
+    assert compared == [2, 4]

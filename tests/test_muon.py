@@ -1,5 +1,7 @@
 """Muon: the iteration in closed form, PyTorch's own Muon, which matrices it takes, memory, resume."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import make_model
@@ -28,6 +30,12 @@ def test_the_iteration_is_a_polynomial_of_the_singular_values(shape):
     assert s.max() < 1.25
     if shape != (2, 2, 16, 16):  # square ones may have a value near 0
         assert s.min() > 0.6
+
+
+def test_the_coefficients_are_those_of_pytorch():
+    theirs = inspect.signature(torch.optim.Muon).parameters
+    assert theirs["ns_coefficients"].default == COEFFICIENTS
+    assert theirs["ns_steps"].default == STEPS
 
 
 def test_a_matrix_without_a_gradient_does_not_move():

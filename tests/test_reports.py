@@ -3,10 +3,12 @@
 import contextlib
 import math
 import signal
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 
 from iwin_dit.build import trainer
@@ -323,3 +325,21 @@ def test_a_line_of_the_log_has_no_norm_of_the_line_before(clock):
     assert meter.record(1, 1e-3)["grad_norm"] == 2.0
     clock[0] += 1
     assert meter.record(2, 1e-3)["grad_norm"] is None
+
+
+def test_the_curve_shows_the_log_its_mean_over_eleven_lines_and_the_figures(tmp_path, monkeypatch):
+    losses = [float(i % 7) for i in range(30)]
+    records = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
+    records += [{"step": 100, "evaluated": "ema", "fid": 9.0}, {"step": 200, "evaluated": "ema", "fid": 5.0}]
+    run = SimpleNamespace(path=tmp_path, read_log=lambda: [*records, {"step": 300, "loss": None}])
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    assert reports.draw_loss_curve(run) == tmp_path / "loss.png"
+    curve, figures = kept[0].axes
+    drawn, mean = curve.lines
+    assert list(drawn.get_xdata()) == list(mean.get_xdata()) == [10 * i for i in range(30)]
+    assert list(drawn.get_ydata()) == losses
+    assert mean.get_ydata()[15] == fmean(losses[10:21])
+    assert [mean.get_ydata()[0], mean.get_ydata()[-1]] == [fmean(losses[:6]), fmean(losses[-6:])]
+    assert figures.lines[0].get_xydata().tolist() == [[100, 9], [200, 5]]
+    assert figures.get_title() == "fid"

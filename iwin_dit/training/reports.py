@@ -242,8 +242,6 @@ def draw_loss_curve(run: RunDirectory) -> Path | None:
         shown = [r for r in figures if name in r]
         panel.plot([r["step"] for r in shown], [r[name] for r in shown], marker="o", color="tab:blue")
         panel.set(xlabel="step", title=name)
-    for panel in axes[0]:
-        panel.spines[["top", "right"]].set_visible(False)
     path = run.path / "loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
