@@ -180,6 +180,8 @@ MISTAKES = [
     ("--ema.decays [0.9,null]", "ema.decays is [0.9, None], expected a list, each a finite number"),
     ("--output_dir null", "output_dir is null, expected text"),
     ("--output_dir a\x07b", "expected text that could be a name, without control characters"),
+    (f"--output_dir runs/{'a' * 256}", "expected text that could be a name, without control characters and"),
+    (f"--output_dir {'a/' * 2050}a", "of at most 255 bytes"),
     ("--output_dir=", "output_dir is '', expected text that could be a name"),
     ("--output_dir ~nobody_of_that_name/x", "there is no such home folder"),
     ("--train.compile", "--train.compile has no value after it"),

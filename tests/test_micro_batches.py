@@ -23,7 +23,7 @@ from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.layers import kernels
 from iwin_dit.runtime.errors import ConfigError
-from iwin_dit.training import loop
+from iwin_dit.training import checkpoints, loop
 from iwin_dit.training.sharding import shard
 from iwin_dit.training.state import Run, State
 
@@ -210,14 +210,20 @@ def test_two_processes_that_share_a_model_add_up(recipe, tmp_path):
     assert_equal(split, one, atol=1e-6, rtol=1e-4)
 
 
-def test_gradients_are_averaged_and_weights_compared_when_they_are_due(recipe, train_here, monkeypatch):
-    """Averages with the last of four micro-batches, comparisons after each second step of four."""
-    now, compared = [], []
-    synchronize = loop.synchronize
-    monkeypatch.setattr(loop, "synchronize", lambda *a, **k: now.append(k["now"]) or synchronize(*a, **k))
+def test_each_thing_of_a_step_is_done_when_it_is_due(recipe, train_here, tmp_path, monkeypatch):
+    """Gradients are averaged with the last of four micro-batches. Weights are compared after each second step
+    and before a checkpoint. Dropout is seeded for each micro-batch. Nothing is drawn.
+    """
+    averaged, compared, seeded = [], [], []
+    synchronize, seed_dropout = loop.synchronize, loop.seed_dropout
+    monkeypatch.setattr(loop, "synchronize", lambda *a, now: averaged.append(now) or synchronize(*a, now))
+    monkeypatch.setattr(loop, "seed_dropout", lambda *a: seeded.append(a) or seed_dropout(*a))
     monkeypatch.setattr(loop, "check_weights", lambda accelerator, state, step: compared.append(step))
-    options = {"max_steps": 4, "micro_batch": 2, "compare_weights_every_steps": 2}
+    monkeypatch.setattr(checkpoints, "check_weights", lambda *a: compared.append(f"saved {a[2]}"))
+    options = {"max_steps": 5, "micro_batch": 2, "compare_weights_every_steps": 2}
     code, output = train_here("--config", recipe(train=options))
     assert code == 0, output
-    assert now == [False, False, False, True] * 4
-    assert compared == [2, 4]
+    assert averaged == [False, False, False, True] * 5
+    assert compared == [2, 4, "saved 5"]
+    assert seeded == [(0, step, 0, micro) for step in range(5) for micro in range(4)]
+    assert not list((tmp_path / "run" / "samples").iterdir())

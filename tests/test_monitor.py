@@ -1,5 +1,6 @@
 """Figures while training: the same as evaluate_fid.py's, stopped and resumed."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from evaluation_stub import COUNT, Stub, make_sets
 from iwin_dit.build import evaluation
 from iwin_dit.config.parse import load_config
 from iwin_dit.diffusion.flow_matching import FlowMatching
-from iwin_dit.runtime.errors import ConfigError
+from iwin_dit.runtime.errors import ConfigError, DiskError
+from iwin_dit.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +147,18 @@ def test_what_is_wrong_shows_before_training(watched, train_here, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"evaluation\.reference is not set"):
         load_config(path)
+
+
+def test_figures_that_cannot_be_written_come_after_a_checkpoint(watched, train_here, tmp_path, monkeypatch):
+    write = loop.write_log
+
+    def full(run, record):
+        if "evaluated" in record and record["step"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(run, record)
+
+    monkeypatch.setattr(loop, "write_log", full)
+    code, output = train_here("--config", watched, "--train.save_every_steps", 100)
+    assert code == DiskError.exit_code, output
+    assert "error: the log cannot be written: No space left on device; make room" in output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]

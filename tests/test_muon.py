@@ -48,7 +48,8 @@ def test_steps_are_those_of_pytorch(decay):
     torch.manual_seed(0)
     mine = nn.Parameter(torch.randn(3 * 20, 24))
     theirs = [nn.Parameter(part.clone()) for part in mine.detach().chunk(3)]
-    taken = Muon([{"params": [mine], "stacked": 3, "weight_decay": decay}], 1e-2, (0.9, 0.95), 1e-8)
+    group = {"params": [mine], "stacked": 3} | ({"weight_decay": decay} if decay else {})
+    taken = Muon([group], 1e-2, (0.9, 0.95), 1e-8)
     other = torch.optim.Muon(theirs, lr=1e-2, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     start = mine.detach().clone()
     for _ in range(5):

@@ -1,7 +1,9 @@
 """What the loop is told of each step: reports, lines of the log, spikes, the health of blocks."""
 
 import contextlib
+import errno
 import math
+import os
 import signal
 from statistics import fmean
 from types import SimpleNamespace
@@ -12,11 +14,12 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from iwin_dit.build import trainer
-from iwin_dit.runtime.errors import NonFiniteError, WorkerError
+from iwin_dit.runtime.errors import NonFiniteError, StorageError, WorkerError
 from iwin_dit.runtime.processes import worker_errors
 from iwin_dit.training import loop, reports
-from iwin_dit.training.checkpoints import is_spike
+from iwin_dit.training.checkpoints import Checkpoints, is_spike
 from iwin_dit.training.reports import Alarm, Meter, Report, Reports, due, watch_blocks, weight_rms
+from iwin_dit.training.state import Progress
 
 
 def accelerator(processes=1):
@@ -343,3 +346,33 @@ def test_the_curve_shows_the_log_its_mean_over_eleven_lines_and_the_figures(tmp_
     assert [mean.get_ydata()[0], mean.get_ydata()[-1]] == [fmean(losses[:6]), fmean(losses[-6:])]
     assert figures.lines[0].get_xydata().tolist() == [[100, 9], [200, 5]]
     assert figures.get_title() == "fid"
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_the_clock_of_the_main_process_alone_asks_for_checkpoints(is_main, monkeypatch):
+    monkeypatch.setattr(reports.time, "monotonic", lambda: now[0])
+    now = [0.0]
+    config = SimpleNamespace(train=SimpleNamespace(save_every_minutes=1))
+    run = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=is_main))
+    alarm = Checkpoints(run, 0, None, None).alarm
+    now[0] = 1e6
+    assert bool(alarm) == is_main
+
+
+def test_the_checkpoint_before_an_error_has_read_all_reports(monkeypatch):
+    counted, saved = [], []
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(save_every_minutes=0)),
+        accelerator=SimpleNamespace(is_main_process=True, num_processes=1),
+    )
+    pending = SimpleNamespace(flush=lambda: ["the last report"])
+    checkpoints = Checkpoints(run, 2, pending, SimpleNamespace(add=counted.append))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, at: saved.append((at, list(counted))))
+    for step in (2, 3):
+        words = "the data cannot be read: Input/output error"
+        with (
+            pytest.raises(StorageError, match=words),
+            checkpoints.saved_first(Progress(step), words.partition(":")[0]),
+        ):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert saved == [(Progress(3), ["the last report"])], "after step 2 there was one already"

@@ -26,7 +26,7 @@ from iwin_dit.data.codec import (
     spatial_factor,
     vae_statistics,
 )
-from iwin_dit.data.examples import ImagesAsClips
+from iwin_dit.data.examples import Data, ImagesAsClips
 from iwin_dit.data.folders import ignored_line
 from iwin_dit.data.latents import LatentDataset, published_index
 from iwin_dit.data.pixels import PixelDataset, Reader
@@ -121,11 +121,9 @@ def _image_shape(data: LatentDataset | PixelDataset) -> tuple[int, ...]:
     return data.latent_shape[0], *data.latent_shape[-2:]
 
 
-def build_encoder(
-    dataset: LatentDataset | PixelDataset, accelerator: Accelerator
-) -> Callable[[Tensor], Tensor]:
+def build_encoder(dataset: Data, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """From what the dataset gives, on the device, to normalised latents; latents are that already."""
-    if isinstance(dataset, LatentDataset):
+    if not isinstance(dataset, PixelDataset):
         return lambda latents: latents
     vae = load_autoencoder(dataset.vae_path).to(accelerator.device)
     if not is_of_videos(vae):

@@ -18,9 +18,8 @@ from iwin_dit.build.loading import build_denoiser
 from iwin_dit.build.network import build_objective
 from iwin_dit.build.pipeline import build_pipeline, draw_preview, model_of
 from iwin_dit.config.schema import Config
-from iwin_dit.data.examples import Drawn, ImagesAsClips, MixedExamples, TaughtExamples, TrainingExamples
+from iwin_dit.data.examples import Data, Drawn, ImagesAsClips, MixedExamples, TaughtExamples, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.data.pixels import PixelDataset
 from iwin_dit.layers.sparse import low_bits
 from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.signals import StopRequest
@@ -35,7 +34,7 @@ class TrainingData(NamedTuple):
     for alignment, an :class:`~iwin_dit.build.teachers.ImageTeacher`, or the features that one has made.
     """
 
-    dataset: LatentDataset | PixelDataset
+    dataset: Data
     images: ImagesAsClips | None
     teacher: Any = None
 

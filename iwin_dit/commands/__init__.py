@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "draw images or clips",
     "extract": "turn images or videos into the latents that training reads",
     "evaluate": "measure images against real ones: FID and other figures",
+    "extrapolate": "move a model away from what its own samples teach it (Neon), and measure",
     "convert": "turn official weights into safetensors, or into a pipeline",
     "demo": "train on handwritten digits and draw some, in a few minutes on a CPU",
 }

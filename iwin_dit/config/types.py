@@ -18,6 +18,7 @@ T = TypeVar("T")
 MAX_INT = 2**63 - 1
 MAX_DEPTH = 8  # of values below a key that takes any
 MAX_NAME = 80
+MAX_FILE_NAME, MAX_PATH = 255, 4096  # bytes that file systems take
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlong = 40
@@ -87,7 +88,7 @@ def _hint(value: Any, hint: Any) -> str:
     if isinstance(value, str) and value.startswith("~") and str in options:
         return "; there is no such home folder"
     if isinstance(value, str) and str in options:
-        return " that could be a name, without control characters"
+        return f" that could be a name, without control characters and of at most {MAX_FILE_NAME} bytes"
     return "; put it in quotes" if isinstance(value, (int, float)) and str in options else ""
 
 
@@ -148,10 +149,11 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be a name of a file: there is something, and no control characters."""
-    return bool(value.strip()) and all(
-        ord(c) >= 32 and ord(c) != 127 and not 0xD800 <= ord(c) < 0xE000 for c in value
-    )
+    """Whether it can be the path of a file: neither empty nor too long, and without control characters."""
+    if not value.strip() or any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        return False
+    path = value.encode()
+    return len(path) < MAX_PATH and all(len(name) <= MAX_FILE_NAME for name in path.split(b"/"))
 
 
 def words(hint: Any) -> str:

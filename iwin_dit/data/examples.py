@@ -45,6 +45,9 @@ class Data(Drawn, Protocol):
     mean: list[float]  # per latent channel
     std: list[float]
 
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        """A latent or an image, and its label."""
+
     @property
     def vae_path(self) -> str:
         """The autoencoder: a preset, a folder, a file or a hub id."""
