@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, assert_equal, make_vae, read_checkpoint, run, stopped_before
+from PIL import Image
 
 from iwin_dit.build.loading import load_pipeline
+from iwin_dit.config.schema import SampleConfig
 from iwin_dit.data.latents import Shard, write_latents
 
 LEVERS = {
@@ -102,3 +105,41 @@ def test_two_processes_train_the_same(lever, sharding, recipe, tmp_path):
     run(*script, tmp_path / "two", launcher=launcher, ACCELERATE_USE_CPU="true")
     one, two = (read_checkpoint(tmp_path / name, 3) for name in ("one", "two"))
     assert_equal(two, one, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_tiny_copy_of_every_recipe_trains_and_draws(
+    path, latents_folder, clips_folder, train_here, run_here, tmp_path
+):
+    """Each with all that it chooses, but for its sizes, its data and its number of steps."""
+    content = yaml.safe_load(path.read_text())
+    model, train, data = content["model"], content["train"], content["data"]
+    model |= {"size": None, "depth": 3, "width": 32, "heads": 2, "patch_size": 1, "num_classes": 3}
+    model |= {"in_channels": 4, "sample_size": 8}
+    model |= {key: value for key, value in {"base_block": 1, "dense_blocks": [1, 1]}.items() if key in model}
+    if "window_size" in (mixer := model.get("mixer", {})):
+        model["mixer"] = mixer | {"window_size": "auto"}
+    if "sample_frames" in model:
+        model["sample_frames"] = 2
+    data |= {"path": str(clips_folder if "sample_frames" in model else latents_folder), "prepare": None}
+    if data.get("vae") == "none":  # pixels
+        for i in range(6):
+            file = tmp_path / "images" / "abc"[i % 3] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (40 * i, 90, 10)).save(file)
+        data |= {"path": str(tmp_path / "images"), "kind": "images"}
+        model |= {"in_channels": 3, "sample_size": 16, "patch_size": 4, "patch_bottleneck": 6}
+    if "dense_from_step" in model:
+        model["dense_from_step"] = 1
+    train |= {"max_steps": 2, "batch_images": 4, "precision": "fp32", "num_workers": 0}
+    train |= {"save_every_steps": 2, "log_every_steps": 1, "sample_every_steps": 0}
+    content["optimizer"] |= {"warmup_steps": 0} if "warmup_steps" in content["optimizer"] else {}
+    content["output_dir"] = str(tmp_path / "run")
+    content["sample"]["num_inference_steps"] = 2
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    code, output = train_here("--config", tmp_path / "tiny.yaml")
+    assert code == 0, output
+    out = tmp_path / "samples.png"
+    run_here("sample.py", "--checkpoint", tmp_path / "run", "--class", 1, "--num-images", 1, "--out", out)
+    drawn = json.loads(out.with_suffix(".json").read_text())
+    assert drawn["guidance_scale"] == content["sample"].get("guidance_scale", SampleConfig().guidance_scale)
