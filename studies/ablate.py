@@ -8,25 +8,28 @@ best scale. It writes a table. Stopped, the same command goes on: what is traine
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from iwin_dit.build.budget import state_bytes
-from iwin_dit.build.loading import load_pipeline
+from iwin_dit.build.loading import load_guide, load_pipeline
 from iwin_dit.build.network import build_model
+from iwin_dit.config.schema import Config
 from iwin_dit.data.digits import IMAGE_SIZE
 from iwin_dit.runtime import files
 from iwin_dit.runtime.errors import ConfigError, run_script
 from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import say
-from studies.compare_report import STEP_ROUNDS, with_spread
-from studies.costs import machine, train_in_turn
+from studies.compare_report import ROUNDS, STEP_ROUNDS, with_spread
+from studies.costs import draw_in_turn, machine, train_in_turn
 from studies.digits_report import CLASSIFIER
-from studies.judge import Judge
+from studies.judge import Judge, unguided
 from studies.runs import Run, check_once, hold_runs, kept, train_all
 
 RECIPE = Path(__file__).parent.parent / "configs" / "compare" / "iwin.yaml"
@@ -34,31 +37,64 @@ LEVERS: dict[str, dict[str, Any]] = {  # changes of the recipe
     "baseline": {},
     "head inside": {"model.base_block": 2},
     "Muon": {"optimizer.name": "muon"},
-    "Muon, head inside": {"optimizer.name": "muon", "model.base_block": 2},
+    "value residual": {"model.value_residual": True},
     "self-alignment": {"alignment.teacher": "self"},
     "QK-norm": {"model.qk_norm": True},
+    "linear decay": {"optimizer.schedule": "linear"},
     "shift 0.5": {"objective.shift": 0.5},
     "shift 2": {"objective.shift": 2.0},
     "data": {"objective.prediction": "data"},
+    "dropped tokens": {"model.dense_blocks": [1, 1]},
+    "together": {"model.value_residual": True, "model.base_block": 2, "optimizer.schedule": "linear"},
 }
-SCALES = {"guidance_scale": (1.5, 2.0, 3.0), "internal_guidance": (1.25, 1.5, 2.0)}
+COMPARED = "head inside"  # the row whose samples are drawn with every kind of guidance
+SCALES = 1.5, 2.5
+KINDS: dict[str, list[dict[str, Any]]] = {  # of guidance, each with the scales that are tried
+    "classifier-free guidance": [{"guidance_scale": scale} for scale in SCALES],
+    "internal guidance": [{"internal_guidance": scale} for scale in (1.25, 1.5, 2.0)],
+    "CFG-Zero*": [{"guidance": "cfg_zero_star", "guidance_scale": scale} for scale in SCALES],
+    "adaptive projected guidance": [{"guidance": "apg", "guidance_scale": scale} for scale in SCALES],
+    "internal and classifier-free": [
+        {"internal_guidance": 1.25, "guidance_scale": scale} for scale in SCALES
+    ],
+    "autoguidance": [{"guide": "a sixth of the steps", "guidance_scale": scale} for scale in SCALES],
+}
+CLASSIFIER_FREE, INTERNAL = list(KINDS)[:2]
+FD, GUIDE = "FD", "guide"
 
 
 class Row(NamedTuple):
-    """A lever, its runs, one for each seed, and what was found of each: FD by :func:`column`."""
+    """A lever, its runs, one for each seed, and what was found of each: FD by :func:`called`."""
 
     name: str
     runs: list[Run]
     found: list[dict[str, float]]
 
-    def over_seeds(self, key: str) -> list[float]:
+    @property
+    def kinds(self) -> list[str]:
+        """Of guidance, which its samples are drawn with."""
+        if self.name == COMPARED:
+            return list(KINDS)
+        return [CLASSIFIER_FREE, INTERNAL] if self.runs[0].config.model.base_block else [CLASSIFIER_FREE]
+
+    def over_seeds(self, key: str = FD) -> list[float]:
         return [found[key] for found in self.found if key in found]
 
-    def best(self, option: str) -> str:
-        """At the scale of the least mean, with the scale."""
-        by_scale = {scale: self.over_seeds(f"{option} {scale}") for scale in SCALES[option]}
-        scale, values = min(by_scale.items(), key=lambda item: mean(item[1] or [float("inf")]))
-        return f"{with_spread(values, 2)} (at {scale:g})" if values else ""
+    def best(self, kind: str) -> dict[str, Any]:
+        """The options of a kind that have the least mean FD."""
+        return min(KINDS[kind], key=lambda options: mean(self.over_seeds(called(options))))
+
+    def at_best(self, kind: str) -> str:
+        """The least mean FD, with its scale; nothing where it was not asked for."""
+        if kind not in self.kinds:
+            return ""
+        options = self.best(kind)
+        return f"{with_spread(self.over_seeds(called(options)), 2)} (at {list(options.values())[-1]:g})"
+
+
+def called(options: dict[str, Any]) -> str:
+    """``guidance_scale 1.5``."""
+    return ", ".join(f"{key} {value}" for key, value in options.items()) or FD
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,24 +117,30 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def runs_of(lever: str, seeds: Sequence[int], steps: int, folder: Path) -> list[Run]:
-    """One run for each seed."""
+    """One run for each seed. Where the rate comes down, those of fewer steps are runs of their own."""
     given = {key: str(value).lower() for key, value in LEVERS[lever].items()} | {"train.max_steps": steps}
-    name = lever.replace(", ", "-").replace(" ", "_")
+    name = lever.replace(" ", "_") + (f"-{steps}" if "optimizer.schedule" in given else "")
     return [Run(RECIPE, folder / f"{name}-seed-{seed}", {"seed": seed} | given) for seed in seeds]
 
 
-def judge_run(run: Run, judge: Judge, scales: dict[str, Sequence[float]]) -> dict[str, float]:
-    """FD of the run's newest weights without guidance, and with it at each scale; found once."""
-    options = {f"{key} {scale}": {key: scale} for key in scales for scale in scales[key]}
-    of = {"recipe": run.config.to_dict(), "columns": ["FD", *options]} | judge.identity
+def judge_run(run: Run, judge: Judge, asked: list[dict[str, Any]], guide: Run | None) -> dict[str, float]:
+    """FD of the run's newest weights without guidance, and with each of these options; found once.
+
+    Args:
+        guide: a run of fewer steps of the same recipe, whose weights guide where the options say so.
+    """
+    options = {called(option): option for option in ({}, *asked)}
+    of = {"recipe": run.config.to_dict(), "columns": list(options)} | judge.identity
 
     def compute() -> dict[str, Any]:
         say(f"judging {run.path}")
         pipeline = load_pipeline(str(run.path))
-        found = {"FD": judge.of_samples(pipeline, run.config, IMAGE_SIZE)}
+        found = {}
         for name, option in options.items():
-            found[name] = judge.of_samples(pipeline, run.config, IMAGE_SIZE, **option)
-        return {name: scores["fd"] for name, scores in found.items()}
+            if GUIDE in option and guide is not None:
+                option = option | {GUIDE: load_guide(str(guide.path), pipeline)}
+            found[name] = judge.of_samples(pipeline, run.config, IMAGE_SIZE, **option)["fd"]
+        return found
 
     return kept(result_of(run), of, compute)
 
@@ -126,32 +168,71 @@ def state_mib(run: Run) -> float:
     return state_bytes(build_model(run.config), run.config.optimizer) / 2**20
 
 
+def steps_to(wanted: float, early: Row, late: Row) -> str:
+    """After how many steps the mean FD is as wanted: by a line through its logarithms at half and the end."""
+    (first, before), (last, after) = (
+        (row.runs[0].config.train.max_steps, mean(row.over_seeds())) for row in (early, late)
+    )
+    if before <= wanted:
+        return f"at most {first}"
+    if after > wanted:
+        return f"more than {last}"
+    share = math.log(before / wanted) / math.log(before / after)
+    return f"about {round(first + share * (last - first), -1):.0f}"
+
+
 def table(half: Sequence[Row], rows: Sequence[Row]) -> str:
     """In the order of the final FD, Markdown."""
     seconds = train_in_turn({row.name: row.runs[0].config for row in rows}, STEP_ROUNDS)
     steps, early = rows[0].runs[0].config.train.max_steps, {row.name: row for row in half}
     columns = (
-        *("lever", f"FD after {steps // 2} steps", f"FD after {steps}", "best with a guidance scale"),
-        *("best with internal guidance", "ms a step", "state of the optimiser, MiB"),
+        *("lever", f"FD after {steps // 2} steps", f"FD after {steps}", "steps to the baseline's FD"),
+        *(f"best {CLASSIFIER_FREE}", f"best {INTERNAL}", "ms a step", "state of the optimiser, MiB"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in sorted(rows, key=lambda row: mean(row.over_seeds("FD"))):
+    for row in sorted(rows, key=lambda row: mean(row.over_seeds())):
         cells = [
             row.name,
-            with_spread(early[row.name].over_seeds("FD"), 2),
-            with_spread(row.over_seeds("FD"), 2),
+            with_spread(early[row.name].over_seeds(), 2),
+            with_spread(row.over_seeds(), 2),
+            steps_to(mean(rows[0].over_seeds()), early[row.name], row),
         ]
-        cells += [row.best("guidance_scale"), row.best("internal_guidance")]
+        cells += [row.at_best(CLASSIFIER_FREE), row.at_best(INTERNAL)]
         cells += [f"{1e3 * seconds[row.name]:.0f}", f"{state_mib(row.runs[0]):.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def page(half: Sequence[Row], rows: Sequence[Row], judge: Judge, command: str) -> str:
-    """The table, and how it was made."""
+def guidance_table(row: Row, guide: Run, config: Config) -> str:
+    """Every kind of guidance at its best scale, on the same runs, Markdown."""
+    pipeline = load_pipeline(str(row.runs[0].path))
+    best = {"none": {}} | {kind: row.best(kind) for kind in row.kinds}
+    loaded = {
+        kind: options | ({GUIDE: load_guide(str(guide.path), pipeline)} if GUIDE in options else {})
+        for kind, options in best.items()
+    }
+    draws = {
+        kind: partial(pipeline, **unguided(config, IMAGE_SIZE) | options) for kind, options in loaded.items()
+    }
+    drawn = draw_in_turn(draws, ROUNDS)
+    lines = ["| guidance | FD | options | ms an image |", "|---|---|---|---|"]
+    for kind, options in best.items():
+        text = called(options) if options else ""
+        found = with_spread(row.over_seeds(called(options)), 2)
+        lines.append(f"| {kind} | {found} | {text} | {1e3 * drawn[kind][0]:.0f} |")
+    return "\n".join(lines)
+
+
+def page(half: Sequence[Row], rows: Sequence[Row], guide: Run | None, judge: Judge, command: str) -> str:
+    """The tables, and how they were made."""
     config = rows[0].runs[0].config
     changes = {row.name: [f"`{key} {value}`" for key, value in LEVERS[row.name].items()] for row in rows}
+    compared = next((row for row in rows if row.name == COMPARED), None)
     return PAGE.format(
+        guidance="" if compared is None or guide is None else guidance_table(compared, guide, config),
+        compared=COMPARED,
+        guide_steps=config.train.max_steps // 6,
+        draws=ROUNDS,
         depth=config.model.depth,
         width=config.model.width,
         steps=config.train.max_steps,
@@ -180,11 +261,20 @@ differ by less than the spread are not told apart.
 
 * FD (iwin): as in [the comparison of mixers](compare.md), of {images} samples in {sampling} steps; lower is \
 better, the digits themselves have {real:.2f}.
+* Steps to the baseline's FD: by a line through the logarithms of the two columns before. Where the learning \
+rate comes down, the runs of half of the steps are runs of their own.
 * Each kind of guidance is at the best of a few scales, over all seeds. Internal guidance takes one forward \
 pass a step, the other takes two.
 * ms a step: the median of {rounds} steps, with the rows in turn in one process. {machine}.
 
-What the rows change in `configs/compare/iwin.yaml`:
+## Kinds of guidance
+
+All on the runs of *{compared}*, each at its best scale. The guide of autoguidance is the same network after \
+{guide_steps} steps. ms an image: the median of {draws} draws of ten images, in turn in one process.
+
+{guidance}
+
+## What the rows change in `configs/compare/iwin.yaml`
 
 {changes}
 
@@ -202,21 +292,24 @@ def main() -> None:
     held = hold_runs(arguments.runs)  # noqa: F841  to the end
     first = runs_of("baseline", [0], arguments.steps, arguments.runs)[0]
     judge = Judge(Path(first.config.data.path), arguments.classifier, arguments.num_images)
+    guides: list[Run | None] = [None] * len(arguments.seeds)
+    if COMPARED in arguments.levers:
+        trained = runs_of(COMPARED, arguments.seeds, max(1, arguments.steps // 6), arguments.runs / "guides")
+        if failures := train_all(trained):
+            raise ConfigError(next(iter(failures.values())))
+        guides = list(trained)
     stages = []
     for steps in (arguments.steps // 2, arguments.steps):
         rows = ablate(arguments.levers, arguments.seeds, steps, arguments.runs, judge)
         for row in rows:
-            kinds = (
-                SCALES
-                if row.runs[0].config.model.base_block
-                else {"guidance_scale": SCALES["guidance_scale"]}
-            )
-            scales = kinds if steps == arguments.steps else {}
-            row.found.extend(judge_run(run, judge, scales) for run in row.runs)
+            asked = [options for kind in row.kinds for options in KINDS[kind]]
+            asked = asked if steps == arguments.steps else []
+            pairs = zip(row.runs, guides, strict=True)
+            row.found.extend(judge_run(run, judge, asked, guide) for run, guide in pairs)
         stages.append(rows)
     command = shlex.join(["python", "-m", "studies.ablate", *sys.argv[1:]])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(arguments.out, page(*stages, judge, command).encode())
+    files.replace(arguments.out, page(*stages, guides[0], judge, command).encode())
     say(f"{arguments.out} has the table")
 
 

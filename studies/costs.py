@@ -20,7 +20,7 @@ from iwin_dit.build import budget
 from iwin_dit.build.alignment import Alignment
 from iwin_dit.build.network import build_model, build_objective
 from iwin_dit.config.schema import Config
-from iwin_dit.pipelines.base import ClassConditionalPipeline
+from iwin_dit.layers.sparse import thinned
 from iwin_dit.runtime.processes import cores
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
@@ -72,7 +72,8 @@ def training_step(config: Config) -> Callable[[], None]:
     shape = (images, config.model.in_channels, *model.latent_size)
     x0, noise = (torch.randn(shape, generator=rng) for _ in range(2))
     labels, u = torch.zeros(images, dtype=torch.long), torch.rand(images, generator=rng)
-    loss = partial(objective.loss, model)
+    called = model if config.model.dense_blocks is None else thinned(model, u, config.model.middle_dropout)
+    loss = partial(objective.loss, called)
     if alignment is not None:
         alignment.begin_step(make_ema(model), 0)
         loss = partial(alignment.loss, model, x0)
@@ -103,7 +104,7 @@ def train_in_turn(configs: Mapping[str, Config], rounds: int) -> dict[str, float
 
 
 def draw_in_turn(
-    pipelines: Mapping[str, ClassConditionalPipeline], rounds: int, **options: Any
+    pipelines: Mapping[str, Callable[..., Any]], rounds: int, **options: Any
 ) -> dict[str, tuple[float, list[Image.Image]]]:
     """Seconds per image of each pipeline, and images of the first ten classes from the same noise.
 

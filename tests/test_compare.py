@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+from iwin_dit import IwinDiTTransformer2DModel
 from iwin_dit.build import network
 from iwin_dit.build.budget import Budget
 from iwin_dit.build.classifier_network import LoadedClassifier
@@ -402,27 +404,54 @@ def test_transfer_writes_tables_and_a_picture(setup, tmp_path, monkeypatch, run_
     assert (out.parent / "transfer.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("early", "late", "words"), [(8, 2, "about 450"), (3, 2, "at most 300"), (8, 5, "more than 600")]
+)
+def test_the_steps_to_a_distance_are_read_off_a_line(early, late, words):
+    """From 8 to 2 is two halvings, and to 4 is one of them."""
+
+    def row(steps, fd):
+        run = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(max_steps=steps)))
+        return ablate.Row("row", [run], [{"FD": fd - 0.5}, {"FD": fd + 0.5}])
+
+    assert ablate.steps_to(4.0, row(300, early), row(600, late)) == words
+
+
 @pytest.mark.slow
 def test_ablate_judges_half_of_the_steps_and_the_end(setup, tmp_path, monkeypatch):
     levers = {"baseline": {}, "head inside": {"model.base_block": 1}}
     monkeypatch.setattr(ablate, "LEVERS", levers)
     monkeypatch.setattr(ablate, "RECIPE", setup.recipes / "iwin.yaml")
+    drawn, judge = [], Judge.of_samples
+
+    def judged(self, *arguments, **options):
+        drawn.append(dict(options))
+        return judge(self, *arguments, **options)
+
+    monkeypatch.setattr(Judge, "of_samples", judged)
     out, folder = tmp_path / "page" / "ablate.md", tmp_path / "runs"
     arguments = (ablate, "--levers", *levers, "--steps", 4, "--out", out, "--runs", folder)
     setup(*arguments)
     page = out.read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     header, by_name = rows[0], {row[0]: row for row in rows[1:]}
-    assert header[1:3] == ["FD after 2 steps", "FD after 4"]
-    assert set(by_name) == set(levers)
-    for name, row in by_name.items():
+    assert header[1:4] == ["FD after 2 steps", "FD after 4", "steps to the baseline's FD"]
+    assert set(by_name) == {*levers, "guidance", "none", *ablate.KINDS}
+    for name, row in ((name, by_name[name]) for name in levers):
         figures = json.loads((folder / f"{name.replace(' ', '_')}-seed-0" / "ablate-4.json").read_text())[
             "found"
         ]
         assert float(row[2]) == pytest.approx(figures["FD"], abs=0.01)
-        best = min(figures[f"guidance_scale {scale}"] for scale in ablate.SCALES["guidance_scale"])
-        assert float(row[3].partition(" ")[0]) == pytest.approx(best, abs=0.01)
-        assert bool(row[4]) == (name == "head inside"), "internal guidance needs a head inside"
+        best = min(figures[f"guidance_scale {scale}"] for scale in ablate.SCALES)
+        assert float(row[4].partition(" ")[0]) == pytest.approx(best, abs=0.01)
+        assert bool(row[5]) == (name == "head inside"), "internal guidance needs a head inside"
+    compared = drawn[-1 - sum(map(len, ablate.KINDS.values())) :]  # of the last run, "head inside"
+    guides = [options.pop("guide") for options in compared if "guide" in options]
+    without = [{k: v for k, v in o.items() if k != "guide"} for of in ablate.KINDS.values() for o in of]
+    assert compared == [{}, *without]
+    assert len(guides) == 2
+    assert all(isinstance(guide, IwinDiTTransformer2DModel) for guide in guides)
+    assert by_name["internal guidance"][2].startswith("internal_guidance ")
     assert "* head inside: `model.base_block 1`" in page
     monkeypatch.setattr(runs, "_train", None)  # nothing is trained
     monkeypatch.setattr(Judge, "of_samples", None)  # nor judged

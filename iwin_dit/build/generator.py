@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from iwin_dit.build.pipeline import build_pipeline, draw_preview, model_of
 from iwin_dit.config.schema import Config
 from iwin_dit.data.examples import Data, Drawn, ImagesAsClips, MixedExamples, TaughtExamples, TrainingExamples
 from iwin_dit.data.latents import LatentDataset
-from iwin_dit.layers.sparse import low_bits
+from iwin_dit.layers.sparse import thinned
 from iwin_dit.pipelines.base import export_pipeline
 from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training.optimizer import Groups, parameter_groups
@@ -131,9 +130,7 @@ class Generator:
     ) -> Tensor:
         """The objective of each example, ``(B,)``, from what the dataset gives."""
         if self.config.model.dense_blocks is not None:
-            choice, drop = low_bits(u)
-            skips = drop < self.config.model.middle_dropout
-            model = partial(model, kept=choice if self.is_sparse else None, skip_middle=skips)
+            model = thinned(model, u, self.config.model.middle_dropout, self.is_sparse)
         if self.alignment is None:
             return self.objective.loss(model, self.encode(x0), labels, noise, u)
         shown = x0 if features is None else features

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def group_sides(grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -33,6 +36,21 @@ def low_bits(u: Tensor) -> tuple[Tensor, Tensor]:
     """
     choice = (u * 2**12).frac()
     return choice, (choice * 2**3).frac()
+
+
+def thinned(
+    model: Callable[..., T], u: Tensor, middle_dropout: float, is_sparse: bool = True
+) -> Callable[..., T]:
+    """The model as a training step calls it, where its middle blocks see fewer tokens.
+
+    Args:
+        model: of :class:`iwin_dit.models.transformer.IwinDiTTransformer2DModel`, perhaps wrapped.
+        u: uniform numbers of the images, ``(B,)``, which choose; see :func:`low_bits`.
+        middle_dropout: share of the images that skip the middle blocks.
+        is_sparse: whether the middle sees one token of each group, or all.
+    """
+    choice, drop = low_bits(u)
+    return partial(model, kept=choice if is_sparse else None, skip_middle=drop < middle_dropout)
 
 
 class Kept:
