@@ -210,8 +210,8 @@ def test_any_number_of_shards_is_read_with_few_open_files(tmp_path, open_files):
 def test_the_bound_leaves_half_of_the_files_to_others(tmp_path, open_files, monkeypatch):
     write_latents(tmp_path, [shard(2, seed=i) for i in range(40)], DESCRIPTION)
     dataset = LatentDataset(tmp_path)
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))  # this process may hold more already
     open_files(None)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))  # it may come down at any time
     dataset.read(list(range(80)))
     assert descriptors(tmp_path) == 32
 

@@ -147,10 +147,16 @@ class OpenFiles:
     """
 
     def __init__(self, most: int | None = None):
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        half = (1 << 16 if soft == resource.RLIM_INFINITY else soft) // 2
-        self._most = max(FEWEST_OPEN, half) if most is None else most
+        self._given = most
         self._open: OrderedDict[tuple[Path, tuple[int, int]], int] = OrderedDict()
+
+    @property
+    def most(self) -> int:
+        """How many may stay open, by the limit of this process as it is now."""
+        if self._given is not None:
+            return self._given
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return max(FEWEST_OPEN, (1 << 16 if soft == resource.RLIM_INFINITY else soft) // 2)
 
     def descriptor(self, shard: ShardFile) -> int:
         """Of the shard, opened where it is not open; valid until the next call.
@@ -163,7 +169,7 @@ class OpenFiles:
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        while len(self._open) >= self._most:
+        while len(self._open) >= self.most:
             os.close(self._open.popitem(last=False)[1])
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
         if _version(descriptor) != shard.version:
