@@ -220,9 +220,17 @@ def test_each_thing_of_a_step_is_done_when_it_is_due(recipe, train_here, tmp_pat
     monkeypatch.setattr(loop, "seed_dropout", lambda *a: seeded.append(a) or seed_dropout(*a))
     monkeypatch.setattr(loop, "check_weights", lambda accelerator, state, step: compared.append(step))
     monkeypatch.setattr(checkpoints, "check_weights", lambda *a: compared.append(f"saved {a[2]}"))
+    bars, progress = [], loop.progress
+
+    def shown(**options):
+        bars.append(progress(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(loop, "progress", shown)
     options = {"max_steps": 5, "micro_batch": 2, "compare_weights_every_steps": 2}
     code, output = train_here("--config", recipe(train=options))
     assert code == 0, output
+    assert [bar.n for bar in bars] == [5]
     assert averaged == [False, False, False, True] * 5
     assert compared == [2, 4, "saved 5"]
     assert seeded == [(0, step, 0, micro) for step in range(5) for micro in range(4)]

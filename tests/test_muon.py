@@ -11,7 +11,8 @@ from iwin_dit.build.budget import Budget
 from iwin_dit.build.network import build_model
 from iwin_dit.config.common import OptimizerConfig
 from iwin_dit.config.schema import Config, ModelConfig
-from iwin_dit.training.muon import COEFFICIENTS, STEPS, Muon, matrices_apart, orthogonalize
+from iwin_dit.training import muon
+from iwin_dit.training.muon import AT_ONCE, COEFFICIENTS, STEPS, Muon, matrices_apart, orthogonalize
 from iwin_dit.training.optimizer import build_optimizer, named_state, parameter_groups, step_if_finite
 
 OPTIONS = OptimizerConfig(name="muon", learning_rate=1e-2)
@@ -30,6 +31,16 @@ def test_the_iteration_is_a_polynomial_of_the_singular_values(shape):
     assert s.max() < 1.25
     if shape != (2, 2, 16, 16):  # square ones may have a value near 0
         assert s.min() > 0.6
+
+
+def test_no_more_numbers_than_fit_are_computed_together(monkeypatch):
+    parameters = [nn.Parameter(torch.zeros(4, 3)) for _ in range(5)] + [nn.Parameter(torch.zeros(2, 3))]
+    for parameter in parameters[1:]:
+        parameter.grad = torch.zeros_like(parameter)
+    assert [len(alike) for alike in muon._alike(parameters)] == [4, 1]
+    monkeypatch.setattr(muon, "AT_ONCE", 25)
+    assert [len(alike) for alike in muon._alike(parameters)] == [2, 2, 1]
+    assert 2**24 <= AT_ONCE <= 2**28, "a few hundred MB of float32"
 
 
 def test_the_coefficients_are_those_of_pytorch():

@@ -346,6 +346,7 @@ def test_the_curve_shows_the_log_its_mean_over_eleven_lines_and_the_figures(tmp_
     assert [mean.get_ydata()[0], mean.get_ydata()[-1]] == [fmean(losses[:6]), fmean(losses[-6:])]
     assert figures.lines[0].get_xydata().tolist() == [[100, 9], [200, 5]]
     assert figures.get_title() == "fid"
+    assert list(kept[0].get_size_inches()) == [11, 4]
 
 
 @pytest.mark.parametrize("is_main", [True, False])
