@@ -113,12 +113,12 @@ def evaluate_projected(command: list[str]) -> None:
     """``evaluate_fid.py`` with :class:`Projection`; prints this process's peak of memory."""
     import resource
 
-    from iwin_dit.commands import evaluate
+    from iwin_dit.commands import evaluate, measure
     from iwin_dit.evaluation import extractors
 
     extractors.Inception = Projection
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    evaluate.run(evaluate.parse_arguments(command))
+    measure.evaluate(evaluate.parse_arguments(command))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rank = os.environ.get("RANK", "0")
     print(f"process {rank}: {before:.0f} MiB at the start, {peak:.0f} MiB at the peak", flush=True)

@@ -38,7 +38,7 @@ BUDGET = 60  # seconds of a processor, of the tests of one mutant
 TESTS = {  # files of tests/, without test_ and .py
     "iwin_dit/diffusion": "diffusion guidance schedules pipeline",
     "iwin_dit/training": "data optimizer reports state posthoc checkpoint classification replicas "
-    "micro_batches levers monitor muon alignment faults/saving faults/resuming faults/running",
+    "micro_batches levers config monitor muon alignment faults/saving faults/resuming faults/running",
     "iwin_dit/data": "data codec digits pixels images folders sources labels limits transparency "
     "latent_faults video extraction classification clip_training clip_classifier extraction_faults storage "
     "faults/hostile_files faults/storage_errors",

@@ -97,9 +97,9 @@ def main() -> int:
     export(pipeline, config, 0.0, arguments)
     choose_sampler(pipeline, arguments.sampler, arguments.shift)
     samples = own_samples(pipeline, config, arguments)
+    weights = pipeline.transformer.cpu().state_dict()  # which leaves a GPU to the copy
     if code := train_copy(config, samples, arguments):
         return code
-    weights = pipeline.transformer.cpu().state_dict()
     after = load_transformer(str(out / "copy")).state_dict()
     pipeline = load_pipeline(str(out / "weight-0"))
     torch.set_float32_matmul_precision("highest")  # which training may have lowered
