@@ -38,14 +38,18 @@ LEVERS: dict[str, dict[str, Any]] = {  # changes of the recipe
     "head inside": {"model.base_block": 2},
     "Muon": {"optimizer.name": "muon"},
     "value residual": {"model.value_residual": True},
+    "wider labels": {"model.label_embedding_std": 0.5},
     "self-alignment": {"alignment.teacher": "self"},
+    "EfficientNet-Lite0": {"alignment.teacher": "features:data/digits_features"},
     "QK-norm": {"model.qk_norm": True},
-    "linear decay": {"optimizer.schedule": "linear"},
-    "shift 0.5": {"objective.shift": 0.5},
-    "shift 2": {"objective.shift": 2.0},
     "data": {"objective.prediction": "data"},
+    "shift 2": {"objective.shift": 2.0},
     "dropped tokens": {"model.dense_blocks": [1, 1]},
-    "together": {"model.value_residual": True, "model.base_block": 2, "optimizer.schedule": "linear"},
+    "linear decay": {"optimizer.schedule": "linear"},
+    "together": {
+        **{"model.value_residual": True, "model.base_block": 2, "model.label_embedding_std": 0.5},
+        **{"optimizer.name": "muon", "optimizer.learning_rate": 6e-3},
+    },
 }
 COMPARED = "head inside"  # the row whose samples are drawn with every kind of guidance
 SCALES = 1.5, 2.5
