@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from conftest import NUM_IMAGES, make_vae
 from PIL import Image
 from safetensors.torch import load_file
 
+from iwin_dit.build.data import build_dataset
+from iwin_dit.config.parse import load_config
 from iwin_dit.data import codec, digits
 from iwin_dit.data.examples import StepSampler, TrainingExamples
 from iwin_dit.data.latents import LatentDataset, Shard, write_latents
@@ -191,3 +194,14 @@ def test_the_digits_become_images_of_ten_classes(tmp_path):
     shrunk = np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BOX), dtype=float)
     assert np.corrcoef(shrunk.ravel(), scan.ravel())[0, 1] > 0.95
     assert set(labels.tolist()) == set(range(10))
+
+
+def test_an_autoencoder_that_is_not_the_latents_own_is_told(latents_folder, recipe):
+    own = str((latents_folder / "../vae").resolve())
+    for name, told in (("sd-vae-ft-ema", 1), ("../vae", 0), (own, 0), (None, 0)):
+        config = load_config(recipe(data={"path": str(latents_folder), "vae": name}))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert build_dataset(config).vae_path == own
+        lines = [str(warning.message) for warning in found if "data.vae" in str(warning.message)]
+        assert lines == [f"data.vae {name} is not used: {latents_folder} was made by ../vae"] * told

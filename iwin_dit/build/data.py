@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,11 @@ def _pixels(config: Config) -> PixelDataset:
 
 def _latents(config: Config) -> LatentDataset:
     path = Path(config.data.path)
-    latents = LatentDataset(path, _published(config, path))
+    published = _published(config, path)
+    latents = LatentDataset(path, published)
+    named = latents.index.get("vae")
+    if published is None and config.data.vae not in (None, named, latents.vae_path):
+        warnings.warn(f"data.vae {config.data.vae} is not used: {path} was made by {named}", stacklevel=1)
     if (teacher := latents.index.get("teacher")) is not None:
         raise DataError(
             f"{path} holds features of {teacher}, which no autoencoder decodes; give latents, and these by "
