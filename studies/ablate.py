@@ -2,7 +2,8 @@
 
 Trains the same network with one lever after the other from every seed, with the same steps, images and noise,
 and judges samples after half of the steps and at the end: without guidance, and with each kind of it at its
-best scale. It writes a table. Stopped, the same command goes on: what is trained and judged is kept.
+best scale. It writes a page, and beside it a JSON file of all figures, to which other levers are added later.
+Stopped, the same command goes on: what is trained and judged is kept.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple
 from iwin_dit.build.budget import state_bytes
 from iwin_dit.build.loading import load_guide, load_pipeline
 from iwin_dit.build.network import build_model
-from iwin_dit.config.schema import Config
+from iwin_dit.config.parse import load_config
 from iwin_dit.data.digits import IMAGE_SIZE
-from iwin_dit.runtime import files
+from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError, run_script
 from iwin_dit.runtime.processes import keep_freed_memory
 from iwin_dit.runtime.progress import say
@@ -30,7 +31,7 @@ from studies.compare_report import ROUNDS, STEP_ROUNDS, with_spread
 from studies.costs import draw_in_turn, machine, train_in_turn
 from studies.digits_report import CLASSIFIER
 from studies.judge import Judge, unguided
-from studies.runs import Run, check_once, hold_runs, kept, train_all
+from studies.runs import Run, check_once, hold_runs, train_all
 
 RECIPE = Path(__file__).parent.parent / "configs" / "compare" / "iwin.yaml"
 LEVERS: dict[str, dict[str, Any]] = {  # changes of the recipe
@@ -51,6 +52,7 @@ LEVERS: dict[str, dict[str, Any]] = {  # changes of the recipe
         **{"optimizer.name": "muon", "optimizer.learning_rate": 6e-3},
     },
 }
+BASELINE = "baseline"
 COMPARED = "head inside"  # the row whose samples are drawn with every kind of guidance
 SCALES = 1.5, 2.5
 KINDS: dict[str, list[dict[str, Any]]] = {  # of guidance, each with the scales that are tried
@@ -68,7 +70,7 @@ FD, GUIDE = "FD", "guide"
 
 
 class Row(NamedTuple):
-    """A lever, its runs, one for each seed, and what was found of each: FD by :func:`called`."""
+    """A lever, its runs, one for each seed, and the FD of each by :func:`called` options."""
 
     name: str
     runs: list[Run]
@@ -76,7 +78,7 @@ class Row(NamedTuple):
 
     @property
     def kinds(self) -> list[str]:
-        """Of guidance, which its samples are drawn with."""
+        """The kinds of guidance that its samples are drawn with."""
         if self.name == COMPARED:
             return list(KINDS)
         return [CLASSIFIER_FREE, INTERNAL] if self.runs[0].config.model.base_block else [CLASSIFIER_FREE]
@@ -97,7 +99,7 @@ class Row(NamedTuple):
 
 
 def called(options: dict[str, Any]) -> str:
-    """``guidance_scale 1.5``."""
+    """How figures name these options: ``guidance_scale 1.5``, or ``FD`` for none."""
     return ", ".join(f"{key} {value}" for key, value in options.items()) or FD
 
 
@@ -127,48 +129,90 @@ def runs_of(lever: str, seeds: Sequence[int], steps: int, folder: Path) -> list[
     return [Run(RECIPE, folder / f"{name}-seed-{seed}", {"seed": seed} | given) for seed in seeds]
 
 
-def judge_run(run: Run, judge: Judge, asked: list[dict[str, Any]], guide: Run | None) -> dict[str, float]:
-    """FD of the run's newest weights without guidance, and with each of these options; found once.
+class Figures:
+    """What was found of runs, kept in a JSON file beside the page."""
+
+    def __init__(self, path: Path, judge: Judge):
+        self.path, self.judge = path, judge
+        self.entries: dict[str, Any] = files.read_json(path, limits.JSON_BYTES) if path.exists() else {}
+
+    def of(self, run: Run, asked: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+        """The figures of a run after so many steps; None where they are not known, or of something else."""
+        entry = self.entries.get(self._name(run), {})
+        return entry["found"] if entry.get("sha256") == self._identity(run, asked) else None
+
+    def add(self, run: Run, asked: Sequence[dict[str, Any]], found: dict[str, float]) -> None:
+        """Keeps them."""
+        self.entries[self._name(run)] = {"sha256": self._identity(run, asked), "found": found}
+        files.replace(self.path, files.to_json(self.entries))
+
+    def _name(self, run: Run) -> str:
+        return f"{run.path.name}, {run.config.train.max_steps} steps"
+
+    def _identity(self, run: Run, asked: Sequence[dict[str, Any]]) -> str:
+        """A hash of all that the figures depend on."""
+        recipe = {key: value for key, value in run.config.to_dict().items() if key != "output_dir"}
+        columns = [called(options) for options in ({}, *asked)]
+        content = {"recipe": recipe, "columns": columns} | self.judge.identity
+        return str(files.digest(files.to_json(content))["sha256"])
+
+
+def judge_run(run: Run, judge: Judge, asked: Sequence[dict[str, Any]], guide: Run | None) -> dict[str, float]:
+    """FD of the run's newest weights without guidance, and with each of these options.
 
     Args:
         guide: a run of fewer steps of the same recipe, whose weights guide where the options say so.
-    """
-    options = {called(option): option for option in ({}, *asked)}
-    of = {"recipe": run.config.to_dict(), "columns": list(options)} | judge.identity
-
-    def compute() -> dict[str, Any]:
-        say(f"judging {run.path}")
-        pipeline = load_pipeline(str(run.path))
-        found = {}
-        for name, option in options.items():
-            if GUIDE in option and guide is not None:
-                option = option | {GUIDE: load_guide(str(guide.path), pipeline)}
-            found[name] = judge.of_samples(pipeline, run.config, IMAGE_SIZE, **option)["fd"]
-        return found
-
-    return kept(result_of(run), of, compute)
-
-
-def result_of(run: Run) -> Path:
-    """Where the figures of a run after so many steps are kept."""
-    return run.path / f"ablate-{run.config.train.max_steps}.json"
-
-
-def ablate(levers: Sequence[str], seeds: Sequence[int], steps: int, folder: Path, judge: Judge) -> list[Row]:
-    """Trains and judges each lever from each seed for so many steps.
 
     Raises:
-        ConfigError: where one cannot be trained.
+        ConfigError: where these are not the weights after so many steps.
     """
-    rows = [Row(lever, runs_of(lever, seeds, steps, folder), []) for lever in levers]
-    todo = [run for row in rows for run in row.runs if not result_of(run).exists()]
-    if failures := train_all(todo):  # half of the steps were trained further, once they are judged
-        raise ConfigError(next(iter(failures.values())))
+    if not run.is_finished():
+        raise ConfigError(f"{run.path} is not the run that is judged; remove it, or give another --runs")
+    say(f"judging {run.path}")
+    pipeline = load_pipeline(str(run.path))
+    found = {}
+    for options in ({}, *asked):
+        given = dict(options)
+        if GUIDE in options and guide is not None:
+            given[GUIDE] = load_guide(str(guide.path), pipeline)
+        found[called(options)] = judge.of_samples(pipeline, run.config, IMAGE_SIZE, **given)["fd"]
+    return found
+
+
+def ablate(arguments: argparse.Namespace, steps: int, judge: Judge, figures: Figures) -> list[Row]:
+    """Trains and judges each lever from each seed for so many steps, but for what is known.
+
+    Raises:
+        ConfigError: where one cannot be trained, or was trained further.
+    """
+    rows = [Row(name, runs_of(name, arguments.seeds, steps, arguments.runs), []) for name in arguments.levers]
+    guides = guides_of(arguments)
+    for row in rows:
+        asked = [options for kind in row.kinds for options in KINDS[kind]] if steps == arguments.steps else []
+        todo = [run for run in row.runs if figures.of(run, asked) is None]
+        leading = [guide for run, guide in zip(row.runs, guides, strict=True) if run in todo and asked]
+        train([*todo, *(leading if row.name == COMPARED else [])])
+        for run, guide in zip(row.runs, guides, strict=True):
+            if run in todo:
+                figures.add(run, asked, judge_run(run, judge, asked, guide))
+            row.found.append(figures.of(run, asked) or {})
     return rows
 
 
+def guides_of(arguments: argparse.Namespace) -> list[Run]:
+    """For each seed the guide of autoguidance: the compared recipe after a sixth of the steps."""
+    steps = max(1, arguments.steps // 6)
+    return runs_of(COMPARED, arguments.seeds, steps, arguments.runs / "guides")
+
+
+def train(runs: Sequence[Run]) -> None:
+    """Raises ConfigError where one of the runs cannot be trained."""
+    if failures := train_all(runs):
+        raise ConfigError(next(iter(failures.values())))
+
+
 def state_mib(run: Run) -> float:
-    """MiB of the optimiser's state."""
+    """MiB of the optimiser's state, without that of a projector."""
     return state_bytes(build_model(run.config), run.config.optimizer) / 2**20
 
 
@@ -194,12 +238,13 @@ def table(half: Sequence[Row], rows: Sequence[Row]) -> str:
         *(f"best {CLASSIFIER_FREE}", f"best {INTERNAL}", "ms a step", "state of the optimiser, MiB"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    baseline = next((mean(row.over_seeds()) for row in rows if row.name == BASELINE), None)
     for row in sorted(rows, key=lambda row: mean(row.over_seeds())):
         cells = [
             row.name,
             with_spread(early[row.name].over_seeds(), 2),
             with_spread(row.over_seeds(), 2),
-            steps_to(mean(rows[0].over_seeds()), early[row.name], row),
+            "" if baseline is None else steps_to(baseline, early[row.name], row),
         ]
         cells += [row.at_best(CLASSIFIER_FREE), row.at_best(INTERNAL)]
         cells += [f"{1e3 * seconds[row.name]:.0f}", f"{state_mib(row.runs[0]):.1f}"]
@@ -207,39 +252,39 @@ def table(half: Sequence[Row], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def guidance_table(row: Row, guide: Run, config: Config) -> str:
-    """Every kind of guidance at its best scale, on the same runs, Markdown."""
-    pipeline = load_pipeline(str(row.runs[0].path))
-    best = {"none": {}} | {kind: row.best(kind) for kind in row.kinds}
-    loaded = {
-        kind: options | ({GUIDE: load_guide(str(guide.path), pipeline)} if GUIDE in options else {})
-        for kind, options in best.items()
-    }
-    draws = {
-        kind: partial(pipeline, **unguided(config, IMAGE_SIZE) | options) for kind, options in loaded.items()
-    }
+def guidance_section(rows: Sequence[Row], guides: Sequence[Run]) -> str:
+    """Every kind of guidance at its best scale, on the runs of one row; nothing without that row."""
+    compared = next((row for row in rows if row.name == COMPARED), None)
+    if compared is None:
+        return ""
+    run, guide = compared.runs[0], guides[0]
+    best: dict[str, dict[str, Any]] = {"none": {}} | {kind: compared.best(kind) for kind in compared.kinds}
+    train([guide, run])  # where their figures are of an earlier call
+    pipeline = load_pipeline(str(run.path))
+    draws = {}
+    for kind, options in best.items():
+        loaded = {GUIDE: load_guide(str(guide.path), pipeline)} if GUIDE in options else {}
+        draws[kind] = partial(pipeline, **unguided(run.config, IMAGE_SIZE) | options | loaded)
     drawn = draw_in_turn(draws, ROUNDS)
     lines = ["| guidance | FD | options | ms an image |", "|---|---|---|---|"]
     for kind, options in best.items():
+        found = with_spread(compared.over_seeds(called(options)), 2)
         text = called(options) if options else ""
-        found = with_spread(row.over_seeds(called(options)), 2)
         lines.append(f"| {kind} | {found} | {text} | {1e3 * drawn[kind][0]:.0f} |")
-    return "\n".join(lines)
+    return GUIDANCE_SECTION.format(
+        compared=COMPARED, steps=guide.config.train.max_steps, draws=ROUNDS, table="\n".join(lines)
+    )
 
 
-def page(half: Sequence[Row], rows: Sequence[Row], guide: Run | None, judge: Judge, command: str) -> str:
+def page(half: Sequence[Row], rows: Sequence[Row], guides: Sequence[Run], judge: Judge, command: str) -> str:
     """The tables, and how they were made."""
-    config = rows[0].runs[0].config
+    config = load_config(RECIPE)
     changes = {row.name: [f"`{key} {value}`" for key, value in LEVERS[row.name].items()] for row in rows}
-    compared = next((row for row in rows if row.name == COMPARED), None)
     return PAGE.format(
-        guidance="" if compared is None or guide is None else guidance_table(compared, guide, config),
-        compared=COMPARED,
-        guide_steps=config.train.max_steps // 6,
-        draws=ROUNDS,
+        guidance=guidance_section(rows, guides),
         depth=config.model.depth,
         width=config.model.width,
-        steps=config.train.max_steps,
+        steps=rows[0].runs[0].config.train.max_steps,
         batch=config.train.batch_images,
         rate=config.optimizer.learning_rate,
         seeds=len(rows[0].runs),
@@ -258,7 +303,7 @@ PAGE = """# What each lever is worth
 
 One network, one budget: an Iwin transformer of {depth} blocks and width {width} on the latents of \
 handwritten digits, trained for {steps} steps of {batch} images at the learning rate {rate:g}. Each row \
-changes the recipe in what stands below the table. {seeds} seeds: mean ± standard deviation. Rows that \
+changes the recipe in what stands below. {seeds} seeds: mean ± standard deviation. Rows that \
 differ by less than the spread are not told apart.
 
 {table}
@@ -271,14 +316,7 @@ rate comes down, the runs of half of the steps are runs of their own.
 pass a step, the other takes two.
 * ms a step: the median of {rounds} steps, with the rows in turn in one process. {machine}.
 
-## Kinds of guidance
-
-All on the runs of *{compared}*, each at its best scale. The guide of autoguidance is the same network after \
-{guide_steps} steps. ms an image: the median of {draws} draws of ten images, in turn in one process.
-
-{guidance}
-
-## What the rows change in `configs/compare/iwin.yaml`
+{guidance}## What the rows change in `configs/compare/iwin.yaml`
 
 {changes}
 
@@ -290,30 +328,28 @@ Made by
 """
 
 
+GUIDANCE_SECTION = """## Kinds of guidance
+
+All of them act on the runs of *{compared}*, each at its best scale. The guide of autoguidance is the same \
+network after {steps} steps. ms an image: the median of {draws} draws of ten images, in turn in one process.
+
+{table}
+
+"""
+
+
 def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()
     held = hold_runs(arguments.runs)  # noqa: F841  to the end
     first = runs_of("baseline", [0], arguments.steps, arguments.runs)[0]
     judge = Judge(Path(first.config.data.path), arguments.classifier, arguments.num_images)
-    guides: list[Run | None] = [None] * len(arguments.seeds)
-    if COMPARED in arguments.levers:
-        trained = runs_of(COMPARED, arguments.seeds, max(1, arguments.steps // 6), arguments.runs / "guides")
-        if failures := train_all(trained):
-            raise ConfigError(next(iter(failures.values())))
-        guides = list(trained)
-    stages = []
-    for steps in (arguments.steps // 2, arguments.steps):
-        rows = ablate(arguments.levers, arguments.seeds, steps, arguments.runs, judge)
-        for row in rows:
-            asked = [options for kind in row.kinds for options in KINDS[kind]]
-            asked = asked if steps == arguments.steps else []
-            pairs = zip(row.runs, guides, strict=True)
-            row.found.extend(judge_run(run, judge, asked, guide) for run, guide in pairs)
-        stages.append(rows)
-    command = shlex.join(["python", "-m", "studies.ablate", *sys.argv[1:]])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(arguments.out, page(*stages, guides[0], judge, command).encode())
+    figures = Figures(arguments.out.with_suffix(".json"), judge)
+    half = ablate(arguments, arguments.steps // 2, judge, figures)
+    rows = ablate(arguments, arguments.steps, judge, figures)
+    command = shlex.join(["python", "-m", "studies.ablate", *sys.argv[1:]])
+    files.replace(arguments.out, page(half, rows, guides_of(arguments), judge, command).encode())
     say(f"{arguments.out} has the table")
 
 

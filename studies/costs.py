@@ -20,6 +20,7 @@ from iwin_dit.build import budget
 from iwin_dit.build.alignment import Alignment
 from iwin_dit.build.network import build_model, build_objective
 from iwin_dit.config.schema import Config
+from iwin_dit.data.latents import LatentDataset
 from iwin_dit.layers.sparse import thinned
 from iwin_dit.runtime.processes import cores
 from iwin_dit.runtime.progress import progress
@@ -64,8 +65,11 @@ def training_memory(config: Config) -> int:
 def training_step(config: Config) -> Callable[[], None]:
     """Forward, backward and update on one random batch of the config's size; gradients are kept."""
     model, objective = build_model(config).train(), build_objective(config)
-    taught = config.alignment.teacher is not None  # by its own average: there are no images
-    alignment = Alignment(config, model, objective, Accelerator()) if taught else None
+    folder = config.alignment.features
+    features = None if folder is None else LatentDataset(folder)
+    alignment = None
+    if config.alignment.teacher is not None:  # features that are stored, or the run's own average
+        alignment = Alignment(config, model, objective, Accelerator(), features)
     options = config.optimizer
     optimizer = build_optimizer(model, parameter_groups(model, options.weight_decay), options)
     rng, images = generator(0, "step"), config.train.batch_images
@@ -76,7 +80,8 @@ def training_step(config: Config) -> Callable[[], None]:
     loss = partial(objective.loss, called)
     if alignment is not None:
         alignment.begin_step(make_ema(model), 0)
-        loss = partial(alignment.loss, model, x0)
+        shown = x0 if features is None else torch.randn(images, *features.latent_shape, generator=rng)
+        loss = partial(alignment.loss, model, shown)
 
     def step() -> None:
         loss(x0, labels, noise, u).mean().backward()

@@ -437,10 +437,9 @@ def test_ablate_judges_half_of_the_steps_and_the_end(setup, tmp_path, monkeypatc
     header, by_name = rows[0], {row[0]: row for row in rows[1:]}
     assert header[1:4] == ["FD after 2 steps", "FD after 4", "steps to the baseline's FD"]
     assert set(by_name) == {*levers, "guidance", "none", *ablate.KINDS}
+    kept = json.loads(out.with_suffix(".json").read_text())
     for name, row in ((name, by_name[name]) for name in levers):
-        figures = json.loads((folder / f"{name.replace(' ', '_')}-seed-0" / "ablate-4.json").read_text())[
-            "found"
-        ]
+        figures = kept[f"{name.replace(' ', '_')}-seed-0, 4 steps"]["found"]
         assert float(row[2]) == pytest.approx(figures["FD"], abs=0.01)
         best = min(figures[f"guidance_scale {scale}"] for scale in ablate.SCALES)
         assert float(row[4].partition(" ")[0]) == pytest.approx(best, abs=0.01)
@@ -457,3 +456,5 @@ def test_ablate_judges_half_of_the_steps_and_the_end(setup, tmp_path, monkeypatc
     monkeypatch.setattr(Judge, "of_samples", None)  # nor judged
     setup(*arguments)
     assert out.read_text().count("head inside") == page.count("head inside")
+    setup(ablate, "--levers", "baseline", *arguments[-6:])
+    assert "Kinds of guidance" not in out.read_text()
