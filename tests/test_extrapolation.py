@@ -1,7 +1,9 @@
 """``iwin-dit extrapolate``: samples, a copy that learns from them, and the way past the model."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from iwin_dit import commands
 from iwin_dit.build.extrapolation import extrapolate
 from iwin_dit.build.loading import load_pipeline
+from iwin_dit.diffusion.flow_matching import FlowMatching
 from iwin_dit.runtime.errors import CheckpointError, run_script
 from iwin_dit.runtime.seeds import generator
 
@@ -59,21 +62,21 @@ def weights_of(folder):
 
 def test_a_model_moves_away_from_what_its_samples_teach(run, extrapolate_here, tmp_path):
     out = tmp_path / "run-extrapolated"
-    output = extrapolate_here("--training-steps", 3, "--weights", 1, -0.5, "--batch-size", 4)
+    output = extrapolate_here("--training-steps", 3, "--scales", 1, -0.5, "--batch-size", 4)
     model, copy = load_file(run / WEIGHTS), load_file(out / "copy" / WEIGHTS)
     assert any(not torch.equal(model[name], copy[name]) for name in model)
-    assert all(torch.equal(tensor, model[name]) for name, tensor in weights_of(out / "weight-0").items())
-    for weight in (1, -0.5):
-        found = weights_of(out / f"weight-{weight:g}")
+    assert all(torch.equal(tensor, model[name]) for name, tensor in weights_of(out / "scale-0").items())
+    for scale in (1, -0.5):
+        found = weights_of(out / f"scale-{scale:g}")
         for name, theta in model.items():
-            torch.testing.assert_close(found[name], (1 + weight) * theta - weight * copy[name])
+            torch.testing.assert_close(found[name], (1 + scale) * theta - scale * copy[name])
 
     figures = {
-        w: json.loads((out / f"weight-{w}.json").read_text())["figures"]["fid"] for w in ("-0.5", "0", "1")
+        w: json.loads((out / f"scale-{w}.json").read_text())["figures"]["fid"] for w in ("-0.5", "0", "1")
     }
     best = min(figures, key=figures.get)
-    assert f"best is weight {best}; try: python sample.py --checkpoint {out}/weight-{best}" in output
-    assert output.count("| weight ") == 3
+    assert f"best is scale {best}; try: python sample.py --checkpoint {out}/scale-{best}" in output
+    assert output.count("| scale ") == 3
 
     # what the copy has learnt from are the model's own samples, drawn as its recipe says
     samples = load_file(out / "samples" / "latents-00000000.safetensors")["latents"]
@@ -86,34 +89,79 @@ def test_a_model_moves_away_from_what_its_samples_teach(run, extrapolate_here, t
     trained = json.loads((out / "copy" / "pipeline" / "recipe.json").read_text())["config"]
     assert (trained["optimizer"]["schedule"], trained["train"]["trackers"]) == ("constant", [])
 
-    written = {path: path.stat().st_mtime_ns for path in out.glob("weight-*")}
-    output = extrapolate_here("--training-steps", 3, "--weights", 1, 2, "--batch-size", 8)
-    assert output.count("| weight ") == 3
+    written = {path: path.stat().st_mtime_ns for path in out.glob("scale-*")}
+    output = extrapolate_here("--training-steps", 3, "--scales", 1, 2, "--batch-size", 8)
+    assert output.count("| scale ") == 3
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what is there stays"
-    assert (out / "weight-2").is_dir()
+    assert (out / "scale-2").is_dir()
 
 
 def test_what_was_interrupted_goes_on_to_the_same_bits(run, extrapolate_here, tmp_path):
-    options = ("--training-steps", 2, "--weights", 1)
+    options = ("--training-steps", 2, "--scales", 1)
     extrapolate_here(*options)
     out, whole = tmp_path / "run-extrapolated", tmp_path / "whole"
     out.rename(whole)
     extrapolate_here(*options)
-    for part in ("samples", "weight-1"):  # as where the last of them was not finished
+    for part in ("samples", "scale-1"):  # as where the last of them was not finished
         shutil.rmtree(out / part)
-    (out / "weight-1.json").unlink()
+    (out / "scale-1.json").unlink()
     extrapolate_here(*options)
-    for name, tensor in weights_of(whole / "weight-1").items():
-        assert torch.equal(weights_of(out / "weight-1")[name], tensor)
-    figures = [json.loads((folder / "weight-1.json").read_text())["figures"] for folder in (whole, out)]
+    for name, tensor in weights_of(whole / "scale-1").items():
+        assert torch.equal(weights_of(out / "scale-1")[name], tensor)
+    figures = [json.loads((folder / "scale-1.json").read_text())["figures"] for folder in (whole, out)]
     assert figures[0] == figures[1]
+
+
+def test_training_that_was_stopped_goes_on(run, extrapolate_here, tmp_path, monkeypatch):
+    options, out, loss = (
+        ("--training-steps", 3, "--scales", 1),
+        tmp_path / "run-extrapolated",
+        FlowMatching.loss,
+    )
+    extrapolate_here(*options)
+    whole = out.rename(tmp_path / "whole")
+    calls = []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    monkeypatch.setattr(FlowMatching, "loss", stopping)
+    assert "stopped at step 1 with a checkpoint" in extrapolate_here(*options, expect=143)
+    extrapolate_here(*options)
+    assert len(calls) == 5, "a trial of the memory and a step, a trial and the two steps that were left"
+    for name, tensor in weights_of(whole / "scale-1").items():
+        assert torch.equal(weights_of(out / "scale-1")[name], tensor)
+
+
+def test_a_mistake_is_mended_by_the_right_command(run, extrapolate_here, tmp_path):
+    """And other figures are found of the same samples and the same copy."""
+    options = ("--training-steps", 1, "--scales", 1)
+    extrapolate_here(*options, "--internal-guidance", "nan", expect=2)
+    extrapolate_here(*options, "--sampler", "eulr", expect=2)
+    extrapolate_here(*options)
+    result = tmp_path / "run-extrapolated" / "scale-1.json"
+    before = json.loads(result.read_text())
+    output = extrapolate_here(*options, "--num-images", COUNT - 2, "--sampler", "euler", expect=2)
+    assert "was begun with another sampler (None, now 'euler')" in output
+    output = extrapolate_here(*options, "--num-images", COUNT - 2)
+    assert "trained to step" not in output
+    after = json.loads(result.read_text())
+    assert (before["arguments"]["num_images"], after["arguments"]["num_images"]) == (COUNT, COUNT - 2)
+    assert before["generated"]["weights_sha256"] == after["generated"]["weights_sha256"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--num-samples", 0), "--num-samples is 0, expected at least 1"),
-        (("--weights", "nan"), "expected finite numbers"),
+        (("--scales", "nan"), "expected finite numbers"),
+        (("--scales", 1, 1.0000001), "of up to six digits"),
+        (("--learning-rate", -1), "optimizer.learning_rate is -1.0, expected a number above 0"),
+        (("--extractor", "iwin:missing"), "missing"),
+        (("--extractor", "i3d:FILE"), "the run draws images, and i3d compares clips"),
         (("--extractor", "resnet"), "--extractor is resnet, expected inception"),
         (("--num-images", 0), "--num-images is 0, expected at least 1"),
         (("--reference", "missing"), "missing"),
@@ -132,7 +180,7 @@ def test_a_folder_of_something_else_is_refused(run, extrapolate_here, tmp_path):
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     assert "holds other files" in extrapolate_here("--out", mine, expect=2)
-    options = ("--training-steps", 1, "--weights", 1)
+    options = ("--training-steps", 1, "--scales", 1)
     extrapolate_here(*options)
     output = extrapolate_here(*options, "--seed", 1, expect=2)
     assert "was begun with another seed (0, now 1)" in output
@@ -140,5 +188,5 @@ def test_a_folder_of_something_else_is_refused(run, extrapolate_here, tmp_path):
 
 
 def test_networks_that_differ_are_refused():
-    with pytest.raises(CheckpointError, match="different networks"):
+    with pytest.raises(CheckpointError, match="other networks"):
         extrapolate({"a": torch.zeros(2)}, {"a": torch.zeros(3)}, 1.0)

@@ -189,9 +189,9 @@ def _latents(config: Config) -> LatentDataset:
     path = Path(config.data.path)
     published = _published(config, path)
     latents = LatentDataset(path, published)
-    named = latents.index.get("vae")
-    if published is None and config.data.vae not in (None, named, latents.vae_path):
-        warnings.warn(f"data.vae {config.data.vae} is not used: {path} was made by {named}", stacklevel=1)
+    given, own = config.data.vae, latents.index.get("vae")
+    if published is None and given not in (None, own) and Path(given).resolve() != Path(latents.vae_path):
+        warnings.warn(f"data.vae {given} is not used: {path} was made by {own}", stacklevel=1)
     if (teacher := latents.index.get("teacher")) is not None:
         raise DataError(
             f"{path} holds features of {teacher}, which no autoencoder decodes; give latents, and these by "

@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from iwin_dit.config.alignment import AlignmentConfig
-from iwin_dit.config.common import EmaConfig
+from iwin_dit.config.rules import check
 from iwin_dit.config.schema import Config
 from iwin_dit.pipelines.base import ClassConditionalPipeline
 from iwin_dit.pipelines.sampling import draw_in_parts
 from iwin_dit.runtime import files
-from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError
+from iwin_dit.runtime.errors import CheckpointError, ConfigError, DataError, reason
 from iwin_dit.runtime.progress import progress
 from iwin_dit.runtime.seeds import generator
 
@@ -50,10 +52,11 @@ class OwnSamples:
         self.mean: list[float] = pipeline.config.latents_mean or [0.0] * channels
         self.std: list[float] = pipeline.config.latents_std or [1.0] * channels
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """A hash of the samples and of their labels."""
-        content = hashlib.sha256(self.latents.numpy().tobytes() + repr(list(self.labels)).encode())
+        content = hashlib.sha256(repr(list(self.labels)).encode())
+        content.update(self.latents.contiguous().numpy().data)
         return {"own_samples_sha256": content.hexdigest()}
 
     def __len__(self) -> int:
@@ -119,8 +122,8 @@ def draw_samples(
 def _read(path: Path, count: int) -> Tensor:
     try:
         latents = load_file(path)["latents"]
-    except Exception as error:
-        raise DataError(f"{path} is damaged ({error}); remove it, and it is drawn again") from None
+    except (SafetensorError, KeyError) as error:
+        raise DataError(f"{path} is damaged ({reason(error)}); remove it, and it is drawn again") from None
     if len(latents) != count:
         raise DataError(f"{path} has {len(latents)} samples, expected {count}; remove it")
     return latents
@@ -129,47 +132,53 @@ def _read(path: Path, count: int) -> Tensor:
 def recipe_of_copy(config: Config, start: Path, out: Path, steps: int, rate: float | None) -> Config:
     """The recipe by which a copy of a model learns from its own samples.
 
-    The objective, the batch and the optimiser are those of the run. The rate is constant, and nothing is
-    mirrored, averaged, aligned or shown.
+    The objective, the batch and the optimiser are those of the run. The rate is constant, one process trains,
+    and nothing is mirrored, averaged, aligned or shown.
 
     Args:
         start: the pipeline whose weights the copy begins with.
         steps: of training.
         rate: of learning; None takes the run's.
+
+    Raises:
+        ConfigError: where the rate or the steps cannot be.
     """
+    train = replace(config.train, max_steps=steps, trackers=[], sample_every_steps=0, evaluate_every_steps=0)
+    if train.micro_batch is None or train.sharding != "none":  # one process does what several did
+        train = replace(train, micro_batch="auto", sharding="none")
     optimizer = replace(config.optimizer, schedule="constant", warmup_steps=0, min_learning_rate=0.0)
     dense_from = None if config.model.dense_from_step is None else 0  # as the run ended
-    return replace(
+    copy = replace(
         config,
         output_dir=str(out),
         data=replace(config.data, random_flip=False),
         model=replace(config.model, init_from=str(start), dense_from_step=dense_from),
         alignment=AlignmentConfig(),
         optimizer=optimizer if rate is None else replace(optimizer, learning_rate=rate),
-        ema=EmaConfig(decays=[0.0]),
-        train=replace(
-            config.train, max_steps=steps, trackers=[], sample_every_steps=0, evaluate_every_steps=0
-        ),
+        ema=replace(config.ema, decays=[0.0], power_stds=[], snapshot_every_steps=0),
+        train=train,
     )
+    check(copy)
+    return copy
 
 
 @torch.no_grad()
-def extrapolate(weights: dict[str, Tensor], after: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+def extrapolate(model: dict[str, Tensor], copy: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """``(1 + w) theta - w theta_s``, tensor by tensor, computed in float32.
 
     Args:
-        weights: of the model.
-        after: those of the copy that learnt from samples of the model.
-        weight: how far; 0 leaves the model as it is.
+        model: its tensors by name, theta.
+        copy: those of the copy that has learnt from samples of the model, theta_s.
+        scale: w, how far to move away; 0 leaves the model as it is.
 
     Raises:
         CheckpointError: where the two are not of one network.
     """
-    if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in after.items()}:
-        raise CheckpointError("the model and the copy that learnt from its samples are of different networks")
+    if {name: t.shape for name, t in model.items()} != {name: t.shape for name, t in copy.items()}:
+        raise CheckpointError("the model and the copy that has learnt from its samples are other networks")
     return {
-        name: theta.float().lerp(after[name].float(), -weight).to(theta.dtype)
+        name: theta.float().lerp(copy[name].float(), -scale).to(theta.dtype)
         if theta.is_floating_point()
         else theta
-        for name, theta in weights.items()
+        for name, theta in model.items()
     }

@@ -33,6 +33,7 @@ from iwin_dit.runtime.errors import ConfigError
 from iwin_dit.runtime.processes import TRAINING_WAIT, group_timeout, keep_freed_memory, use_all_cores
 from iwin_dit.runtime.progress import say
 from iwin_dit.runtime.run import RunDirectory, flatten, read_config
+from iwin_dit.runtime.signals import StopRequest
 from iwin_dit.training import loop
 from iwin_dit.training.attention import attention_backend
 from iwin_dit.training.ema import decay_rules, make_ema
@@ -68,23 +69,24 @@ def train(
     start_trackers(config, accelerator, directory)
     task = build_task(config, accelerator, data)
     run = Run(config, accelerator, directory, build_state(config, accelerator, task))
-    with attention_backend(config):
-        micro_batch = find_micro_batch(run, task)
-        micro_batches = config.train.batch_images // (micro_batch * accelerator.num_processes)
-        step = loop.train(run, task, build_loader(run, task.examples, micro_batch), micro_batches)
-    ema = full_ema(run.state)
-    accelerator.end_training()
-    stopped = step < config.train.max_steps
-    if stopped and directory is not None:
-        say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
-    elif directory is not None:
-        told = task.finish(run, ema, step)
-        draw_loss_curve(directory)
-        if step > config.train.max_steps:
-            print(
-                f"{directory.path} was trained further than train.max_steps {config.train.max_steps} before"
-            )
-        print(f"trained to step {step}{told}")
+    with StopRequest() as stop:
+        with attention_backend(config):
+            micro_batch = find_micro_batch(run, task)
+            micro_batches = config.train.batch_images // (micro_batch * accelerator.num_processes)
+            loader = build_loader(run, task.examples, micro_batch)
+            step = loop.train(run, task, loader, micro_batches, stop)
+        ema = full_ema(run.state)
+        accelerator.end_training()
+        stopped = step < config.train.max_steps
+        if stopped and directory is not None:
+            say(f"stopped at step {step} with a checkpoint; run the same command again to go on")
+        elif directory is not None:
+            told = task.finish(run, ema, step)
+            draw_loss_curve(directory)
+            if step > config.train.max_steps:
+                before = f"train.max_steps {config.train.max_steps} before"
+                print(f"{directory.path} was trained further than {before}")
+            print(f"trained to step {step}{told}")
     return 143 if stopped else 0
 
 

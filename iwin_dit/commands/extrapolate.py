@@ -1,8 +1,8 @@
 """Makes a trained model better without new data: ``iwin-dit extrapolate RUN --reference FOLDER``.
 
 The model draws samples, a copy of it learns from them for a few steps, and the model moves away from what
-the copy has become (Neon, arXiv 2510.03597). ``--out`` holds a pipeline for each weight, and the figure of
-each. The same command again goes on after an interruption; other ``--weights`` are added.
+the copy has become (Neon, arXiv 2510.03597). ``--out`` holds a pipeline for each scale, and the figure of
+each. The same command again goes on after an interruption; it may have other ``--scales``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iwin_dit.commands import evaluate
-from iwin_dit.commands.drawing import add_drawing_options, settle
+from iwin_dit.commands.drawing import FROM_RECIPE, add_drawing_options, settle
+from iwin_dit.config.metrics import looks_at_clips
 from iwin_dit.evaluation import rules
 from iwin_dit.runtime import files, limits
 from iwin_dit.runtime.errors import ConfigError, Parser
@@ -24,25 +25,25 @@ if TYPE_CHECKING:
     from iwin_dit.config.schema import Config
     from iwin_dit.pipelines.base import ClassConditionalPipeline
 
-WEIGHTS = (0.5, 1.0, 1.5, 2.0)
+SCALES = (0.5, 1.0, 1.5, 2.0)
 SETTINGS = "settings.json"  # in the folder
-NOT_SETTINGS = ("out", "weights", "batch_size")  # may be others when the command is given again
-DRAWING = (*(name for name in rules.RECIPES if name not in ("ema", "ema_std")), "guide")
+DRAWING = ("sampler", "shift", "guide", *FROM_RECIPE.values())  # options of samples, and of what is measured
+SETS = ("num_samples", "training_steps", "learning_rate", "seed", *DRAWING)  # what samples and copy are of
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("run", help="a run of train_dit.py")
+    add("run", type=Path, help="a run of train_dit.py")
     add("--reference", required=True, help="a folder or .npz of real images, or statistics, as of evaluate")
     add("--extractor", default="inception", help="as of evaluate (inception)")
     add("--inception-weights", help="as of evaluate")
     add("--size", type=int, nargs="+", metavar="PIXELS", help="as of evaluate")
-    add("--num-images", type=int, default=10_000, help="drawn and compared for each weight (10,000)")
+    add("--num-images", type=int, default=10_000, help="drawn and compared for each scale (10,000)")
     add("--num-samples", type=int, default=10_000, help="drawn for the copy to learn from (10,000)")
     add("--training-steps", type=int, default=200, help="of the copy (200)")
     add("--learning-rate", type=float, help="of the copy (that of the run)")
-    add("--weights", type=float, nargs="+", default=WEIGHTS, help="how far to move away (0.5 1 1.5 2)")
+    add("--scales", type=float, nargs="+", default=SCALES, help="how far to move away (0.5 1 1.5 2)")
     add("--batch-size", type=int, default=32, help="samples that are drawn together (32)")
     add("--seed", type=int, default=0, help="of the samples (0)")
     add("--out", type=Path, help="a folder (RUN-extrapolated)")
@@ -51,11 +52,12 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("num_samples", "training_steps", "batch_size"):
         if (value := getattr(arguments, name)) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if not all(math.isfinite(weight) for weight in arguments.weights):
-        raise ConfigError(f"--weights are {arguments.weights}, expected finite numbers")
-    run = Path(arguments.run)
+    scales = sorted({0.0, *arguments.scales})
+    if not all(map(math.isfinite, scales)) or len({f"{scale:g}" for scale in scales}) < len(scales):
+        raise ConfigError(f"--scales are {arguments.scales}, expected finite numbers of up to six digits")
+    arguments.scales, run = scales, arguments.run.resolve()
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run of train_dit.py; expected a folder with a config.yaml")
+        raise ConfigError(f"{arguments.run} is no run of train_dit.py; expected a folder with a config.yaml")
     arguments.out = arguments.out or run.with_name(f"{run.name}-extrapolated")
     files.check_writable(arguments.out, "--out", is_file=False)
     return arguments
@@ -71,11 +73,12 @@ def main() -> int:
         ConfigError, CheckpointError, DataError: for what does not fit, mostly before anything is drawn.
     """
     arguments = parse_arguments()
-    evaluations = {weight: evaluation(arguments, weight) for weight in sorted({0.0, *arguments.weights})}
+    out = arguments.out
+    evaluations = {scale: evaluation(arguments, scale) for scale in arguments.scales}
     import torch
     from accelerate import PartialState
 
-    from iwin_dit.build.extrapolation import extrapolate
+    from iwin_dit.build.extrapolation import extrapolate, recipe_of_copy
     from iwin_dit.build.loading import choose_sampler, load_pipeline, load_transformer
     from iwin_dit.config.parse import load_run
     from iwin_dit.runtime.lock import hold
@@ -83,13 +86,14 @@ def main() -> int:
     if PartialState().num_processes > 1:
         raise ConfigError(
             "extrapolate runs as one process; what it has made is measured on several by accelerate launch "
-            f"-m iwin_dit.commands evaluate --generated {arguments.out}/weight-{arguments.weights[0]:g}"
+            f"-m iwin_dit.commands evaluate --generated {out}/scale-1"
         )
-    check_reference(evaluations[0.0])
-    config, out = load_run(Path(arguments.run)), arguments.out
-    pipeline = load_pipeline(
-        arguments.run, PartialState().device, ema_std=arguments.ema_std, ema=arguments.ema
-    )
+    config = load_run(arguments.run)
+    steps, rate = arguments.training_steps, arguments.learning_rate
+    recipe = recipe_of_copy(config, out / "scale-0", out / "copy", steps, rate)
+    averages = {"ema_std": arguments.ema_std, "ema": arguments.ema}
+    pipeline = load_pipeline(str(arguments.run), PartialState().device, **averages)
+    check_evaluation(evaluations[0.0], pipeline)
     check_is_ours(out)
     out.mkdir(parents=True, exist_ok=True)
     held = hold(out)  # noqa: F841  to the end
@@ -97,26 +101,26 @@ def main() -> int:
     export(pipeline, config, 0.0, arguments)
     choose_sampler(pipeline, arguments.sampler, arguments.shift)
     samples = own_samples(pipeline, config, arguments)
-    weights = pipeline.transformer.cpu().state_dict()  # which leaves a GPU to the copy
-    if code := train_copy(config, samples, arguments):
+    model = pipeline.to("cpu").transformer.state_dict()  # which leaves a GPU to the copy
+    if code := train_copy(recipe, samples):
         return code
-    after = load_transformer(str(out / "copy")).state_dict()
-    pipeline = load_pipeline(str(out / "weight-0"))
+    copy = load_transformer(str(out / "copy")).state_dict()
+    pipeline = load_pipeline(str(out / "scale-0"))
     torch.set_float32_matmul_precision("highest")  # which training may have lowered
     figures = {}
-    for weight, options in evaluations.items():
-        pipeline.transformer.load_state_dict(extrapolate(weights, after, weight))
-        export(pipeline, config, weight, arguments)
-        figures[weight] = measured(options)
-    rules.show({f"weight {weight:g}": row for weight, row in figures.items()})
-    best = min(figures, key=lambda weight: next(iter(figures[weight].values())))
-    print(f"best is weight {best:g}; try: python sample.py --checkpoint {out}/weight-{best:g} --class 0")
+    for scale, options in evaluations.items():
+        pipeline.transformer.load_state_dict(extrapolate(model, copy, scale))
+        export(pipeline, config, scale, arguments)
+        figures[scale] = measured(options)
+    rules.show({f"scale {scale:g}": row for scale, row in figures.items()})
+    best = min(figures, key=lambda scale: next(iter(figures[scale].values())))
+    print(f"best is scale {best:g}; try: python sample.py --checkpoint {out}/scale-{best:g} --class 0")
     return 0
 
 
-def evaluation(arguments: argparse.Namespace, weight: float) -> argparse.Namespace:
-    """The arguments of the evaluation of a weight, by one metric, a distance."""
-    folder = arguments.out / f"weight-{weight:g}"
+def evaluation(arguments: argparse.Namespace, scale: float) -> argparse.Namespace:
+    """The arguments of the evaluation of a scale, by one metric, a distance."""
+    folder = arguments.out / f"scale-{scale:g}"
     command = ["--generated", str(folder), "--reference", arguments.reference, f"--out={folder}.json"]
     command += ["--extractor", arguments.extractor, f"--num-images={arguments.num_images}"]
     if arguments.inception_weights is not None:
@@ -127,15 +131,25 @@ def evaluation(arguments: argparse.Namespace, weight: float) -> argparse.Namespa
     return argparse.Namespace(**vars(options) | {name: getattr(arguments, name) for name in DRAWING})
 
 
-def check_reference(options: argparse.Namespace) -> None:
-    """Looks at the reference before hours of work need it."""
+def check_evaluation(options: argparse.Namespace, pipeline: ClassConditionalPipeline) -> None:
+    """Looks at the reference and at the extractor's weights before hours of work need them.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: where one of them is not there, or does not fit the model.
+    """
+    from iwin_dit.build.evaluation import build_extractor
     from iwin_dit.evaluation.images import Reading
     from iwin_dit.evaluation.reference import open_reference
 
+    draws_clips = pipeline.transformer.rank == 3
+    if draws_clips != looks_at_clips(options.extractor):
+        what = "clips, which i3d:FILE alone compares" if draws_clips else "images, and i3d compares clips"
+        raise ConfigError(f"the run draws {what}; take another --extractor")
     metrics = options.metrics.split(",")
     reading = Reading(options.size and (options.size[0], options.size[-1]))
     reference = open_reference(options.reference, metrics, options.extractor, reading)
     reference.check_counts(metrics, options.num_images)
+    build_extractor(options.extractor, options.inception_weights)
 
 
 def check_is_ours(out: Path) -> None:
@@ -145,27 +159,34 @@ def check_is_ours(out: Path) -> None:
 
 
 def begin(arguments: argparse.Namespace, pipeline: ClassConditionalPipeline) -> None:
-    """Writes down what is made in ``--out``, or compares it with what was begun there.
+    """Writes down what samples are drawn in ``--out``, or compares it with those that are there.
+
+    Settings without samples are of a call that was refused, and are replaced.
 
     Raises:
-        ConfigError: where it is not the same.
+        ConfigError: where they are not the same.
     """
     from iwin_dit.data.codec import weights_sha256
 
     path = arguments.out / SETTINGS
-    given = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
+    given = {name: getattr(arguments, name) for name in SETS}
     settings = json.loads(files.to_json(given | {"weights_sha256": weights_sha256(pipeline.transformer)}))
-    if not path.exists():
-        files.replace(path, files.to_json(settings))
-        return
-    before = files.read_json(path, limits.JSON_BYTES)
+    try:
+        before = files.read_object(path, limits.JSON_BYTES) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); give another --out") from None
+    has_samples = any((arguments.out / "samples").glob("*.safetensors"))
     changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
+    if changed and has_samples:
         name = changed[0]
         raise ConfigError(
             f"{arguments.out} was begun with another {name} ({before.get(name)!r}, now {settings[name]!r}); "
             "restore it, or give another --out"
         )
+    if changed:
+        files.replace(path, files.to_json(settings))
+        if (first := arguments.out / "scale-0").exists():
+            files.remove_tree(files.set_aside(first))
 
 
 def own_samples(
@@ -181,36 +202,39 @@ def own_samples(
     labels = label_plan("equal", arguments.num_samples, config.model.num_classes, arguments.seed)
     folder = arguments.out / "samples"
     latents = draw_samples(pipeline, labels, arguments.seed, arguments.batch_size, folder, options)
-    return OwnSamples(latents, labels, pipeline, str(arguments.out / "weight-0" / "vae"))
+    return OwnSamples(latents, labels, pipeline, str(arguments.out / "scale-0" / "vae"))
 
 
-def train_copy(config: Config, samples: OwnSamples, arguments: argparse.Namespace) -> int:
-    """Trains the copy, from the newest checkpoint on; returns the exit code."""
+def train_copy(recipe: Config, samples: OwnSamples) -> int:
+    """Trains the copy, from the newest checkpoint on; returns the exit code. One that is there stays."""
     from iwin_dit.build import trainer
-    from iwin_dit.build.extrapolation import recipe_of_copy
     from iwin_dit.build.generator import Generator, TrainingData
 
-    start, out = arguments.out / "weight-0", arguments.out / "copy"
-    copy = recipe_of_copy(config, start, out, arguments.training_steps, arguments.learning_rate)
-    return trainer.train(copy, lambda *_: TrainingData(samples, None), Generator)
+    done = Path(recipe.output_dir) / "pipeline" / "recipe.json"
+    if done.exists() and files.read_json(done, limits.JSON_BYTES).get("step") == recipe.train.max_steps:
+        return 0
+    return trainer.train(recipe, lambda *_: TrainingData(samples, None), Generator)
 
 
 def export(
-    pipeline: ClassConditionalPipeline, config: Config, weight: float, arguments: argparse.Namespace
+    pipeline: ClassConditionalPipeline, config: Config, scale: float, arguments: argparse.Namespace
 ) -> None:
-    """Writes the pipeline of a weight, once."""
+    """Writes the pipeline of a scale, once."""
     from iwin_dit.pipelines.base import export_pipeline
 
-    folder = arguments.out / f"weight-{weight:g}"
+    folder = arguments.out / f"scale-{scale:g}"
     if not folder.exists():
-        made = {"run": arguments.run, "weight": weight, "source": "arXiv 2510.03597"}
+        made = {"run": str(arguments.run), "scale": scale, "source": "arXiv 2510.03597"}
         export_pipeline(pipeline, folder, {"extrapolated": made, "config": config.to_dict()})
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """The figure of a pipeline, found once."""
+    """The figure of a pipeline; found once for the same options."""
     from iwin_dit.commands import measure
 
-    path = Path(options.out)
-    result = rules.read_result(path) if path.exists() else measure.evaluate(options)
-    return result["figures"]
+    path, asked = Path(options.out), json.loads(files.to_json(vars(options)))
+    if path.exists():
+        stored = rules.read_result(path)
+        if all(value is None or stored["arguments"].get(name) == value for name, value in asked.items()):
+            return stored["figures"]
+    return measure.evaluate(options)["figures"]

@@ -88,7 +88,9 @@ def _hint(value: Any, hint: Any) -> str:
     if isinstance(value, str) and value.startswith("~") and str in options:
         return "; there is no such home folder"
     if isinstance(value, str) and str in options:
-        return f" that could be a name, without control characters and of at most {MAX_FILE_NAME} bytes"
+        return (
+            f" that could be a path: no control characters, names of {MAX_FILE_NAME} bytes, {MAX_PATH} in all"
+        )
     return "; put it in quotes" if isinstance(value, (int, float)) and str in options else ""
 
 

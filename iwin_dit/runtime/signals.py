@@ -15,7 +15,7 @@ ASKING = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"
 
 
 class StopRequest:
-    """Truthy once one of these signals has arrived.
+    """Truthy once one of these signals has arrived; as a context, it gives them back to whom they belonged.
 
     A second SIGTERM or SIGINT is handled as it was before. A signal that was ignored stays ignored, as SIGHUP
     is under ``nohup``. Python handles signals in the main thread alone: elsewhere nothing is installed, which
@@ -37,6 +37,13 @@ class StopRequest:
         for once in AT_ONCE:
             if once in self._before:
                 signal.signal(once, self._before[once])
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __bool__(self) -> bool:
         return self._received

@@ -33,7 +33,9 @@ from iwin_dit.training.state import Progress, Run, Task, full_ema, logged, resum
 
 
 @worker_errors()
-def train(run: Run, task: Task, loader: Callable[[int], DataLoader], micro_batches: int) -> int:
+def train(
+    run: Run, task: Task, loader: Callable[[int], DataLoader], micro_batches: int, stop: StopRequest
+) -> int:
     """Trains from the newest checkpoint, or from the beginning, to ``train.max_steps``.
 
     Args:
@@ -41,6 +43,7 @@ def train(run: Run, task: Task, loader: Callable[[int], DataLoader], micro_batch
         task: what is trained.
         loader: ``loader(step)`` yields this process's micro-batches from that step on, as tuples of tensors.
         micro_batches: how many of them make a step.
+        stop: asks to stop at a step.
 
     Returns:
         the step that was reached; less than ``max_steps`` after a signal.
@@ -50,7 +53,7 @@ def train(run: Run, task: Task, loader: Callable[[int], DataLoader], micro_batch
             numbers are not finite, or the processes disagree.
     """
     config, accelerator, state = run.config, run.accelerator, run.state
-    options, stop = config.train, StopRequest()
+    options = config.train
     at = resume(run)
     spikes = Spikes(run)
     model = prepare(accelerator, state.model)

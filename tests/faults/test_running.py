@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, assert_equal, logged_steps, read_checkpoint, start, wait_for_step
 from PIL import Image
 
-from iwin_dit.build import pipeline, trainer
+from iwin_dit.build import generator, pipeline, trainer
 from iwin_dit.build.classifier import held_out_loader
 from iwin_dit.commands import train
 from iwin_dit.config.classifier import ClassifierConfig
@@ -305,6 +305,21 @@ def test_a_terminal_or_a_scheduler_may_ask_more_than_once(handlers, number):
         os.kill(os.getpid(), number)
         assert stop
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the next one stops at once"
+
+
+def test_signals_are_given_back_after_training(recipe, handlers, monkeypatch):
+    """What goes on in the same process, as an evaluation, is stopped by the first of them."""
+    found = []
+    finish = generator.Generator.finish
+    monkeypatch.setattr(
+        generator.Generator,
+        "finish",
+        lambda *a: found.append(signal.getsignal(signal.SIGINT)) or finish(*a),
+    )
+    train.train(load_config(recipe(train={**SHORT, "max_steps": 1})))
+    assert found[0] != signal.SIG_DFL, "the export is not cut short"
+    assert {signal.getsignal(number) for number in (*AT_ONCE, *ASKING)} == {signal.SIG_DFL}
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_signal_that_was_ignored_stays_ignored(handlers):
