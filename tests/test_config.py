@@ -179,10 +179,10 @@ MISTAKES = [
     ("--train null", "train is null, expected keys such as max_steps"),
     ("--ema.decays [0.9,null]", "ema.decays is [0.9, None], expected a list, each a finite number"),
     ("--output_dir null", "output_dir is null, expected text"),
-    ("--output_dir a\x07b", "expected text that could be a path: no control characters"),
+    ("--output_dir a\x07b", "expected text that could be a name, without control characters"),
     (
         f"--output_dir runs/{'a' * 256}",
-        "expected text that could be a path: no control characters, names of 255 bytes, 4096",
+        "could be a name, without control characters and with at most 255 bytes between slashes",
     ),
     (f"--output_dir {'a/' * 2050}a", "4096 in all"),
     ("--output_dir=", "output_dir is '', expected text that could be a name"),

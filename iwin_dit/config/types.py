@@ -89,7 +89,8 @@ def _hint(value: Any, hint: Any) -> str:
         return "; there is no such home folder"
     if isinstance(value, str) and str in options:
         return (
-            f" that could be a path: no control characters, names of {MAX_FILE_NAME} bytes, {MAX_PATH} in all"
+            " that could be a name, without control characters and with at most "
+            f"{MAX_FILE_NAME} bytes between slashes, {MAX_PATH} in all"
         )
     return "; put it in quotes" if isinstance(value, (int, float)) and str in options else ""
 
