@@ -279,7 +279,9 @@ def guidance_section(rows: Sequence[Row], guides: Sequence[Run]) -> str:
 def page(half: Sequence[Row], rows: Sequence[Row], guides: Sequence[Run], judge: Judge, command: str) -> str:
     """The tables, and how they were made."""
     config = load_config(RECIPE)
-    changes = {row.name: [f"`{key} {value}`" for key, value in LEVERS[row.name].items()] for row in rows}
+    changes = {
+        row.name: [f"`{key} {str(value).lower()}`" for key, value in LEVERS[row.name].items()] for row in rows
+    }
     return PAGE.format(
         guidance=guidance_section(rows, guides),
         depth=config.model.depth,
