@@ -338,3 +338,17 @@ def kill_after(process, directory, step):
     wait_for_step(process, directory, step)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def assert_two_processes_train_the_same(config, sharding, tmp_path):
+    """Three steps of ``train_dit.py`` on one process and on two."""
+    launcher = (
+        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", "0"),
+    )
+    script = (ROOT / "train_dit.py", "--config", config, "--train.sharding", sharding, "--output_dir")
+    run(*script, tmp_path / "one")
+    run(*script, tmp_path / "two", launcher=launcher, ACCELERATE_USE_CPU="true")
+    one, two = (read_checkpoint(tmp_path / name, 3) for name in ("one", "two"))
+    assert_equal(two, one, atol=1e-6, rtol=1e-4)

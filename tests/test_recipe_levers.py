@@ -1,13 +1,18 @@
 """Every lever of a recipe trains images and clips, resumes to the same bits, and its pipeline draws."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_equal, make_vae, read_checkpoint, run, stopped_before
+from conftest import (
+    ROOT,
+    assert_equal,
+    assert_two_processes_train_the_same,
+    make_vae,
+    read_checkpoint,
+    stopped_before,
+)
 from PIL import Image
 
 from iwin_dit.build.loading import load_pipeline
@@ -95,16 +100,7 @@ def test_a_lever_trains_resumes_and_draws(lever, rank, recipe, clips_folder, tra
 def test_two_processes_train_the_same(lever, sharding, recipe, tmp_path):
     options = {key: dict(value) for key, value in LEVERS[lever].items()}
     config = recipe(**options, train={"max_steps": 3, "save_every_steps": 3})
-    launcher = (
-        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0"),
-    )
-    script = (ROOT / "train_dit.py", "--config", config, "--train.sharding", sharding, "--output_dir")
-    run(*script, tmp_path / "one")
-    run(*script, tmp_path / "two", launcher=launcher, ACCELERATE_USE_CPU="true")
-    one, two = (read_checkpoint(tmp_path / name, 3) for name in ("one", "two"))
-    assert_equal(two, one, atol=1e-6, rtol=1e-4)
+    assert_two_processes_train_the_same(config, sharding, tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

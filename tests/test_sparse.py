@@ -2,12 +2,17 @@
 
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_equal, give_zeros_noise, make_model, make_vae, read_checkpoint, run
+from conftest import (
+    assert_equal,
+    assert_two_processes_train_the_same,
+    give_zeros_noise,
+    make_model,
+    make_vae,
+    read_checkpoint,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from iwin_dit import IwinDiTPipeline
@@ -345,16 +350,7 @@ def test_micro_batches_train_the_same(recipe, train_here, tmp_path):
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_two_processes_train_the_same(sharding, recipe, tmp_path):
     config = recipe(**LEARNS)
-    launcher = (
-        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0"),
-    )
-    script = (ROOT / "train_dit.py", "--config", config, "--train.sharding", sharding, "--output_dir")
-    run(*script, tmp_path / "one")
-    run(*script, tmp_path / "two", launcher=launcher, ACCELERATE_USE_CPU="true")
-    one, two = (read_checkpoint(tmp_path / name, 3) for name in ("one", "two"))
-    assert_equal(two, one, atol=1e-6, rtol=1e-4)
+    assert_two_processes_train_the_same(config, sharding, tmp_path)
 
 
 def test_a_pipeline_draws_by_the_command(recipe, train_here, run_here, refused_here, tmp_path):
